@@ -1,0 +1,207 @@
+"""From facts to edits: keys, value, closed form, with full provenance."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.editing.methods import Method, Slot
+from firsttok.editing.patch import RankOneEdit
+from firsttok.editing.store import ValueStore
+from firsttok.editing.update import solve_update
+from firsttok.editing.value import FACTS_PER_BATCH, Value, optimise_values
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.keys import FactKeys, fact_keys
+from firsttok.models import Model
+from firsttok.provenance import versions
+from firsttok.second_moment import SecondMoment
+
+__all__ = ["compute_edit", "compute_edits"]
+
+
+def compute_edit(
+    model: Model,
+    fact: Fact,
+    *,
+    method: Method,
+    contexts: ContextSet,
+    second_moment: SecondMoment,
+    layer: int | None = None,
+    hyperparameters: Hyperparameters | None = None,
+) -> RankOneEdit:
+    """Compute one edit; the model is left as it is.
+
+    Args:
+        model: The model.
+        fact: The fact to write.
+        method: Which key goes into which slot.
+        contexts: The contexts of Equation 1 and of the value optimisation.
+        second_moment: C; ``SecondMoment.identity`` for the released configurations.
+        layer: Layer to edit; None for the model's default.
+        hyperparameters: Settings; None for the model's own.
+    """
+    ((_, edits),) = compute_edits(
+        model,
+        [fact],
+        methods=[method],
+        contexts=contexts,
+        second_moment=second_moment,
+        layer=layer,
+        hyperparameters=hyperparameters,
+    )
+    return edits[method.name]
+
+
+def compute_edits(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    methods: Sequence[Method],
+    contexts: ContextSet,
+    second_moment: SecondMoment,
+    layer: int | None = None,
+    hyperparameters: Hyperparameters | None = None,
+    store: ValueStore | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
+    """Compute the edits of many facts by several methods, a few facts at a time.
+
+    Methods whose values are anchored alike share the optimisation. With a store, values that are
+    there already are read and not computed again.
+
+    Yields:
+        Each fact with its edits by method name, in order.
+    """
+    site = model.site(layer)
+    settings = hyperparameters or model.hyperparameters
+    slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
+    for start in range(0, len(facts), FACTS_PER_BATCH):
+        chunk = facts[start : start + FACTS_PER_BATCH]
+        keys = [fact_keys(model, fact, contexts, layer=site.layer) for fact in chunk]
+        values = {
+            slot: _values(
+                model,
+                chunk,
+                keys,
+                contexts=contexts,
+                slot=slot,
+                layer=site.layer,
+                hyperparameters=settings,
+                store=store,
+                on_step=on_step,
+            )
+            for slot in slots
+        }
+        for index, fact in enumerate(chunk):
+            edits: dict[str, RankOneEdit] = {}
+            for method in methods:
+                value = values[method.anchor][index]
+                left, right, report = solve_update(
+                    site, keys[index], value, method, second_moment
+                )
+                edits[method.name] = RankOneEdit(
+                    left=left,
+                    right=right,
+                    layer=site.layer,
+                    stack=site.stack,
+                    report=report,
+                    losses=value.losses,
+                    provenance=_provenance(
+                        model, fact, method, contexts, second_moment, site.layer, settings
+                    ),
+                )
+            yield fact, edits
+
+
+def _values(
+    model: Model,
+    facts: Sequence[Fact],
+    keys: Sequence[FactKeys],
+    *,
+    contexts: ContextSet,
+    slot: Slot,
+    layer: int,
+    hyperparameters: Hyperparameters,
+    store: ValueStore | None,
+    on_step: Callable[[int], None] | None,
+) -> list[Value]:
+    site = model.site(layer)
+    found: dict[int, Value] = {}
+    paths = [
+        store.path(
+            model, fact, contexts=contexts, slot=slot, layer=layer, hyperparameters=hyperparameters
+        )
+        if store
+        else None
+        for fact in facts
+    ]
+    for index, path in enumerate(paths):
+        value = store.read(path, model) if store and path else None
+        if value is not None:
+            found[index] = value
+            if on_step is not None:
+                on_step(hyperparameters.steps)
+    missing = [index for index in range(len(facts)) if index not in found]
+    if missing:
+        anchors = site.values_of(torch.stack([slot.pick(keys[index]) for index in missing]))
+        computed = optimise_values(
+            model,
+            [facts[index] for index in missing],
+            anchors,
+            contexts=contexts,
+            slot=slot,
+            layer=layer,
+            hyperparameters=hyperparameters,
+            on_step=on_step,
+        )
+        for index, value in zip(missing, computed, strict=True):
+            found[index] = value
+            path = paths[index]
+            if store and path:
+                store.write(path, value)
+    return [found[index] for index in range(len(facts))]
+
+
+def _provenance(
+    model: Model,
+    fact: Fact,
+    method: Method,
+    contexts: ContextSet,
+    moment: SecondMoment,
+    layer: int,
+    hyperparameters: Hyperparameters,
+) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": model.name,
+            "source": model.source,
+            "fingerprint": model.fingerprint,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "bos": model.bos.value,
+        },
+        "layer": layer,
+        "fact": fact.as_record(),
+        "method": {
+            "name": method.name,
+            "direction": method.direction.value,
+            "residual": method.residual.value,
+            "denominator": method.denominator.value,
+            "anchor": method.anchor.value,
+        },
+        "contexts": {
+            "hash": contexts.content_hash,
+            "seed": contexts.seed,
+            "templates": list(contexts.templates),
+        },
+        "second_moment": {
+            "corpus": moment.corpus,
+            "corpus_hash": moment.corpus_hash,
+            "hash": moment.content_hash,
+            "tokens": moment.tokens,
+            "ridge": moment.ridge,
+        },
+        "hyperparameters": hyperparameters.as_dict(),
+        "versions": versions(),
+    }

@@ -1,0 +1,99 @@
+"""The methods, each as the key that stands in every slot of Equation 3."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from firsttok.errors import BadInputError
+from firsttok.keys import FactKeys
+from firsttok.tensors import KeyVector
+
+__all__ = ["C_ROME", "FC_ROME", "METHODS", "P_ROME", "ROME", "Method", "Slot", "find_method"]
+
+
+class Slot(str, Enum):
+    """A key of the fact that can stand in a slot."""
+
+    PREFIXED_MEAN = "prefixed_mean"
+    """k_bar, the mean over the context set (Equation 1)."""
+    UNPREFIXED = "unprefixed"
+    """k^u, the key of the bare prompt (Section 3.1)."""
+
+    def pick(self, keys: FactKeys) -> KeyVector:
+        """Return the key this slot takes."""
+        return keys.prefixed_mean if self is Slot.PREFIXED_MEAN else keys.unprefixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to fill the slots of the update ``(v* - W k)(C^-1 k)^T / ((C^-1 k)^T k)``."""
+
+    name: str
+    """Name on the command line."""
+    label: str
+    """Name in tables."""
+    direction: Slot
+    """Key behind ``C^-1``, the left vector."""
+    residual: Slot
+    """Key of the numerator's ``W k``."""
+    denominator: Slot
+    """Key the left vector is multiplied with."""
+    anchor: Slot
+    """Where ``v* = anchor + delta`` starts: the MLP's output for this key (note: not in Eq. 3)."""
+
+
+ROME = Method(
+    name="rome",
+    label="ROME",
+    direction=Slot.PREFIXED_MEAN,
+    residual=Slot.UNPREFIXED,
+    denominator=Slot.UNPREFIXED,
+    anchor=Slot.UNPREFIXED,
+)
+"""ROME as released: the inconsistency that Section 3.1 finds."""
+
+C_ROME = Method(
+    name="c-rome",
+    label="C-ROME",
+    direction=Slot.PREFIXED_MEAN,
+    residual=Slot.PREFIXED_MEAN,
+    denominator=Slot.PREFIXED_MEAN,
+    anchor=Slot.UNPREFIXED,
+)
+"""C-ROME (Section 3.1), the same as r-ROME of "Rebuilding ROME", as released."""
+
+P_ROME = Method(
+    name="p-rome",
+    label="p-ROME",
+    direction=Slot.UNPREFIXED,
+    residual=Slot.UNPREFIXED,
+    denominator=Slot.UNPREFIXED,
+    anchor=Slot.UNPREFIXED,
+)
+"""p-ROME of "Rebuilding ROME": the bare prompt's key everywhere."""
+
+FC_ROME = Method(
+    name="fc-rome",
+    label="FC-ROME",
+    direction=Slot.PREFIXED_MEAN,
+    residual=Slot.PREFIXED_MEAN,
+    denominator=Slot.PREFIXED_MEAN,
+    anchor=Slot.PREFIXED_MEAN,
+)
+"""Fully consistent: the anchor of the value is prefixed too. In no paper."""
+
+METHODS: tuple[Method, ...] = (ROME, C_ROME, P_ROME, FC_ROME)
+
+
+def find_method(name: str) -> Method:
+    """Return a method by its name; ``r-rome`` is another name of ``c-rome``.
+
+    Raises:
+        BadInputError: If there is none.
+    """
+    plain = name.lower().replace("_", "-")
+    plain = "c-rome" if plain == "r-rome" else plain
+    for method in METHODS:
+        if method.name == plain:
+            return method
+    known = ", ".join(method.name for method in METHODS)
+    raise BadInputError(f"no method is called {name!r}; choose from {known}")

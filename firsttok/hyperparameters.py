@@ -1,0 +1,50 @@
+"""The numbers of the value optimisation, and those the papers used for each model."""
+
+from dataclasses import asdict, dataclass
+from math import isfinite
+
+from firsttok.errors import HyperparameterError
+
+__all__ = ["Hyperparameters"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Settings of ROME's value optimisation (Meng et al. 2022, Section 3.1).
+
+    Raises:
+        HyperparameterError: If a number is outside its range.
+    """
+
+    steps: int = 25
+    """Loss evaluations; the last one makes no update, so there are at most ``steps - 1`` updates."""
+    learning_rate: float = 0.5
+    """Adam's learning rate."""
+    weight_decay: float = 1e-3
+    """Factor of ``||delta|| / ||anchor||^2`` in the loss."""
+    clamp: float = 4.0
+    """``||delta||`` is projected to at most this many times ``||anchor||``."""
+    kl: float = 0.0625
+    """Factor of the KL divergence at the subject's last token of ``"{subject} is a"``."""
+    stop_below: float = 5e-2
+    """The optimisation ends as soon as the loss is below this."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.steps < 1:
+            raise HyperparameterError(f"steps is {self.steps}; give a whole number of at least 1")
+        for name, minimum, strict in (
+            ("learning_rate", 0.0, True),
+            ("weight_decay", 0.0, False),
+            ("clamp", 0.0, True),
+            ("kl", 0.0, False),
+            ("stop_below", 0.0, False),
+        ):
+            value: float = getattr(self, name)
+            if not isfinite(value) or value < minimum or (strict and value == minimum):
+                bound = "greater than 0" if strict else "of at least 0"
+                raise HyperparameterError(f"{name} is {value}; give a finite number {bound}")
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain numbers for provenance records."""
+        return asdict(self)

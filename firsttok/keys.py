@@ -1,0 +1,122 @@
+"""MLP keys: the input of the output projection at one token of each prompt (Equation 1's K)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.errors import NonFiniteError
+from firsttok.models import Model, capture
+from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions
+from firsttok.tensors import KeyMatrix, KeyVector
+
+__all__ = ["FactKeys", "Keys", "capture_keys", "fact_keys", "keys_at"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Keys:
+    """Keys of some prompts at some layers, with what they belong to beside them."""
+
+    values: Float[Tensor, "layer prompt d_mlp"]
+    """The keys."""
+    layers: tuple[int, ...]
+    """Layer of each first index."""
+    prompts: tuple[Prompt, ...]
+    """Prompt of each second index."""
+    positions: tuple[int, ...]
+    """Absolute token position the key was read at, for each prompt."""
+    model_fingerprint: str
+    """The model they were read from."""
+
+    def at(self, layer: int) -> KeyMatrix:
+        """Keys of one captured layer.
+
+        Raises:
+            ValueError: If the layer was not captured.
+        """
+        return self.values[self.layers.index(layer)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FactKeys:
+    """The two keys of a fact that the released code mixes up."""
+
+    prefixed_mean: KeyVector
+    """k_bar: mean over the context set (Equation 1)."""
+    unprefixed: KeyVector
+    """k^u: key of the bare prompt."""
+
+
+def keys_at(
+    model: Model,
+    prompts: Sequence[Prompt],
+    at: Sequence[int],
+    *,
+    layers: Iterable[int],
+    stack: str | None = None,
+    max_tokens: int = 4096,
+) -> Keys:
+    """Capture keys at any layers in one pass per batch, stopping above the highest layer.
+
+    Args:
+        model: The model.
+        prompts: The prompts.
+        at: Absolute token position to read, one for each prompt.
+        layers: Layers to read.
+        stack: ``encoder_blocks`` or ``decoder_blocks`` on encoder-decoders.
+        max_tokens: Most tokens of a padded batch.
+
+    Raises:
+        LayerOutOfRangeError: If a layer does not exist.
+        NonFiniteError: If a key is NaN or infinite.
+    """
+    sites = [model.site(layer, stack=stack) for layer in layers]
+    stop = max(site.layer for site in sites) + 1 if sites[0].stack == "blocks" else None
+    values = torch.empty(
+        len(sites), len(prompts), sites[0].d_mlp, dtype=model.dtype, device=model.device
+    )
+    for group in batches(prompts, max_tokens=max_tokens):
+        batch = pad(model, [prompts[i] for i in group])
+        columns = batch.columns(torch.tensor([at[i] for i in group]))
+        seen = capture(model, batch, [site.key_hook for site in sites], stop_at_layer=stop)
+        rows = torch.arange(len(group), device=columns.device)
+        for index, site in enumerate(sites):
+            values[index, group] = seen[site.key_hook][rows, columns]
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            f"a key of {model.name} is NaN or infinite; load the model in float32"
+        )
+    return Keys(
+        values=values,
+        layers=tuple(site.layer for site in sites),
+        prompts=tuple(prompts),
+        positions=tuple(at),
+        model_fingerprint=model.fingerprint,
+    )
+
+
+def capture_keys(
+    model: Model, facts: Sequence[Fact], *, layers: Iterable[int], context: str = "{}"
+) -> Keys:
+    """Capture the keys of facts at their subjects' last tokens.
+
+    Args:
+        model: The model.
+        facts: The facts.
+        layers: Layers to read.
+        context: Template the prompts are put into; the bare one by default.
+    """
+    prompts = [fact_prompt(model, fact, context) for fact in facts]
+    return keys_at(model, prompts, positions(prompts).tolist(), layers=layers)
+
+
+def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
+    """Capture k_bar and k^u of one fact (Equation 1 and Section 3.1)."""
+    templates = (*contexts.templates, "{}")
+    prompts = [fact_prompt(model, fact, template) for template in templates]
+    keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
+    return FactKeys(prefixed_mean=keys[:-1].mean(0), unprefixed=keys[-1])

@@ -1,0 +1,28 @@
+"""Models: what there is, how it is loaded, and where it can be edited.
+
+The only package that knows architectures.
+"""
+
+from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
+from firsttok.models.embedded import embedded_folder, pull
+from firsttok.models.forward import capture, logits
+from firsttok.models.loading import BosPolicy, Model, load
+from firsttok.models.sites import EditSite, find_sites
+from firsttok.models.tail import Tail, capture_tail
+
+__all__ = [
+    "CATALOG",
+    "BosPolicy",
+    "EditSite",
+    "Model",
+    "ModelSpec",
+    "Tail",
+    "capture",
+    "capture_tail",
+    "embedded_folder",
+    "find_sites",
+    "find_spec",
+    "load",
+    "logits",
+    "pull",
+]

@@ -1,0 +1,145 @@
+"""Edit sites: the weight that maps a key to a value, layer by layer, checked on a real pass."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from firsttok.errors import UnsupportedModelError
+from firsttok.tensors import ValueMatrix, WeightInOut
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+__all__ = ["EditSite", "find_sites"]
+
+_STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
+_CHECK_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EditSite:
+    """The second matrix of one MLP: key ``k`` in, value ``k @ W + b`` out."""
+
+    stack: str
+    """``blocks``, ``encoder_blocks`` or ``decoder_blocks``."""
+    layer: int
+    """Layer within its stack, counted from 0."""
+    weight: nn.Parameter
+    """The live weight; its layout is the model's own."""
+    bias: nn.Parameter | None
+    """The live bias, or None."""
+    in_out: bool
+    """Whether the weight is laid out ``[d_mlp, d_model]`` (GPT-2) or transposed (all others)."""
+
+    @property
+    def key_hook(self) -> str:
+        """Hook point of the key."""
+        return f"{self.stack}.{self.layer}.mlp.out.hook_in"
+
+    @property
+    def value_hook(self) -> str:
+        """Hook point of the MLP's output."""
+        return f"{self.stack}.{self.layer}.mlp.hook_out"
+
+    @property
+    def matrix(self) -> WeightInOut:
+        """The weight as ``[d_mlp, d_model]``, a view."""
+        weight = self.weight.detach()
+        return weight if self.in_out else weight.T
+
+    @property
+    def d_mlp(self) -> int:
+        """Width of a key."""
+        return self.matrix.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of a value."""
+        return self.matrix.shape[1]
+
+    def in_layout(self, matrix: WeightInOut) -> Float[Tensor, "rows columns"]:
+        """Lay out a ``[d_mlp, d_model]`` matrix as the weight is."""
+        return matrix if self.in_out else matrix.T
+
+    def values_of(self, keys: Float[Tensor, "prompt d_mlp"]) -> ValueMatrix:
+        """Apply the layer: ``W k + b`` (the paper's ``W k``; the bias is part of the value)."""
+        values = keys @ self.matrix
+        return values if self.bias is None else values + self.bias.detach()
+
+
+def find_sites(bridge: "TransformerBridge") -> tuple[EditSite, ...]:
+    """Find every edit site of a bridge and check it on one forward pass.
+
+    Raises:
+        UnsupportedModelError: If a layer has no single output projection, or if
+            ``key @ W + b`` is not what the MLP puts out.
+    """
+    sites = tuple(_sites(bridge))
+    if not sites:
+        raise UnsupportedModelError(
+            f"{bridge.cfg.architecture} has no stack of transformer blocks that firsttok knows; "
+            "give a decoder, an encoder or an encoder-decoder with dense MLPs"
+        )
+    _check(bridge, sites)
+    return sites
+
+
+def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
+    from transformers.pytorch_utils import Conv1D
+
+    for stack in _STACKS:
+        blocks: Any = getattr(bridge, stack, None)
+        for layer, block in enumerate(blocks if blocks is not None else ()):
+            projection: Any = getattr(getattr(block, "mlp", None), "out", None)
+            original: Any = getattr(projection, "original_component", None)
+            if not isinstance(original, nn.Linear | Conv1D):
+                raise UnsupportedModelError(
+                    f"layer {layer} of {stack} in {bridge.cfg.architecture} has no single MLP "
+                    "output projection (a mixture of experts?), so there is no key to edit"
+                )
+            weight: Any = original.weight
+            yield EditSite(
+                stack=stack,
+                layer=layer,
+                weight=weight,
+                bias=original.bias,
+                in_out=isinstance(original, Conv1D),
+            )
+
+
+def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        seen[hook.name] = activation.detach()
+
+    names = [name for site in sites for name in (site.key_hook, site.value_hook)]
+    device = sites[0].weight.device
+    vocabulary = int(bridge.cfg.d_vocab)
+    tokens = (torch.arange(6, device=device)[None] * 7 + 11) % vocabulary
+    with torch.no_grad():
+        bridge.run_with_hooks(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            fwd_hooks=[(name, keep) for name in names],
+        )
+    for site in sites:
+        if site.key_hook not in seen or site.value_hook not in seen:
+            raise UnsupportedModelError(
+                f"hook point {site.key_hook} or {site.value_hook} did not fire on "
+                f"{bridge.cfg.architecture}; this architecture is not supported"
+            )
+        key, value = seen[site.key_hook], seen[site.value_hook]
+        expected = site.values_of(key.reshape(-1, key.shape[-1]))
+        error = (expected - value.reshape(-1, value.shape[-1])).norm().float()
+        scale = value.norm().float().clamp_min(torch.finfo(torch.float32).tiny)
+        tolerance = _CHECK_TOLERANCE if value.dtype != torch.bfloat16 else 0.05
+        if not bool(error <= tolerance * scale):
+            raise UnsupportedModelError(
+                f"at layer {site.layer} of {site.stack} the key times the weight differs from the "
+                f"MLP's output by {float(error / scale):.1e}; this architecture is not supported"
+            )

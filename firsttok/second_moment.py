@@ -1,0 +1,302 @@
+"""C, the uncentred second moment of the keys, and the solves with it (Equation 3's C^-1)."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from rich.progress import Progress
+from torch import Tensor
+
+from firsttok.errors import BadInputError, NonFiniteError
+from firsttok.models import Model, capture
+from firsttok.prompts import Prompt, batches, pad, text_prompt
+from firsttok.storage import (
+    atomic_path,
+    cache_folder,
+    content_hash,
+    locked,
+    read_safetensors,
+)
+from firsttok.tensors import SecondMomentMatrix
+
+__all__ = ["SecondMoment", "default_corpus", "load_second_moment", "second_moment"]
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 128
+MAX_TOKENS = 100_000
+_RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SecondMoment:
+    """Mean of ``k k^T`` over all tokens of a corpus, in float64.
+
+    Raises:
+        BadInputError: If the matrix is not square and symmetric.
+        NonFiniteError: If it holds NaN or infinity.
+    """
+
+    matrix: Float[Tensor, "d_mlp d_mlp"]
+    """The matrix, float64, on the CPU."""
+    tokens: int
+    """Number of tokens it was taken over; 0 for an identity."""
+    corpus: str
+    """Name of the corpus."""
+    corpus_hash: str
+    """SHA-256 of the corpus."""
+    layer: int | None
+    """Layer of the keys; None for an identity."""
+    model_fingerprint: str | None
+    """The model; None if the file does not say."""
+
+    def __post_init__(self) -> None:
+        """Check the matrix."""
+        matrix = self.matrix
+        if not bool(torch.isfinite(matrix).all()):
+            raise NonFiniteError("the second moment holds NaN or infinity; compute it again")
+        if matrix.shape[0] != matrix.shape[1] or not torch.allclose(
+            matrix, matrix.T, rtol=1e-4, atol=1e-6 * float(matrix.abs().max())
+        ):
+            raise BadInputError("the second moment is not a symmetric square matrix")
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over corpus, model and layer."""
+        return content_hash(
+            [self.corpus_hash, self.tokens, self.layer, self.model_fingerprint, self._digest()]
+        )
+
+    @property
+    def condition_number(self) -> float:
+        """Largest over smallest eigenvalue; infinite if the matrix is singular."""
+        eigenvalues = torch.linalg.eigvalsh(self.matrix)
+        smallest = float(eigenvalues[0])
+        return float(eigenvalues[-1]) / smallest if smallest > 0 else math.inf
+
+    @property
+    def ridge(self) -> float:
+        """What is added to the diagonal, as a fraction of its mean, before Cholesky; usually 0."""
+        return self._factor[1]
+
+    def solve(self, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
+        """Return ``C^-1 key`` by Cholesky, in the key's own type and place."""
+        factor, _ = self._factor
+        solved = torch.cholesky_solve(key.detach().double().cpu()[:, None], factor)[:, 0]
+        return solved.to(key)
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix as safetensors, with its metadata."""
+        from safetensors.torch import save_file
+
+        metadata = {
+            "tokens": str(self.tokens),
+            "corpus": self.corpus,
+            "corpus_hash": self.corpus_hash,
+            "layer": "" if self.layer is None else str(self.layer),
+            "model_fingerprint": self.model_fingerprint or "",
+            "condition_number": f"{self.condition_number:.6g}",
+            "ridge": f"{self.ridge:g}",
+        }
+        with atomic_path(Path(path)) as temporary:
+            save_file({"second_moment": self.matrix.contiguous()}, str(temporary), metadata)
+
+    @staticmethod
+    def identity(d_mlp: int) -> "SecondMoment":
+        """C = I: the left vector is the key itself (``mom2_adjustment: false`` in releases)."""
+        return SecondMoment(
+            matrix=torch.eye(d_mlp, dtype=torch.float64),
+            tokens=0,
+            corpus="identity",
+            corpus_hash="identity",
+            layer=None,
+            model_fingerprint=None,
+        )
+
+    def _digest(self) -> str:
+        return content_hash([self.matrix.trace().item(), self.matrix.sum().item()])
+
+    @cached_property
+    def _factor(self) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:
+        return _cholesky(self.matrix)
+
+
+def default_corpus() -> tuple[str, ...]:
+    """Return English text that is on every machine: the documentation inside Python's pydoc.
+
+    One document per topic; its wording depends on the Python version, hence the corpus hash.
+    """
+    from pydoc_data.topics import topics
+
+    return tuple(topics[name] for name in sorted(topics))
+
+
+def second_moment(
+    model: Model,
+    *,
+    layer: int | None = None,
+    corpus: Sequence[str] | None = None,
+    corpus_name: str | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+) -> SecondMoment:
+    """Compute C over a corpus, streaming in float64; cached, and resumed after an interruption.
+
+    Documents are cut into windows of at most 128 tokens; every token counts, first positions
+    included (note 3 of Section "C" in Meng et al.'s code).
+
+    Args:
+        model: The model.
+        layer: Layer of the keys; None for the model's default.
+        corpus: Documents; None for :func:`default_corpus`.
+        corpus_name: Name for the records.
+        max_tokens: Stop after about this many tokens.
+        progress: Where to show progress.
+
+    Raises:
+        BadInputError: If the corpus yields no token.
+    """
+    site = model.site(layer)
+    documents = default_corpus() if corpus is None else tuple(corpus)
+    name = corpus_name or ("pydoc topics" if corpus is None else "text")
+    identity = content_hash(
+        [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
+    )
+    stem = content_hash([identity, model.fingerprint, site.layer])[:20]
+    path = cache_folder("second_moments") / f"{stem}.safetensors"
+    with locked(path):
+        if path.is_file():
+            try:
+                return load_second_moment(path, d_mlp=site.d_mlp)
+            except BadInputError:
+                logger.warning("a cached second moment is damaged and is computed again")
+        result = _stream(model, documents, name, identity, layer, max_tokens, path, progress)
+        result.save(path)
+        path.with_suffix(".partial").unlink(missing_ok=True)
+    return result
+
+
+def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
+    """Read a safetensors file with a tensor ``second_moment`` of shape ``[d_mlp, d_mlp]``.
+
+    Raises:
+        BadInputError: If the file is missing, truncated or of another shape.
+        NonFiniteError: If the matrix holds NaN or infinity.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path, "a second moment")
+    matrix = tensors.get("second_moment")
+    if matrix is None:
+        raise BadInputError(f"{path} holds no tensor 'second_moment' but {sorted(tensors)}")
+    if tuple(matrix.shape) != (d_mlp, d_mlp):
+        raise BadInputError(
+            f"{path} holds a second moment of shape {list(matrix.shape)}; this layer's keys need "
+            f"[{d_mlp}, {d_mlp}]"
+        )
+    layer = metadata.get("layer", "")
+    return SecondMoment(
+        matrix=matrix.double(),
+        tokens=int(metadata.get("tokens", "0")),
+        corpus=metadata.get("corpus", path.name),
+        corpus_hash=metadata.get("corpus_hash", ""),
+        layer=int(layer) if layer else None,
+        model_fingerprint=metadata.get("model_fingerprint") or None,
+    )
+
+
+def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Prompt]:
+    windows: list[Prompt] = []
+    total = 0
+    leading = model.leading_ids
+    room = WINDOW - len(leading)
+    for text in documents:
+        if not text.strip():
+            continue
+        ids = text_prompt(model, text).token_ids[len(leading) :]
+        for start in range(0, len(ids), room):
+            window = (*leading, *ids[start : start + room])
+            windows.append(Prompt(text="", token_ids=window))
+            total += len(window)
+            if total >= max_tokens:
+                return windows
+    return windows
+
+
+def _stream(
+    model: Model,
+    documents: Sequence[str],
+    name: str,
+    identity: str,
+    layer: int | None,
+    max_tokens: int,
+    path: Path,
+    progress: Progress | None,
+) -> SecondMoment:
+    site = model.site(layer)
+    windows = _windows(model, documents, max_tokens)
+    if not windows:
+        raise BadInputError("the corpus holds no text; give at least one sentence")
+    groups = list(batches(windows))
+    partial = path.with_suffix(".partial")
+    total, tokens, done = _resume(partial, site.d_mlp)
+    task = None
+    if progress is not None:
+        task = progress.add_task(
+            f"second moment, layer {site.layer}", total=len(groups), completed=done
+        )
+    for index in range(done, len(groups)):
+        batch = pad(model, [windows[i] for i in groups[index]])
+        seen = capture(model, batch, [site.key_hook], stop_at_layer=site.layer + 1)
+        keys = seen[site.key_hook][batch.attention_mask.bool()].double()
+        total += (keys.T @ keys).cpu()
+        tokens += keys.shape[0]
+        if progress is not None and task is not None:
+            progress.advance(task)
+        if index % 10 == 9:
+            _checkpoint(partial, total, tokens, index + 1)
+    return SecondMoment(
+        matrix=total / tokens,
+        tokens=tokens,
+        corpus=name,
+        corpus_hash=identity,
+        layer=site.layer,
+        model_fingerprint=model.fingerprint,
+    )
+
+
+def _resume(partial: Path, d_mlp: int) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
+    if partial.is_file():
+        try:
+            tensors, metadata = read_safetensors(partial, "a partial second moment")
+            return tensors["sum"], int(metadata["tokens"]), int(metadata["done"])
+        except (BadInputError, KeyError, ValueError):
+            logger.warning("a partial second moment is damaged and is started again")
+    return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
+
+
+def _checkpoint(partial: Path, total: SecondMomentMatrix, tokens: int, done: int) -> None:
+    from safetensors.torch import save_file
+
+    with atomic_path(partial) as temporary:
+        save_file(
+            {"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done)}
+        )
+
+
+def _cholesky(
+    matrix: SecondMomentMatrix,
+) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:
+    scale = float(matrix.diagonal().mean())
+    for ridge in _RIDGES:
+        shifted = matrix + ridge * scale * torch.eye(matrix.shape[0], dtype=matrix.dtype)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if int(info) == 0:
+            if ridge:
+                logger.warning("the second moment is singular; a ridge of %g was added", ridge)
+            return factor, ridge
+    raise NonFiniteError("the second moment is not positive definite; use a larger corpus")

@@ -1,0 +1,187 @@
+"""Files: the cache folder, atomic writes, checksums, and reading JSON with helpful errors."""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from firsttok.errors import BadInputError, CacheError
+
+__all__ = [
+    "atomic_path",
+    "cache_folder",
+    "content_hash",
+    "file_sha256",
+    "locked",
+    "read_json",
+    "read_safetensors",
+    "write_json",
+]
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder of the user's cache, made if needed; ``FIRSTTOK_CACHE`` overrides its root.
+
+    Raises:
+        CacheError: If the folder cannot be made or written to.
+    """
+    override = os.environ.get("FIRSTTOK_CACHE")
+    if override:
+        root = Path(override).expanduser()
+    else:
+        import platformdirs
+
+        root = Path(platformdirs.user_cache_dir("firsttok"))
+    folder = root.joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"the cache folder {folder} cannot be made ({error.strerror}); "
+            "set FIRSTTOK_CACHE to a folder you may write to"
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file beside ``path``, so that two processes never write it at once.
+
+    Raises:
+        CacheError: If the lock file cannot be made.
+    """
+    lock = FileLock(str(path) + ".lock")
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise CacheError(
+            f"{path.parent} cannot be written to ({error.strerror}); "
+            "set FIRSTTOK_CACHE to a folder you may write to"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; it takes the place of ``path`` only on success.
+
+    Raises:
+        CacheError: If the folder cannot be written to, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written ({error.strerror}); choose a folder you may write to"
+        ) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of a JSON-serialisable object, independent of the order of its keys."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the message (``"facts"``).
+
+    Raises:
+        BadInputError: If it is missing, unreadable, not UTF-8 or not JSON; the message names the
+            line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadInputError(f"no file of {what} at {path}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    if not text.strip():
+        raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInputError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
+            f"({error.msg}); mend that line"
+        ) from None
+    except RecursionError:
+        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, with a final newline; NaN and infinity are refused.
+
+    Raises:
+        CacheError: If the file cannot be written.
+        ValueError: If the content holds NaN or infinity.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read all tensors and the metadata of a safetensors file.
+
+    Returns:
+        Tensors by name (on the CPU), and the string metadata.
+
+    Raises:
+        BadInputError: If it is missing, truncated or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise BadInputError(f"no file of {what} at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInputError(
+            f"{path} is not a complete safetensors file of {what} ({error}); make it again"
+        ) from None
