@@ -17,7 +17,7 @@ class Hyperparameters:
     """
 
     steps: int = 25
-    """Loss evaluations; the last one makes no update, so there are at most ``steps - 1`` updates."""
+    """Loss evaluations; the last makes no update, so there are at most ``steps - 1`` updates."""
     learning_rate: float = 0.5
     """Adam's learning rate."""
     weight_decay: float = 1e-3
@@ -45,6 +45,6 @@ class Hyperparameters:
                 bound = "greater than 0" if strict else "of at least 0"
                 raise HyperparameterError(f"{name} is {value}; give a finite number {bound}")
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, int | float]:
         """Plain numbers for provenance records."""
         return asdict(self)

@@ -87,9 +87,7 @@ def keys_at(
         for index, site in enumerate(sites):
             values[index, group] = seen[site.key_hook][rows, columns]
     if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(
-            f"a key of {model.name} is NaN or infinite; load the model in float32"
-        )
+        raise NonFiniteError(f"a key of {model.name} is NaN or infinite; load the model in float32")
     return Keys(
         values=values,
         layers=tuple(site.layer for site in sites),

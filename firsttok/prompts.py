@@ -51,6 +51,8 @@ class Prompt:
     """All tokens: BOS where the policy wants one, the text, then the target if there is one."""
     subject_position: int | None = None
     """Absolute index of the subject's last token in ``token_ids``, or None without a subject."""
+    subject_length: int = 0
+    """How many tokens hold the subject's characters."""
     target_length: int = 0
     """How many of the last tokens are the target's."""
 
@@ -119,7 +121,13 @@ def subject_prompt(model: Model, text: str, span: tuple[int, int]) -> Prompt:
             f"in {text!r} the token {text[slice(*offsets[position])]!r} goes on beyond the end of "
             f"subject {subject!r}; put a space or a mark behind the subject"
         )
-    return Prompt(text=text, token_ids=ids, subject_position=position)
+    first = next(i for i, (start, end) in enumerate(offsets) if start < end and end > span[0])
+    return Prompt(
+        text=text,
+        token_ids=ids,
+        subject_position=position,
+        subject_length=position - first + 1,
+    )
 
 
 def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
@@ -161,6 +169,7 @@ def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
         text=prompt.text,
         token_ids=ids,
         subject_position=prompt.subject_position,
+        subject_length=prompt.subject_length,
         target_length=len(ids) - len(known),
     )
 
@@ -174,11 +183,17 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         side: ``right`` or ``left``; ``subject`` puts every subject's last token into one column.
 
     Raises:
-        BadInputError: If there are no prompts.
+        BadInputError: If there are no prompts, or one is longer than the model reads.
     """
     if not prompts:
         raise BadInputError("there are no prompts to run; give at least one")
     lengths = [len(prompt.token_ids) for prompt in prompts]
+    longest = max(range(len(prompts)), key=lambda i: lengths[i])
+    if lengths[longest] > model.max_tokens:
+        raise BadInputError(
+            f"{prompts[longest].text[:60]!r}... has {lengths[longest]} tokens, but {model.name} "
+            f"reads at most {model.max_tokens}; shorten it"
+        )
     if side == "right":
         starts = [0] * len(prompts)
     elif side == "left":
@@ -188,9 +203,7 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         starts = [max(found) - position for position in found]
     width = max(start + length for start, length in zip(starts, lengths, strict=True))
     tokenizer: Any = model.tokenizer
-    filler = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )
+    filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     tokens = torch.full((len(prompts), width), int(filler), dtype=torch.long)
     mask = torch.zeros_like(tokens)
     for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
@@ -241,9 +254,7 @@ def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:
     """Return two lines: the tokens of a fact's prompt, and a mark under the looked-up one."""
     prompt = fact_prompt(model, fact, context)
     tokenizer: Any = model.tokenizer
-    pieces = [
-        tokenizer.decode([token]).replace("\n", "\\n") or "?" for token in prompt.token_ids
-    ]
+    pieces = [tokenizer.decode([token]).replace("\n", "\\n") or "?" for token in prompt.token_ids]
     position = prompt.subject_position or 0
     indent = sum(len(piece) + 1 for piece in pieces[:position])
     return f"{'|'.join(pieces)}\n{' ' * indent}^ lookup at {position}"

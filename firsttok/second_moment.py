@@ -24,7 +24,7 @@ from firsttok.storage import (
 )
 from firsttok.tensors import SecondMomentMatrix
 
-__all__ = ["SecondMoment", "default_corpus", "load_second_moment", "second_moment"]
+__all__ = ["SecondMoment", "compute_second_moment", "default_corpus", "load_second_moment"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def default_corpus() -> tuple[str, ...]:
     return tuple(topics[name] for name in sorted(topics))
 
 
-def second_moment(
+def compute_second_moment(
     model: Model,
     *,
     layer: int | None = None,
@@ -283,9 +283,7 @@ def _checkpoint(partial: Path, total: SecondMomentMatrix, tokens: int, done: int
     from safetensors.torch import save_file
 
     with atomic_path(partial) as temporary:
-        save_file(
-            {"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done)}
-        )
+        save_file({"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done)})
 
 
 def _cholesky(

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def cache_folder(*parts: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Generator[None, None, None]:
     """Hold a lock file beside ``path``, so that two processes never write it at once.
 
     Raises:
@@ -71,7 +71,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path in the same folder; it takes the place of ``path`` only on success.
 
     Raises:
@@ -179,7 +179,7 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, s
         raise BadInputError(f"no file of {what} at {path}; check the path")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInputError(

@@ -81,7 +81,7 @@ class Fact:
 
 
 def load_facts(path: str | Path) -> tuple[Fact, ...]:
-    """Read facts from a JSON list in COUNTERFACT's schema or in the flat one of HardCF and HardEdit.
+    """Read facts from a JSON list, in COUNTERFACT's schema or the flat one of HardCF and HardEdit.
 
     A COUNTERFACT record holds ``requested_rewrite``; a flat one holds ``prompt``, ``subject``,
     ``target_new`` and ``ground_truth`` (or ``target_true``) directly, the prompt with ``{}`` or

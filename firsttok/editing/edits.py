@@ -98,9 +98,7 @@ def compute_edits(
             edits: dict[str, RankOneEdit] = {}
             for method in methods:
                 value = values[method.anchor][index]
-                left, right, report = solve_update(
-                    site, keys[index], value, method, second_moment
-                )
+                left, right, report = solve_update(site, keys[index], value, method, second_moment)
                 edits[method.name] = RankOneEdit(
                     left=left,
                     right=right,

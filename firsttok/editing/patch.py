@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class RankOneEdit:
         return AppliedEdit(weight=site.weight, before=before, after=site.weight.detach().clone())
 
     @contextlib.contextmanager
-    def applied(self, model: Model) -> Iterator[Model]:
+    def applied(self, model: Model) -> Generator[Model, None, None]:
         """Edit the model inside a ``with`` block; it is restored bit for bit, whatever happens.
 
         Edits nest, and compose in order.

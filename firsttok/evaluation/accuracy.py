@@ -23,9 +23,7 @@ class Accuracy:
     """Share of tokens at the first neighbour's answer whose argmax the edit did not change."""
 
 
-def edit_accuracy(
-    model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}"
-) -> Accuracy:
+def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}") -> Accuracy:
     """Measure one edit.
 
     Args:

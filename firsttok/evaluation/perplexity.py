@@ -72,6 +72,8 @@ def perplexity(
 ) -> Perplexity:
     """Measure perplexity as the papers do: no BOS, even for Llama; the first token is not scored.
 
+    With BOS the same tokens are scored as without, so that the two can be compared.
+
     Args:
         model: The model.
         texts: Sentences; None for the built-in fifty.
@@ -82,9 +84,10 @@ def perplexity(
     """
     nlls: dict[int, Tensor] = {}
     prompts = _prompts(model.with_bos(bos), texts)
+    skip = len(model.with_bos(bos).leading_ids)
     for indices in batches(prompts, max_tokens=_MAX_TOKENS):
         batch = pad(model, [prompts[i] for i in indices])
-        where = _scored(batch.attention_mask)
+        where = _scored(batch.attention_mask, skip)
         output = logits(model, batch)[where]
         labels = batch.tokens[:, 1:][where[:, :-1]]
         nlls |= _sentence_nlls(output, labels, where, indices)
@@ -107,10 +110,11 @@ def prepare_texts(
         bos: BOS policy of the sentences.
     """
     prompts = _prompts(model.with_bos(bos), texts)
+    skip = len(model.with_bos(bos).leading_ids)
     groups: list[_Group] = []
     for indices in batches(prompts, max_tokens=_MAX_TOKENS):
         batch = pad(model, [prompts[i] for i in indices])
-        where = _scored(batch.attention_mask)
+        where = _scored(batch.attention_mask, skip)
         groups.append(
             _Group(
                 indices=indices,
@@ -135,9 +139,10 @@ def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:
     return prompts
 
 
-def _scored(mask: Int[Tensor, "prompt pos"]) -> Bool[Tensor, "prompt pos"]:
-    """Columns whose next column is a real token too (right padding)."""
+def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt pos"]:
+    """Columns that predict a scored token (right padding): BOS and the first token are not."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    following[:, :skip] = 0
     return (mask * following).bool()
 
 

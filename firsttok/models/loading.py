@@ -5,7 +5,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -91,6 +91,18 @@ class Model:
         return any(site.stack != "blocks" for site in self.sites)
 
     @property
+    def can_be_edited(self) -> bool:
+        """Whether this is a decoder whose upper layers can be replayed (see ``capture_tail``)."""
+        parts = ("blocks", "ln_final", "unembed")
+        causal = self.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
+        return causal and all(hasattr(self.bridge, part) for part in parts)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one prompt."""
+        return int(self.bridge.cfg.n_ctx)
+
+    @property
     def n_layers(self) -> int:
         """Number of layers of the first stack."""
         return sum(site.stack == self.sites[0].stack for site in self.sites)
@@ -115,9 +127,7 @@ class Model:
         if bos is None:
             bos = tokenizer.cls_token_id
         if bos is None:
-            raise BadInputError(
-                f"the tokenizer of {self.name} has no BOS token; use --bos without"
-            )
+            raise BadInputError(f"the tokenizer of {self.name} has no BOS token; use --bos without")
         return (int(bos),)
 
     def site(self, layer: int | None = None, *, stack: str | None = None) -> EditSite:
@@ -182,7 +192,8 @@ def load(
     path, revision, source = _locate(name, spec)
     with quiet_libraries():
         hf_model, tokenizer = _load_files(path, revision, DTYPES[dtype], name)
-        hf_model.requires_grad_(False).eval().to(torch.device(device))
+        movable: Any = hf_model.requires_grad_(False).eval()
+        movable.to(torch.device(device))
         fingerprint = _fingerprint(hf_model)
         bridge = _bridge(hf_model, tokenizer, name)
         sites = find_sites(bridge)
@@ -201,7 +212,7 @@ def load(
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Generator[None, None, None]:
     """Keep warnings and progress bars of other libraries off the terminal."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
@@ -303,10 +314,9 @@ def _load_files(
         )
     except SafetensorError as error:
         raise BadInputError(
-            f"the weights of {name} are not a complete safetensors file ({error}); "
-            "fetch them again"
+            f"the weights of {name} are not a complete safetensors file ({error}); fetch them again"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         if local:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
             raise BadInputError(f"{path} cannot be loaded as a model: {reason}") from None
@@ -340,7 +350,7 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> "Transfor
     lens_tokenizer.init_kwargs["add_bos_token"] = True
     lens_tokenizer.init_kwargs.setdefault("name_or_path", name)
     try:
-        return TransformerBridge.boot_transformers(
+        bridge = TransformerBridge.boot_transformers(
             f"firsttok/{name}", hf_model=hf_model, tokenizer=lens_tokenizer
         )
     except ValueError as error:
@@ -349,3 +359,12 @@ def _bridge(hf_model: "PreTrainedModel", tokenizer: Any, name: str) -> "Transfor
             f"TransformerLens does not support {name} ({reason}); "
             "choose an architecture of its TransformerBridge"
         ) from None
+    if hf_model.dtype == torch.float64:
+        # The softmax runs in float32, where float64's mask value is minus infinity, and the row of
+        # a padded token, masked everywhere, becomes NaN.
+        def finite(scores: torch.Tensor, hook: Any) -> torch.Tensor:  # noqa: ARG001
+            return scores.clamp_min(torch.finfo(torch.float32).min)
+
+        for point in [name for name in bridge.hook_dict if name.endswith("hook_attn_scores")]:
+            bridge.add_hook(point, finite, is_permanent=True)
+    return bridge

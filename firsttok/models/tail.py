@@ -77,9 +77,8 @@ class Tail:
         with model.bridge.hooks(fwd_hooks=list(hooks)):
             for offset, arguments in enumerate(self.arguments):
                 block: Any = model.bridge.blocks[self.layer + offset]
-                if cache is not None:
-                    arguments = {**arguments, _cache_name(block): cache}
-                output = block(hidden, **arguments)
+                with_cache = {} if cache is None else {_cache_name(block): cache}
+                output = block(hidden, **arguments, **with_cache)
                 hidden = output[0] if isinstance(output, tuple) else output
             bridge: Any = model.bridge
             result: Tensor = bridge.unembed(bridge.ln_final(hidden[where]))
@@ -109,7 +108,7 @@ def capture_tail(model: "Model", batch: TokenBatch, *, layer: int, cut: int = 0)
         UnsupportedModelError: If the model is no plain stack of decoder blocks.
     """
     bridge: Any = model.bridge
-    if not all(hasattr(bridge, part) for part in ("blocks", "ln_final", "unembed")):
+    if not model.can_be_edited:
         raise UnsupportedModelError(
             f"{model.name} is not a decoder with a final norm and an unembedding; "
             "only such models can be edited"

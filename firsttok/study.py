@@ -1,0 +1,232 @@
+"""A study: everything that is fixed while many facts are edited and measured."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits
+from firsttok.errors import BadInputError
+from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import Model
+from firsttok.prompts import fact_prompt
+from firsttok.provenance import versions
+from firsttok.second_moment import SecondMoment
+from firsttok.storage import content_hash, read_json, write_json
+
+__all__ = ["CaseRow", "Study", "measure_facts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRow:
+    """One fact edited by one method, with the components of the update and what it did."""
+
+    case_id: int
+    """Number of the fact in its set."""
+    subject: str
+    """The fact's subject."""
+    prompt: str
+    """The fact's prompt."""
+    target_new: str
+    """The fact's new target."""
+    method: str
+    """Name of the method."""
+    first_token: bool
+    """Whether the looked-up token is the very first of the sequence (BOS counts as a token)."""
+    one_token: bool
+    """Whether the subject is a single token."""
+    numerator: float
+    """As in :class:`~firsttok.editing.UpdateReport`."""
+    denominator: float
+    """As in :class:`~firsttok.editing.UpdateReport`, signed."""
+    raw_numerator: float
+    """Numerator without normalisation."""
+    raw_denominator: float
+    """Denominator without normalisation."""
+    delta_norm: float
+    """Frobenius norm of the update."""
+    mean_delta: float
+    """Frobenius norm over number of elements."""
+    key_cosine: float
+    """Cosine of k_bar and k^u."""
+    key_norm_ratio: float
+    """``||k^u|| / ||k_bar||``."""
+    steps: int
+    """Loss evaluations of the value optimisation."""
+    final_loss: float
+    """Loss of the last one."""
+    perplexity: float
+    """Mean perplexity of the edited model."""
+    corpus_perplexity: float
+    """Corpus-level perplexity of the edited model."""
+    collapsed: bool
+    """Whether the mean perplexity is above the threshold."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """One model with its contexts, second moment, texts and settings."""
+
+    model: Model
+    """The model, unedited."""
+    contexts: ContextSet
+    """Contexts of Equation 1."""
+    second_moment: SecondMoment
+    """C."""
+    layer: int
+    """Layer to edit."""
+    hyperparameters: Hyperparameters
+    """Settings of the value optimisation."""
+    texts: tuple[str, ...]
+    """Sentences of the perplexity."""
+    work: Path
+    """Folder of finished parts, from which an interrupted run goes on."""
+
+    @cached_property
+    def prepared_texts(self) -> PreparedTexts:
+        """The sentences, run up to the edited layer once."""
+        return prepare_texts(self.model, self.texts, layer=self.layer)
+
+    @cached_property
+    def original_perplexity(self) -> Perplexity:
+        """Perplexity of the unedited model."""
+        return perplexity(self.model, self.texts)
+
+    @property
+    def store(self) -> ValueStore:
+        """Where optimised values are kept."""
+        return ValueStore(self.work / "values")
+
+    def provenance(self) -> dict[str, Any]:
+        """Everything that determines the numbers of this study."""
+        model, moment = self.model, self.second_moment
+        return {
+            "model": {
+                "name": model.name,
+                "source": model.source,
+                "fingerprint": model.fingerprint,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "bos": model.bos.value,
+                "bos_token_ids": list(model.leading_ids),
+            },
+            "layer": self.layer,
+            "contexts": {"hash": self.contexts.content_hash, "seed": self.contexts.seed},
+            "second_moment": {
+                "corpus": moment.corpus,
+                "corpus_hash": moment.corpus_hash,
+                "tokens": moment.tokens,
+                "condition_number": moment.condition_number if moment.tokens else 1.0,
+                "ridge": moment.ridge,
+            },
+            "hyperparameters": self.hyperparameters.as_dict(),
+            "texts": {"hash": content_hash(list(self.texts)), "count": len(self.texts)},
+            "versions": versions(),
+        }
+
+
+def measure_facts(
+    study: Study,
+    facts: Sequence[Fact],
+    methods: Sequence[Method],
+    *,
+    progress: Progress | None = None,
+    label: str = "editing",
+) -> list[CaseRow]:
+    """Edit every fact by every method and measure the perplexity after each edit.
+
+    Finished rows are kept in the study's work folder, and an interrupted run goes on from there.
+
+    Returns:
+        The rows, fact by fact, the methods in order.
+
+    Raises:
+        BadInputError: If there are no facts.
+    """
+    if not facts:
+        raise BadInputError("there are no facts to edit; give at least one")
+    task = None if progress is None else progress.add_task(label, total=len(facts))
+    slots = len({method.anchor for method in methods})
+
+    def on_step(count: int) -> None:
+        if progress is not None and task is not None:
+            progress.advance(task, count / (slots * study.hyperparameters.steps + 3))
+
+    paths = {
+        (fact.case_id, method.name): _row_path(study, fact, method)
+        for fact in facts
+        for method in methods
+    }
+    known = {key: row for key, path in paths.items() if (row := _read_row(path)) is not None}
+    open_facts = [
+        fact
+        for fact in facts
+        if any((fact.case_id, method.name) not in known for method in methods)
+    ]
+    done = len(facts) - len(open_facts)
+    edits_of = compute_edits(
+        study.model,
+        open_facts,
+        methods=methods,
+        contexts=study.contexts,
+        second_moment=study.second_moment,
+        layer=study.layer,
+        hyperparameters=study.hyperparameters,
+        store=study.store,
+        on_step=on_step,
+    )
+    for fact, edits in edits_of:
+        for method in methods:
+            if (fact.case_id, method.name) in known:
+                continue
+            row = _row(study, fact, method, edits[method.name])
+            write_json(paths[fact.case_id, method.name], asdict(row))
+            known[fact.case_id, method.name] = row
+        done += 1
+        if progress is not None and task is not None:
+            progress.update(task, completed=done)
+    if progress is not None and task is not None:
+        progress.update(task, completed=len(facts))
+    return [known[fact.case_id, method.name] for fact in facts for method in methods]
+
+
+def _row(study: Study, fact: Fact, method: Method, edit: RankOneEdit) -> CaseRow:
+    prompt = fact_prompt(study.model, fact)
+    with edit.applied(study.model):
+        measured = study.prepared_texts.measure(study.model)
+    return CaseRow(
+        case_id=fact.case_id,
+        subject=fact.subject,
+        prompt=fact.prompt,
+        target_new=fact.target_new,
+        method=method.name,
+        first_token=prompt.subject_position == 0,
+        one_token=prompt.subject_length == 1,
+        steps=len(edit.losses),
+        final_loss=edit.losses[-1],
+        perplexity=measured.mean,
+        corpus_perplexity=measured.corpus,
+        collapsed=measured.collapsed,
+        **edit.report.as_dict(),
+    )
+
+
+def _row_path(study: Study, fact: Fact, method: Method) -> Path:
+    settings = {key: value for key, value in study.provenance().items() if key != "versions"}
+    slots = [method.direction, method.residual, method.denominator, method.anchor]
+    key = [settings, fact.as_record(), [slot.value for slot in slots]]
+    return study.work / "rows" / f"{content_hash(key)[:24]}.json"
+
+
+def _read_row(path: Path) -> CaseRow | None:
+    try:
+        record = read_json(path, "a finished row")
+        return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
+    except (BadInputError, KeyError, TypeError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,60 @@
+"""Fixtures; every jaxtyping annotation of firsttok is checked by beartype while the tests run."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+install_import_hook("firsttok", "beartype.beartype")
+
+from tiny import TinyFactory, build, load_tiny  # noqa: E402
+
+from firsttok.models import Model, load  # noqa: E402
+
+_THREADS = torch.get_num_threads()
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> None:
+    real = request.node.get_closest_marker("real_model") is not None
+    torch.set_num_threads(_THREADS if real else 1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
+    folders: dict[str, Path] = {}
+    models: dict[tuple[str, str], Model] = {}
+
+    def get(arch: str, dtype: str = "float32") -> Model:
+        if arch not in folders:
+            folders[arch] = tmp_path_factory.mktemp(arch)
+            build(arch, folders[arch])
+        if (arch, dtype) not in models:
+            models[arch, dtype] = load_tiny(folders[arch], dtype)
+        return models[arch, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Model:
+    return load()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not _SHARED.is_dir():
+        pytest.skip(f"needs the reference data in {_SHARED}, which is not there")
+    return _SHARED
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FIRSTTOK_CACHE", str(folder))
+    return folder

@@ -1,0 +1,89 @@
+"""Dependencies point down only (CONTRIBUTING), and every module says what it exports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "firsttok"
+LAYERS = [
+    ["errors"],
+    ["storage", "provenance", "tensors"],
+    ["hyperparameters", "data"],
+    ["models"],
+    ["prompts"],
+    ["contexts"],
+    ["keys", "second_moment"],
+    ["editing"],
+    ["evaluation"],
+    ["study"],
+    ["options", "report"],
+    ["cases"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in names if name.startswith("firsttok.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_down(path: Path) -> None:
+    own = part(path)
+    for other in imported_parts(path) - {own}:
+        assert RANK[other] < RANK[own], f"{own} may not import {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_exports_are_explicit_and_exist(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    exported: list[str] | None = None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            exported = ast.literal_eval(node.value)
+    if exported is None:
+        assert not [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        return
+    source = path.read_text("utf-8")
+    assert all(name in source.replace(f'"{name}"', "", 1) for name in exported)
+
+
+def test_only_prompts_tokenises_and_only_models_knows_architectures() -> None:
+    for path in MODULES:
+        source = path.read_text("utf-8")
+        if part(path) not in {"prompts", "models"}:
+            assert "add_special_tokens" not in source
+            assert ".apply_chat_template" not in source
+        if part(path) != "models":
+            assert "original_component" not in source
+            assert "from_pretrained" not in source
+
+
+def test_nothing_is_pickled_and_no_remote_code_runs() -> None:
+    for path in [*MODULES, *(ROOT / "analyses").glob("*.py")]:
+        source = path.read_text("utf-8")
+        assert "import pickle" not in source
+        assert "torch.load(" not in source
+        assert "trust_remote_code=True" not in source
+        assert '"trust_remote_code": True' not in source
+
+
+def test_public_names_resolve() -> None:
+    import firsttok
+
+    for name in firsttok.__all__:
+        assert getattr(firsttok, name) is not None
+    assert sorted(firsttok.__all__) == sorted(firsttok._HOMES)

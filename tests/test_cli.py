@@ -1,0 +1,183 @@
+"""The command line on a tiny model: what it prints, saves and leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SENTENCES, build
+
+from firsttok.cli import main
+from firsttok.editing import load_edit
+from firsttok.models import CATALOG, load
+
+FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
+CONTEXTS = ["{}", "The answer. {}", "I know. {}"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    build("llama", folder)
+    return folder
+
+
+@pytest.fixture
+def quick(llama: Path, tmp_path: Path, own_cache: Path) -> list[str]:
+    contexts = tmp_path / "contexts.json"
+    contexts.write_text(json.dumps(CONTEXTS), "utf-8")
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(SENTENCES), "utf-8")
+    return [
+        *("--model", str(llama), "--contexts", str(contexts), "--second-moment", "identity"),
+        *("--texts", str(texts), "--steps", "4"),
+    ]
+
+
+def test_edit_prints_one_json_object(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edit", *FACT, *quick, "--method", "rome", "r-rome", "fc-rome", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert list(record["states"]) == ["before", "rome", "c-rome", "fc-rome"]
+    assert record["provenance"]["contexts"] == CONTEXTS
+    assert record["provenance"]["hyperparameters"]["steps"] == 4
+    assert record["provenance"]["second_moment"]["corpus"] == "identity"
+    for name in ("rome", "c-rome", "fc-rome"):
+        state = record["states"][name]
+        assert len(state["losses"]) == 4
+        assert state["perplexity"] > 0
+        ratio = state["numerator"] / abs(state["denominator"])
+        assert state["delta_norm"] == pytest.approx(ratio, rel=1e-5)
+
+
+def test_edit_is_repeatable(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["edit", *FACT, *quick, "--json"])
+    first = capsys.readouterr().out
+    main(["edit", *FACT, *quick, "--json"])
+    assert capsys.readouterr().out == first
+
+
+def test_edit_shows_before_and_after(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["edit", *FACT, *quick, "--method", "rome", "c-rome"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("lookup at", "denominator", "perplexity", "before", "c-rome", "next:"):
+        assert text in shown
+
+
+def test_options_change_the_edit(quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["edit", *FACT, *quick, "--json"]
+    traces: dict[str, list[float]] = {}
+    for options in (
+        "",
+        "--lr 0.1",
+        "--kl 5",
+        "--weight-decay 30",
+        "--clamp 0.01",
+        "--layer 1",
+        "--bos without",
+        "--dtype float64",
+    ):
+        main([*base, *options.split()])
+        traces[options] = json.loads(capsys.readouterr().out)["states"]["rome"]["losses"]
+    reference = traces.pop("")
+    for options, losses in traces.items():
+        assert losses != reference, options
+
+
+def test_saved_edit_is_the_one_that_was_shown(
+    quick: list[str], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "edit.safetensors"
+    assert main(["edit", *FACT, *quick, "--json", "--save", str(path)]) == 0
+    shown = json.loads(capsys.readouterr().out)["states"]["rome"]
+    tensors = load_file(path)
+    assert sorted(tensors) == ["left", "right"]
+    assert float(tensors["left"].norm()) == pytest.approx(1.0, abs=1e-5)
+    edit = load_edit(path)
+    assert edit.report.denominator == shown["denominator"]
+    model = load(str(llama))
+    before = model.site(edit.layer).weight.detach().clone()
+    with edit.applied(model):
+        change = model.site(edit.layer).weight.detach() - before
+    assert torch.allclose(change, torch.outer(edit.left, edit.right).T, atol=1e-5)
+
+
+def test_second_moment_and_contexts_are_made_once(
+    llama: Path, tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("England is far away. " * 30 + "\n\n" + "The city of Rome. " * 30, "utf-8")
+    command = ["edit", *FACT, "--model", str(llama), "--steps", "2", "--json"]
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(SENTENCES), "utf-8")
+    command += ["--corpus", str(corpus), "--texts", str(texts)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    made = {path: path.stat().st_mtime_ns for path in own_cache.rglob("*.*") if path.is_file()}
+    assert any("second_moments" in str(path) for path in made)
+    assert any("contexts-seed0" in path.name for path in made)
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+    kept = {path for path in made if path.suffix in {".safetensors", ".json"}}
+    assert all(path.stat().st_mtime_ns == made[path] for path in kept)
+
+
+def test_tokens_marks_the_looked_up_one(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tokens", "--model", str(llama), *FACT[:4], "--bos", "without"]) == 0
+    line, mark = capsys.readouterr().out.splitlines()
+    assert line.startswith("England|")
+    assert mark.startswith("^ lookup at 0")
+    assert main(["tokens", "--model", str(llama), *FACT[:4], "--bos", "with"]) == 0
+    line, mark = capsys.readouterr().out.splitlines()
+    assert line.startswith("<s>|England|")
+    assert mark.strip() == "^ lookup at 1"
+    assert line[mark.index("^") :].startswith("England|")
+
+
+def test_models_list_names_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{spec.name}: {spec.note}" in shown for spec in CATALOG)
+
+
+def test_a_normal_run_is_quiet(quick: list[str], own_cache: Path) -> None:
+    environment = os.environ | {"FIRSTTOK_CACHE": str(own_cache)}
+    command = [sys.executable, "-W", "default", "-m", "firsttok.cli", "edit", *FACT, *quick]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=True, timeout=300
+    )
+    for word in ("warn", "deprecat", "traceback", "error"):
+        assert word not in result.stderr.lower(), result.stderr
+        assert word not in result.stdout.lower()
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_readme_example_on_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+    contexts = ["{}", "The long road north. {}", "Because it rained. {}", "You never know. {}"]
+    assert (
+        main(
+            [
+                *("edit", *FACT, "--method", "rome", "c-rome", "--json"),
+                *("--second-moment", "identity", "--contexts", _file(contexts), "--steps", "8"),
+            ]
+        )
+        == 0
+    )
+    states = json.loads(capsys.readouterr().out)["states"]
+    assert states["rome"]["perplexity"] > 1000 > states["before"]["perplexity"]
+    assert states["c-rome"]["perplexity"] < 1.1 * states["before"]["perplexity"]
+    assert abs(states["rome"]["denominator"]) * 20 < abs(states["c-rome"]["denominator"])
+
+
+def _file(contexts: list[str]) -> str:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(contexts, file)
+    return file.name

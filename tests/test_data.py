@@ -1,0 +1,133 @@
+"""Facts and sentences: schemas, the built-in sets, and the paper's numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firsttok.data import builtin_facts, builtin_sentences, load_facts, load_texts, paper_values
+from firsttok.evaluation import score_targets
+from firsttok.models import CATALOG, BosPolicy, Model
+from firsttok.prompts import fact_prompt, with_target
+
+
+def test_facts_round_trip_through_counterfact_schema(tmp_path: Path) -> None:
+    facts = builtin_facts()
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps([fact.as_record() for fact in facts]), "utf-8")
+    again = load_facts(path)
+    assert [fact.as_record() for fact in again] == [fact.as_record() for fact in facts]
+    assert {fact.content_hash for fact in again} == {fact.content_hash for fact in facts}
+
+
+@pytest.mark.parametrize("prompt", ["{} is located in", "Arthur is located in"])
+def test_flat_records_of_hard_lists_are_read(tmp_path: Path, prompt: str) -> None:
+    record = {
+        "prompt": prompt,
+        "subject": "Arthur",
+        "target_new": " California",
+        "ground_truth": "Illinois",
+        "rephrase_prompt": "Arthur lies in",
+        "locality_prompt": "Chicago is in",
+    }
+    path = tmp_path / "hard.json"
+    path.write_text("\ufeff" + json.dumps([record]), "utf-8")
+    (fact,) = load_facts(path)
+    assert fact.template == "{} is located in"
+    assert fact.prompt == "Arthur is located in"
+    assert (fact.target_new, fact.target_true) == ("California", "Illinois")
+    assert fact.paraphrases == ("Arthur lies in",)
+    assert fact.neighbours == ("Chicago is in",)
+
+
+def test_texts_of_both_schemas(tmp_path: Path) -> None:
+    for content in (["One two.", " Three."], [{"Text": "One two."}, {"Text": " Three."}]):
+        path = tmp_path / "texts.json"
+        path.write_text(json.dumps(content), "utf-8")
+        assert load_texts(path) == ("One two.", " Three.")
+
+
+def test_paper_perplexity_data_is_read(shared: Path) -> None:
+    assert len(load_texts(shared / "data" / "me-ppl" / "ME-PPL_50.json")) == 50
+    assert len(load_texts(shared / "data" / "me-ppl" / "ME-PPL_1k.json")) == 1000
+
+
+def test_builtin_sentences() -> None:
+    sentences = builtin_sentences()
+    lengths = [len(sentence.split()) for sentence in sentences]
+    assert len(set(sentences)) == 50
+    assert min(lengths) >= 10
+    assert max(lengths) <= 60
+
+
+def test_builtin_facts_are_complete() -> None:
+    facts = builtin_facts()
+    assert len(facts) >= 160
+    assert len({fact.case_id for fact in facts}) == len(facts)
+    for fact in facts:
+        assert len(fact.paraphrases) == 2
+        assert all(text.count(fact.subject) >= 1 for text in fact.paraphrases)
+        assert len(set(fact.neighbours)) == 4
+        assert all(fact.subject not in text for text in fact.neighbours)
+        assert fact.target_new != fact.target_true
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_builtin_facts_on_the_embedded_model(real_model: Model) -> None:
+    model = real_model.with_bos(BosPolicy.WITHOUT)
+    facts = builtin_facts()
+    prompts = [fact_prompt(model, fact) for fact in facts]
+    first = [p for p in prompts if p.subject_position == 0 and p.subject_length == 1]
+    second = [p for p in prompts if p.subject_position == 1 and p.subject_length == 1]
+    assert len(first) >= 60
+    assert len(second) >= 30
+    scores = score_targets(
+        model,
+        [with_target(model, p, fact.target_true) for p, fact in zip(prompts, facts, strict=True)],
+    )
+    rightly = sum(score.accuracy == 1 for score in scores)
+    # README states this number; it changes only with the facts or the model.
+    assert rightly == 170
+    for fact, prompt in zip(facts, prompts, strict=True):
+        new = with_target(model, prompt, fact.target_new)
+        true = with_target(model, prompt, fact.target_true)
+        assert new.target_ids[0] != true.target_ids[0]
+
+
+def test_paper_values_are_the_printed_ones() -> None:
+    table1 = {(v.row, v.model): v.value for v in paper_values("Table 1")}
+    table2 = {(v.row, v.model): v.value for v in paper_values("Table 2")}
+    assert table1["denominator/collapse", "llama2-7b"] == 0.01
+    assert table1["numerator/normal", "gpt2-xl"] == 79.91
+    assert table2["ROME/collapse", "gpt2-xl"] == 26084.66
+    assert len(table1) == 12
+    assert len(table2) == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "steps", "weight_decay"),
+    [
+        ("gpt2-xl", 17, 20, 0.5),
+        ("gpt-j-6b", 5, 20, 0.5),
+        ("llama2-7b", 5, 25, 1e-3),
+        ("mistral-7b", 5, 25, 1e-3),
+        ("smollm2-135m", 15, 25, 1e-3),
+    ],
+)
+def test_catalog_has_the_released_settings(
+    name: str, layer: int, steps: int, weight_decay: float
+) -> None:
+    (spec,) = [spec for spec in CATALOG if spec.name == name]
+    settings = spec.hyperparameters
+    assert spec.layer == layer
+    assert (settings.steps, settings.weight_decay) == (steps, weight_decay)
+    assert (settings.learning_rate, settings.clamp, settings.kl) == (0.5, 4.0, 0.0625)
+    assert settings.stop_below == 5e-2
+
+
+def test_every_hub_model_is_pinned_to_a_commit() -> None:
+    for spec in CATALOG:
+        if spec.hub_id is not None:
+            assert spec.revision is not None
+            assert len(spec.revision) == 40

@@ -1,0 +1,141 @@
+"""Models by hub id, served by a hub on this machine: pinned to a commit, safetensors only."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from tiny import build
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER = "ffffffffffffffffffffffffffffffffffffffff"
+
+
+class Hub(ThreadingHTTPServer):
+    """The few routes of the hub that loading a model asks for."""
+
+    folder: Path
+    asked: list[str]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves one repository, ``lab/tiny``, at one commit."""
+
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Keep the terminal quiet."""
+
+    def _answer(self, *, body: bool) -> None:
+        self.server.asked.append(self.path)
+        path = self.path.split("?")[0]
+        names = sorted(file.name for file in self.server.folder.iterdir())
+        if path.startswith("/api/models/lab/tiny"):
+            if "/tree/" in path:
+                self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+                return
+            revision = path.partition("/revision/")[2] or "main"
+            if revision not in ("main", COMMIT):
+                self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                return
+            info = {"id": "lab/tiny", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+            return
+        prefix = f"/lab/tiny/resolve/{COMMIT}/"
+        if not path.startswith(prefix):
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
+            return
+        name = path.removeprefix(prefix)
+        if name not in names:
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
+            self._send(404, b"", headers, body)
+            return
+        content = (self.server.folder / name).read_bytes()
+        headers = {
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
+        self._send(200, content, headers, body)
+
+    def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool) -> None:  # noqa: FBT001
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    server = Hub(("127.0.0.1", 0), Handler)
+    server.folder = tmp_path / "repository"
+    server.folder.mkdir()
+    server.asked = []
+    build("llama", server.folder)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def tokens(hub: Hub, tmp_path: Path, model: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "FIRSTTOK_CACHE": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "-m", "firsttok.cli", "tokens", "--model", model]
+    command += ["--subject", "England", "--template", "{} is far"]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+
+
+def test_a_model_is_loaded_at_its_commit_and_no_other(hub: Hub, tmp_path: Path) -> None:
+    result = tokens(hub, tmp_path, f"lab/tiny@{COMMIT}")
+    assert result.returncode == 0, result.stderr
+    assert "^ lookup at 1" in result.stdout
+    files = [path for path in hub.asked if "/resolve/" in path]
+    assert files
+    assert all(f"/resolve/{COMMIT}/" in path for path in files)
+
+
+def test_without_a_commit_the_newest_is_pinned_and_named(hub: Hub, tmp_path: Path) -> None:
+    result = tokens(hub, tmp_path, "lab/tiny")
+    assert result.returncode == 0, result.stderr
+    assert COMMIT in result.stderr.replace("\n", "")
+    assert all(f"/resolve/{COMMIT}/" in path for path in hub.asked if "/resolve/" in path)
+
+
+@pytest.mark.parametrize("model", ["lab/other", f"lab/tiny@{OTHER}"])
+def test_what_is_not_there_is_one_sentence(hub: Hub, tmp_path: Path, model: str) -> None:
+    result = tokens(hub, tmp_path, model)
+    assert result.returncode == 2
+    assert "cannot be loaded from the hub" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_pickled_weights_are_refused(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "model.safetensors").rename(hub.folder / "pytorch_model.bin")
+    result = tokens(hub, tmp_path, f"lab/tiny@{COMMIT}")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert not any("pytorch_model.bin" in path for path in hub.asked if "/resolve/" in path)

@@ -1,0 +1,265 @@
+"""Subject positions, targets, padding and batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import DECODERS, FACTS, TinyFactory, fact_prompts, sentence_prompts
+
+from firsttok.data import Fact
+from firsttok.errors import (
+    BadInputError,
+    EmptyTargetError,
+    FirsttokError,
+    SubjectAmbiguousError,
+    SubjectBoundaryError,
+    SubjectNotFoundError,
+    TargetTokenError,
+    TemplateError,
+)
+from firsttok.models import BosPolicy, Model
+from firsttok.prompts import (
+    Prompt,
+    batches,
+    fact_prompt,
+    pad,
+    positions,
+    show_tokens,
+    subject_prompt,
+    subject_span,
+    text_prompt,
+    with_target,
+)
+
+
+def decode(model: Model, ids: tuple[int, ...]) -> str:
+    """Text of some tokens."""
+    tokenizer: Any = model.tokenizer
+    text: str = tokenizer.decode(list(ids))
+    return text
+
+
+def fact(subject: str, template: str) -> Fact:
+    """A fact of which only the prompt matters."""
+    return Fact(subject=subject, template=template, target_new="Rome", target_true="Paris")
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize("bos", list(BosPolicy))
+@pytest.mark.parametrize("context", ["{}", "The answer. {}", "Because Zoë left. {} "])
+@pytest.mark.parametrize(
+    ("subject", "template"),
+    [
+        ("England", "{}'s capital city is"),
+        ("Eiffel Tower", "The {} is located in the city of"),
+        ("Quuxburgh an der Elbe", "The mother tongue of {} is"),
+        ("Zoë", "The city of {} is"),
+        ("café", "{}, and the city"),
+        ("東京", "The capital of {} is"),
+        ("🦊", "{} is a"),
+        ("Japan", "I never left {}"),
+        ("is", "This {} a test"),
+    ],
+)
+def test_the_position_splits_the_text_behind_the_subject(
+    tiny: TinyFactory, arch: str, bos: BosPolicy, context: str, subject: str, template: str
+) -> None:
+    model = tiny(arch).with_bos(bos)
+    prompt = fact_prompt(model, fact(subject, template), context)
+    leading = len(model.leading_ids)
+    assert prompt.token_ids[:leading] == model.leading_ids
+    assert leading == {
+        BosPolicy.WITH: 1,
+        BosPolicy.WITHOUT: 0,
+        BosPolicy.AS_TOKENIZER: int(arch in ("llama", "mistral")),
+    }[bos]
+    assert prompt.text == context.replace("{}", template.replace("{}", subject))
+    position = prompt.subject_position
+    assert position is not None
+    expected = context.split("{}")[0] + template.split("{}")[0] + subject
+    assert decode(model, prompt.token_ids[leading : position + 1]) == expected
+    first = position - prompt.subject_length + 1
+    assert decode(model, prompt.token_ids[first : position + 1]).strip() == subject
+
+
+def test_subjects_of_one_and_of_many_tokens(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    one = fact_prompt(model, fact("England", "{} is"))
+    many = fact_prompt(model, fact("Quuxburgh", "{} is"))
+    assert (one.subject_position, one.subject_length) == (0, 1)
+    assert many.subject_position == many.subject_length - 1 > 2
+
+
+def test_the_last_byte_of_a_split_character_is_the_subjects_last_token(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    tokenizer: Any = model.tokenizer
+    pieces = tokenizer.tokenize("é")
+    assert len(pieces) == 2
+    prompt = fact_prompt(model, fact("é", "{} is"))
+    assert (prompt.subject_position, prompt.subject_length) == (1, 2)
+
+
+def test_the_policy_only_shifts_the_position(tiny: TinyFactory) -> None:
+    for arch in DECODERS:
+        without = fact_prompt(tiny(arch).with_bos(BosPolicy.WITHOUT), FACTS[1])
+        with_bos = fact_prompt(tiny(arch).with_bos(BosPolicy.WITH), FACTS[1])
+        assert without.subject_position is not None
+        assert with_bos.subject_position == without.subject_position + 1
+        assert with_bos.token_ids[1:] == without.token_ids
+        assert with_bos.subject_length == without.subject_length
+
+
+def test_bert_begins_with_its_bos_and_has_no_end_token(tiny: TinyFactory) -> None:
+    prompt = text_prompt(tiny("bert"), "England is")
+    assert prompt.token_ids[0] == 0
+    assert 1 not in prompt.token_ids
+
+
+def test_subject_span_finds_the_only_place() -> None:
+    assert subject_span("The city of Rome is", "Rome") == (12, 16)
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "quoted"),
+    [
+        (lambda _: subject_span("Rome is old", "Paris"), SubjectNotFoundError, ["Paris", "Rome is old"]),
+        (lambda _: subject_span("Rome is old", ""), SubjectNotFoundError, ["''", "Rome is old"]),
+        (lambda _: subject_span("Rome in Rome", "Rome"), SubjectAmbiguousError, ["'Rome'", "2 times"]),
+        (
+            lambda model: subject_prompt(model, "Englands city", (0, 4)),
+            SubjectBoundaryError,
+            ["Engl", "Englands city", "'England'"],
+        ),
+        (
+            lambda model: with_target(model, text_prompt(model, "Rome is"), "  "),
+            EmptyTargetError,
+            ["Rome is"],
+        ),
+        (
+            lambda model: fact_prompt(model, FACTS[0], "no place"),
+            TemplateError,
+            ["no place", "exactly once"],
+        ),
+        (
+            lambda model: fact_prompt(model, FACTS[0], "{} and {}"),
+            TemplateError,
+            ["{} and {}", "exactly once"],
+        ),
+        (lambda _: fact("Rome", "no place"), TemplateError, ["no place", "0 times"]),
+        (lambda _: fact("Rome", "{} {}"), TemplateError, ["{} {}", "2 times"]),
+        (lambda model: text_prompt(model, ""), BadInputError, ["''", "no token"]),
+        (lambda model: pad(model, []), BadInputError, ["no prompts"]),
+        (
+            lambda model: positions([text_prompt(model, "Rome is")]),
+            BadInputError,
+            ["Rome is", "no subject position"],
+        ),
+    ],
+)
+def test_errors_quote_the_text(
+    tiny: TinyFactory, cause: Callable[[Model], object], error: type[FirsttokError], quoted: list[str]
+) -> None:
+    with pytest.raises(error) as raised:
+        cause(tiny("gpt2"))
+    for text in quoted:
+        assert text in str(raised.value)
+
+
+def test_a_target_that_changes_the_prompts_tokens_is_refused(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    prompt = text_prompt(model, "The capital of")
+    changed = Prompt(text="The capital of", token_ids=(*prompt.token_ids[:-1], 5))
+    with pytest.raises(TargetTokenError, match="has no tokens of its own"):
+        with_target(model, changed, "Rome")
+
+
+@pytest.mark.parametrize("bos", list(BosPolicy))
+@pytest.mark.parametrize("target", ["Berlin", " Berlin", "  Berlin ", "Zürich am See", "東京"])
+def test_a_target_gets_exactly_one_space(tiny: TinyFactory, bos: BosPolicy, target: str) -> None:
+    model = tiny("llama").with_bos(bos)
+    tokenizer: Any = model.tokenizer
+    prompt = fact_prompt(model, FACTS[0])
+    full = with_target(model, prompt, target)
+    expected = tokenizer(f" {target.strip()}", add_special_tokens=False)["input_ids"]
+    assert full.target_ids == tuple(expected)
+    assert full.token_ids == (*prompt.token_ids, *expected)
+    assert full.target_length == len(expected)
+    assert full.last_position == len(full.token_ids) - 1
+    assert full.text == prompt.text
+    assert full.subject_position == prompt.subject_position
+    assert full.subject_length == prompt.subject_length
+
+
+def test_a_second_target_takes_the_place_of_the_first(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    prompt = fact_prompt(model, FACTS[0])
+    again = with_target(model, with_target(model, prompt, "Zürich am See"), "Rome")
+    assert again == with_target(model, prompt, "Rome")
+
+
+@pytest.mark.parametrize("bos", [BosPolicy.WITH, BosPolicy.WITHOUT])
+@pytest.mark.parametrize("given", FACTS)
+@pytest.mark.parametrize("context", ["{}", "I know. {}"])
+def test_show_tokens_marks_the_looked_up_token(
+    tiny: TinyFactory, bos: BosPolicy, given: Fact, context: str
+) -> None:
+    model = tiny("llama").with_bos(bos)
+    prompt = fact_prompt(model, given, context)
+    position = prompt.subject_position
+    assert position is not None
+    tokens, mark = show_tokens(model, given, context).split("\n")
+    column = mark.index("^")
+    assert mark[column:] == f"^ lookup at {position}"
+    assert tokens[:column].count("|") == position
+    assert column == 0 or tokens[column - 1] == "|"
+    piece = decode(model, (prompt.token_ids[position],))
+    assert tokens[column:].split("|")[0] == piece
+    assert len(tokens.split("|")) == len(prompt.token_ids)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 60, 10_000])
+def test_batches_hold_every_prompt_once_and_not_too_many_tokens(
+    tiny: TinyFactory, max_tokens: int
+) -> None:
+    prompts = fact_prompts(tiny("llama"))
+    groups = list(batches(prompts, max_tokens=max_tokens))
+    assert sorted(index for group in groups for index in group) == list(range(len(prompts)))
+    for group in groups:
+        width = max(len(prompts[index].token_ids) for index in group)
+        assert len(group) == 1 or len(group) * width <= max_tokens
+    assert (len(groups) == 1) == (max_tokens == 10_000)
+    assert list(batches([])) == []
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_padding_places_tokens_masks_and_positions(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch)
+    prompts = fact_prompts(model)
+    found = positions(prompts)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    for side in ("left", "right", "subject"):
+        batch = pad(model, prompts, side=side)
+        for row, prompt in enumerate(prompts):
+            start = int(batch.starts[row])
+            end = start + lengths[row]
+            mask = torch.zeros(batch.tokens.shape[1], dtype=torch.long)
+            mask[start:end] = 1
+            assert batch.tokens[row, start:end].tolist() == list(prompt.token_ids)
+            assert torch.equal(batch.attention_mask[row], mask)
+            assert batch.position_ids[row, start:end].tolist() == list(range(lengths[row]))
+            assert set(batch.tokens[row][mask == 0].tolist()) <= {2}
+        columns = batch.columns(found)
+        assert torch.equal(columns, batch.starts + found)
+        if side == "subject":
+            assert columns.tolist() == [int(found.max())] * len(prompts)
+        elif side == "right":
+            assert batch.starts.tolist() == [0] * len(prompts)
+        else:
+            assert (batch.starts + torch.tensor(lengths)).tolist() == [max(lengths)] * len(prompts)
+
+
+def test_padding_at_the_subject_needs_a_subject(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    with pytest.raises(BadInputError, match="no subject position"):
+        pad(model, sentence_prompts(model), side="subject")
