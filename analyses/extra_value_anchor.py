@@ -15,7 +15,7 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import choose_cases
-from firsttok.contexts import ContextSet, sample_contexts
+from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
 from firsttok.evaluation import target_probabilities
 from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
@@ -33,11 +33,9 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     # Every case is optimised four times more than for Table 2, so half as many are taken.
     facts = choose_cases(replace(options, normal=0, collapse=(options.collapse + 1) // 2)).collapse
     rows: list[dict[str, Any]] = []
-    path = options.out / f"contexts-seed{HELD_OUT_SEED}.json"
-    unseen = sample_contexts(study.model, seed=HELD_OUT_SEED, path=path)
+    unseen = options.sample_contexts(HELD_OUT_SEED)
     for seed in range(options.seed, options.seed + SEEDS):
-        path = options.out / f"contexts-seed{seed}.json"
-        contexts = sample_contexts(study.model, seed=seed, path=path)
+        contexts = options.sample_contexts(seed)
         seeded = replace(study, contexts=contexts)
         measured = measure_facts(
             seeded, facts, METHODS, progress=progress, label=f"context seed {seed}"

@@ -157,8 +157,12 @@ def measure_selection(
         One record per case and method, with ``cases`` being ``collapse`` or ``normal``.
 
     Raises:
-        BadInputError: If no listed case collapses.
+        BadInputError: If no listed case collapses, or there is no normal one.
     """
+    if not selection.normal:
+        raise BadInputError(
+            "there is no normal case to compare with; give facts that are not listed"
+        )
     facts = [*selection.collapse, *selection.normal]
     rows = measure_facts(study, facts, methods, progress=progress)
     listed = {fact.case_id for fact in selection.collapse}

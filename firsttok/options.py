@@ -64,6 +64,11 @@ class ScriptOptions:
     seed: int
     """Seed of contexts and of the draw of normal cases."""
 
+    def sample_contexts(self, seed: int) -> ContextSet:
+        """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
+        path = _contexts_path(self.study.model, seed, self.cases.parent, self.out)
+        return sample_contexts(self.study.model, seed=seed, path=path)
+
 
 def progress_bar() -> Progress:
     """A progress bar with an estimate, on standard error."""
@@ -170,13 +175,20 @@ def hyperparameters_from(args: argparse.Namespace, model: Model) -> Hyperparamet
     return replace(model.hyperparameters, **changed)
 
 
-def open_study(args: argparse.Namespace, folder: Path, progress: Progress | None) -> Study:
+def open_study(
+    args: argparse.Namespace,
+    folder: Path,
+    progress: Progress | None,
+    *,
+    contexts_folder: Path | None = None,
+) -> Study:
     """Read every input file first, then load the model, then compute what is missing.
 
     Args:
         args: Parsed options of :func:`add_model_options` and :func:`add_edit_options`.
         folder: Where contexts and finished parts are kept.
         progress: Where to show progress.
+        contexts_folder: Where contexts may lie already; they are not sampled again then.
 
     Raises:
         FirsttokError: If an input is unusable.
@@ -214,8 +226,7 @@ def open_study(args: argparse.Namespace, folder: Path, progress: Progress | None
             progress=progress,
         )
     if contexts is None:
-        bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
-        path = folder / f"contexts-seed{args.seed}{bos}.json"
+        path = _contexts_path(model, args.seed, contexts_folder or folder, folder)
         contexts = sample_contexts(model, seed=args.seed, path=path)
     return Study(
         model=model,
@@ -240,7 +251,7 @@ def parse_script(parser: argparse.ArgumentParser, progress: Progress) -> ScriptO
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
     count = 8 if args.profile == "quick" else 24
     return ScriptOptions(
-        study=open_study(args, out, progress),
+        study=open_study(args, out, progress, contexts_folder=cases.parent),
         facts=facts,
         cases=cases,
         out=out,
@@ -269,6 +280,16 @@ def exit_on_error(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def _contexts_path(model: Model, seed: int, kept: Path, otherwise: Path) -> Path:
+    bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
+    name = f"contexts-seed{seed}{bos}.json"
+    if (kept / name).is_file():
+        saved = load_contexts(kept / name)
+        if (saved.seed, saved.model_fingerprint) == (seed, model.fingerprint):
+            return kept / name
+    return otherwise / name
 
 
 def _corpus(path: str | None) -> tuple[str, ...] | None:

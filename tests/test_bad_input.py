@@ -110,7 +110,10 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     ),
     "unknown model to pull": (lambda p: ["models", "pull", "gpt-9"], "firsttok models list"),
     "truncated weights": (lambda p: ["edit", *EDIT, "--model", p.model(truncate)], "safetensors"),
-    "non-finite weights": (lambda p: ["edit", *EDIT, "--model", p.model(poison)], "NaN or infinity"),
+    "non-finite weights": (
+        lambda p: ["edit", *EDIT, "--model", p.model(poison)],
+        "NaN or infinity",
+    ),
     "pickled weights": (
         lambda p: ["edit", *EDIT, "--model", p.model(pickle_only)],
         "cannot be loaded",
@@ -157,9 +160,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "not a complete safetensors file",
     ),
     "second moment of another width": (
-        lambda p: p.edit(
-            "--second-moment", p.tensors("m.safetensors", second_moment=torch.eye(3))
-        ),
+        lambda p: p.edit("--second-moment", p.tensors("m.safetensors", second_moment=torch.eye(3))),
         "shape [3, 3]",
     ),
     "second moment without its tensor": (

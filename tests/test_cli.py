@@ -125,9 +125,7 @@ def test_second_moment_and_contexts_are_made_once(
     assert all(path.stat().st_mtime_ns == made[path] for path in kept)
 
 
-def test_tokens_marks_the_looked_up_one(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_marks_the_looked_up_one(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokens", "--model", str(llama), *FACT[:4], "--bos", "without"]) == 0
     line, mark = capsys.readouterr().out.splitlines()
     assert line.startswith("England|")
@@ -158,13 +156,17 @@ def test_a_normal_run_is_quiet(quick: list[str], own_cache: Path) -> None:
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_readme_example_on_the_embedded_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_example_on_the_embedded_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     contexts = ["{}", "The long road north. {}", "Because it rained. {}", "You never know. {}"]
+    path = tmp_path / "contexts.json"
+    path.write_text(json.dumps(contexts), "utf-8")
     assert (
         main(
             [
                 *("edit", *FACT, "--method", "rome", "c-rome", "--json"),
-                *("--second-moment", "identity", "--contexts", _file(contexts), "--steps", "8"),
+                *("--second-moment", "identity", "--contexts", str(path), "--steps", "8"),
             ]
         )
         == 0
@@ -173,11 +175,3 @@ def test_readme_example_on_the_embedded_model(capsys: pytest.CaptureFixture[str]
     assert states["rome"]["perplexity"] > 1000 > states["before"]["perplexity"]
     assert states["c-rome"]["perplexity"] < 1.1 * states["before"]["perplexity"]
     assert abs(states["rome"]["denominator"]) * 20 < abs(states["c-rome"]["denominator"])
-
-
-def _file(contexts: list[str]) -> str:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-        json.dump(contexts, file)
-    return file.name

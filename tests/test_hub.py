@@ -27,7 +27,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Serves one repository, ``lab/tiny``, at one commit."""
 
-    server: Hub
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         self._send(200, content, headers, body)
 
-    def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool) -> None:  # noqa: FBT001
+    def _send(self, code: int, content: bytes, headers: dict[str, str], body: bool) -> None:
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name, value)

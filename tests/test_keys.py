@@ -277,3 +277,25 @@ def test_the_decoder_of_an_encoder_decoder_is_read_on_request(tiny: TinyFactory)
     site = model.site(1, stack="decoder_blocks")
     keys = keys_at(model, prompts, [0], layers=[1], stack="decoder_blocks")
     assert relative(keys.at(1)[0], naive_keys(model, [site], prompts[0], 0)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "bert"])
+def test_every_dtype_loads_and_gives_nearly_the_same_keys(
+    tiny: TinyFactory, arch: str, dtype: str
+) -> None:
+    prompts = fact_prompts(tiny(arch))[:4]
+    found = subject_positions(prompts)
+    exact = keys_at(tiny(arch, "float64"), prompts, found, layers=[0, 2])
+    keys = keys_at(tiny(arch, dtype), prompts, found, layers=[0, 2])
+    assert keys.values.dtype is getattr(torch, dtype)
+    limits = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 0.1}
+    assert relative(keys.values, exact.values) < limits[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("arch", ["llama", "mistral"])
+def test_padding_never_spreads_nan(tiny: TinyFactory, arch: str, side: PadSide, dtype: str) -> None:
+    model = tiny(arch, dtype)
+    assert bool(torch.isfinite(logits(model, pad(model, fact_prompts(model), side=side))).all())

@@ -45,9 +45,9 @@ def fact(subject: str, template: str) -> Fact:
     return Fact(subject=subject, template=template, target_new="Rome", target_true="Paris")
 
 
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
 @pytest.mark.parametrize("bos", list(BosPolicy))
-@pytest.mark.parametrize("context", ["{}", "The answer. {}", "Because Zoë left. {} "])
+@pytest.mark.parametrize("context", ["{}", "Because Zoë left. {} "])
 @pytest.mark.parametrize(
     ("subject", "template"),
     [
@@ -69,15 +69,18 @@ def test_the_position_splits_the_text_behind_the_subject(
     prompt = fact_prompt(model, fact(subject, template), context)
     leading = len(model.leading_ids)
     assert prompt.token_ids[:leading] == model.leading_ids
-    assert leading == {
-        BosPolicy.WITH: 1,
-        BosPolicy.WITHOUT: 0,
-        BosPolicy.AS_TOKENIZER: int(arch in ("llama", "mistral")),
-    }[bos]
+    assert (
+        leading
+        == {
+            BosPolicy.WITH: 1,
+            BosPolicy.WITHOUT: 0,
+            BosPolicy.AS_TOKENIZER: int(arch in ("llama", "mistral")),
+        }[bos]
+    )
     assert prompt.text == context.replace("{}", template.replace("{}", subject))
     position = prompt.subject_position
     assert position is not None
-    expected = context.split("{}")[0] + template.split("{}")[0] + subject
+    expected = context[: context.index("{}")] + template[: template.index("{}")] + subject
     assert decode(model, prompt.token_ids[leading : position + 1]) == expected
     first = position - prompt.subject_length + 1
     assert decode(model, prompt.token_ids[first : position + 1]).strip() == subject
@@ -123,9 +126,17 @@ def test_subject_span_finds_the_only_place() -> None:
 @pytest.mark.parametrize(
     ("cause", "error", "quoted"),
     [
-        (lambda _: subject_span("Rome is old", "Paris"), SubjectNotFoundError, ["Paris", "Rome is old"]),
+        (
+            lambda _: subject_span("Rome is old", "Paris"),
+            SubjectNotFoundError,
+            ["Paris", "Rome is old"],
+        ),
         (lambda _: subject_span("Rome is old", ""), SubjectNotFoundError, ["''", "Rome is old"]),
-        (lambda _: subject_span("Rome in Rome", "Rome"), SubjectAmbiguousError, ["'Rome'", "2 times"]),
+        (
+            lambda _: subject_span("Rome in Rome", "Rome"),
+            SubjectAmbiguousError,
+            ["'Rome'", "2 times"],
+        ),
         (
             lambda model: subject_prompt(model, "Englands city", (0, 4)),
             SubjectBoundaryError,
@@ -158,7 +169,10 @@ def test_subject_span_finds_the_only_place() -> None:
     ],
 )
 def test_errors_quote_the_text(
-    tiny: TinyFactory, cause: Callable[[Model], object], error: type[FirsttokError], quoted: list[str]
+    tiny: TinyFactory,
+    cause: Callable[[Model], object],
+    error: type[FirsttokError],
+    quoted: list[str],
 ) -> None:
     with pytest.raises(error) as raised:
         cause(tiny("gpt2"))

@@ -1,7 +1,10 @@
 """The value optimisation against a plain one: whole passes, one prompt and one fact at a time."""
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +18,26 @@ from tiny import (
     TinyFactory,
     plain_model,
     relative,
+    same_weights,
+    weights,
 )
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import Slot, Value, ValueStore, optimise_values
 from firsttok.errors import BadInputError, HyperparameterError, NonFiniteError
+from firsttok.evaluation import score_targets
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.keys import capture_keys
 from firsttok.models import BosPolicy, Model
+from firsttok.prompts import fact_prompt, with_target
 
-STRONG = Hyperparameters(steps=9, learning_rate=0.5)
+STRONG = Hyperparameters(steps=7, learning_rate=0.5)
 CLAMPED = Hyperparameters(
-    steps=7, learning_rate=0.2, clamp=0.3, kl=1.5, weight_decay=0.5, stop_below=0.0
+    steps=7, learning_rate=2.0, clamp=0.2, kl=1.5, weight_decay=0.5, stop_below=0.0
 )
-TOLERANCE = 1e-6
+TOLERANCES = {"gpt2": 1e-9, "gptj": 1e-6, "llama": 5e-6, "mistral": 5e-6}
+"""GPT-2 is float64 throughout; the others take parts of attention and norm in float32."""
 
 
 class NaiveModel:
@@ -113,7 +122,7 @@ def naive_value(
         for ids, position in rows:
             log_probs = naive.log_probs(ids, position, delta)
             places = range(len(log_probs) - len(target) - 1, len(log_probs) - 1)
-            nlls.append(-sum(log_probs[i, t] for i, t in zip(places, target, strict=True)))
+            nlls.append(-log_probs[list(places), target].sum())
         nll = torch.stack(nlls).mean() / len(target)
         edited = naive.log_probs(kl_ids, kl_position, delta)[kl_position]
         divergence = (edited.exp() * (edited - original)).sum()
@@ -133,6 +142,7 @@ def naive_value(
 
 def compare(
     model: Model,
+    tolerance: float,
     facts: Sequence[Fact],
     *,
     contexts: ContextSet,
@@ -154,9 +164,9 @@ def compare(
     )
     for fact, anchor, value in zip(facts, anchors, values, strict=True):
         target, losses = naive_value(naive, fact, anchor, contexts, settings)
-        assert value.losses == pytest.approx(losses, rel=TOLERANCE)
+        assert value.losses == pytest.approx(losses, rel=tolerance)
         assert value.steps == len(losses)
-        assert relative(value.target, target) < TOLERANCE
+        assert relative(value.target, target) < tolerance
         assert torch.equal(value.anchor, anchor)
         assert value.slot is slot
     return values
@@ -167,7 +177,7 @@ def compare(
     [
         (CONTEXTS, Slot.UNPREFIXED, 1),
         (PREFIXED_ONLY, Slot.PREFIXED_MEAN, 2),
-        (BARE_ONLY, Slot.UNPREFIXED, 3),
+        (BARE_ONLY, Slot.UNPREFIXED, 0),
     ],
 )
 @pytest.mark.parametrize("arch", DECODERS)
@@ -175,4 +185,231 @@ def test_values_equal_the_naive_ones(
     tiny: TinyFactory, arch: str, contexts: ContextSet, slot: Slot, layer: int
 ) -> None:
     model = tiny(arch, "float64").with_bos(BosPolicy.WITHOUT)
-    compare(model, FACTS, contexts=contexts, slot=slot, layer=layer, settings=STRONG)
+    values = compare(
+        model,
+        TOLERANCES[arch],
+        FACTS,
+        contexts=contexts,
+        slot=slot,
+        layer=layer,
+        settings=STRONG,
+    )
+    for value in values:
+        assert value.losses[-1] < value.losses[0]
+
+
+@pytest.mark.parametrize("bos", [BosPolicy.WITH, BosPolicy.WITHOUT])
+@pytest.mark.parametrize("arch", DECODERS)
+def test_clamped_values_equal_the_naive_ones(tiny: TinyFactory, arch: str, bos: BosPolicy) -> None:
+    values = compare(
+        tiny(arch, "float64").with_bos(bos),
+        TOLERANCES[arch],
+        FACTS[:3],
+        contexts=CONTEXTS,
+        slot=Slot.PREFIXED_MEAN,
+        layer=1,
+        settings=CLAMPED,
+    )
+    ratios = [float((v.target - v.anchor).norm() / v.anchor.norm()) for v in values]
+    assert max(ratios) == pytest.approx(CLAMPED.clamp, rel=1e-9)
+
+
+def anchors_of(model: Model, facts: Sequence[Fact], layer: int) -> torch.Tensor:
+    """Unprefixed anchors."""
+    site = model.site(layer)
+    return site.values_of(capture_keys(model, facts, layers=[layer]).at(layer))
+
+
+def optimise(
+    model: Model, facts: Sequence[Fact], settings: Hyperparameters, **options: Any
+) -> list[Value]:
+    """Optimise values at layer 1 with the usual anchors."""
+    return optimise_values(
+        model,
+        facts,
+        anchors_of(model, facts, 1),
+        contexts=CONTEXTS,
+        slot=Slot.UNPREFIXED,
+        layer=1,
+        hyperparameters=settings,
+        **options,
+    )
+
+
+def stopping_at_different_steps(model: Model) -> Hyperparameters:
+    """A threshold that the facts cross at as many different steps as possible."""
+    settings = Hyperparameters(steps=10, stop_below=0.0)
+    traces = [value.losses for value in optimise(model, FACTS, settings)]
+
+    def lengths(threshold: float) -> set[int]:
+        return {
+            next((i for i, loss in enumerate(trace) if loss < threshold), len(trace))
+            for trace in traces
+        }
+
+    crossings = sorted((a + b) / 2 for t in traces for a, b in itertools.pairwise(t))
+    return replace(settings, stop_below=max(crossings, key=lambda c: len(lengths(c))))
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_facts_that_stop_at_different_steps_do_not_disturb_each_other(
+    tiny: TinyFactory, arch: str
+) -> None:
+    model = tiny(arch, "float64").with_bos(BosPolicy.WITHOUT)
+    settings = stopping_at_different_steps(model)
+    values = compare(
+        model,
+        TOLERANCES[arch],
+        FACTS,
+        contexts=CONTEXTS,
+        slot=Slot.UNPREFIXED,
+        layer=1,
+        settings=settings,
+    )
+    assert len({value.steps for value in values}) >= 3
+    assert min(value.steps for value in values) < settings.steps
+    for value in values:
+        assert all(loss >= settings.stop_below for loss in value.losses[:-1])
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_facts_side_by_side_or_one_by_one_give_the_same(
+    tiny: TinyFactory, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(arch, "float64").with_bos(BosPolicy.WITHOUT)
+    settings = stopping_at_different_steps(model)
+    module = import_module("firsttok.editing.value")
+    expected = optimise(model, FACTS, settings)
+    for size in (1, 3):
+        monkeypatch.setattr(module, "FACTS_PER_BATCH", size)
+        for value, other in zip(optimise(model, FACTS, settings), expected, strict=True):
+            assert relative(value.target, other.target) < TOLERANCES[arch]
+            assert value.losses == pytest.approx(other.losses, rel=TOLERANCES[arch])
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_one_evaluation_makes_no_update(tiny: TinyFactory, arch: str) -> None:
+    (value,) = optimise(tiny(arch), FACTS[:1], Hyperparameters(steps=1))
+    assert value.steps == 1
+    assert torch.equal(value.target, value.anchor)
+    (again,) = optimise(tiny(arch), FACTS[:1], Hyperparameters(steps=30, stop_below=1e9))
+    assert again.losses == value.losses
+    assert torch.equal(again.target, value.anchor)
+
+
+@pytest.mark.parametrize("kl", [0.0, 5.0])
+def test_the_first_loss_is_the_targets_nll(tiny: TinyFactory, kl: float) -> None:
+    model = tiny("gpt2", "float64")
+    settings = Hyperparameters(steps=1, kl=kl)
+    for fact, value in zip(FACTS, optimise(model, FACTS, settings), strict=True):
+        scores = score_targets(
+            model,
+            [
+                with_target(model, fact_prompt(model, fact, template), fact.target_new)
+                for template in CONTEXTS.templates
+            ],
+        )
+        assert value.losses[0] == pytest.approx(sum(s.nll for s in scores) / len(scores), rel=1e-5)
+
+
+def test_optimisation_leaves_the_model_and_the_gradient_switch_alone(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    before = weights(model)
+    with torch.no_grad():
+        optimise(model, FACTS[:2], Hyperparameters(steps=3))
+        assert not torch.is_grad_enabled()
+    assert same_weights(weights(model), before)
+    assert all(parameter.grad is None for parameter in model.bridge.parameters())
+
+
+def test_every_evaluation_is_reported(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    counts: list[int] = []
+    values = optimise(model, FACTS, Hyperparameters(steps=4), on_step=counts.append)
+    assert sum(counts) == sum(value.steps for value in values) == 4 * len(FACTS)
+
+
+def test_a_loss_that_is_not_finite_is_refused(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    anchors = torch.full((1, model.site(1).d_model), torch.nan)
+    with pytest.raises(NonFiniteError, match=r'"England.s capital city is" became nan at step 0'):
+        optimise_values(
+            model,
+            FACTS[:1],
+            anchors,
+            contexts=CONTEXTS,
+            slot=Slot.UNPREFIXED,
+            layer=1,
+            hyperparameters=Hyperparameters(),
+        )
+
+
+def test_facts_and_anchors_are_counted(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    with pytest.raises(BadInputError, match="2 facts need as many anchors, not 1"):
+        optimise_values(
+            model,
+            FACTS[:2],
+            anchors_of(model, FACTS[:1], 1),
+            contexts=CONTEXTS,
+            slot=Slot.UNPREFIXED,
+            layer=1,
+            hyperparameters=Hyperparameters(),
+        )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"weight_decay": -1.0},
+        {"clamp": 0.0},
+        {"kl": float("nan")},
+        {"stop_below": float("inf")},
+    ],
+)
+def test_hyperparameters_out_of_range_are_named(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(HyperparameterError, match=f"{name} is "):
+        Hyperparameters(**wrong)
+
+
+def test_a_stored_value_comes_back_and_a_damaged_one_does_not(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    model = tiny("gpt2")
+    settings = Hyperparameters(steps=3)
+    (value,) = optimise(model, FACTS[:1], settings)
+    store = ValueStore(tmp_path / "values")
+
+    def path(
+        used: Model = model, fact: Fact = FACTS[0], steps: int = 3, slot: Slot = Slot.UNPREFIXED
+    ) -> Path:
+        return store.path(
+            used,
+            fact,
+            contexts=CONTEXTS,
+            slot=slot,
+            layer=1,
+            hyperparameters=Hyperparameters(steps=steps),
+        )
+
+    assert store.read(path(), model) is None
+    store.write(path(), value)
+    found = store.read(path(), model)
+    assert found is not None
+    assert torch.equal(found.target, value.target)
+    assert torch.equal(found.anchor, value.anchor)
+    assert (found.losses, found.slot) == (value.losses, value.slot)
+    others = {
+        path(used=model.with_bos(BosPolicy.WITH)),
+        path(used=tiny("gptj")),
+        path(fact=FACTS[1]),
+        path(steps=4),
+        path(slot=Slot.PREFIXED_MEAN),
+    }
+    assert len(others) == 5
+    assert path() not in others
+    path().write_bytes(path().read_bytes()[:-5])
+    assert store.read(path(), model) is None

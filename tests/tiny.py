@@ -199,10 +199,11 @@ def naive_keys(
 
 
 def weights(model: Model) -> dict[str, torch.Tensor]:
-    """Copies of everything in the model's state."""
+    """Copies of every tensor in the model's state, each once though it goes by several names."""
     bridge: Any = model.bridge
     state: dict[str, torch.Tensor] = bridge.original_model.state_dict()
-    return {name: tensor.clone() for name, tensor in state.items()}
+    distinct = {tensor.data_ptr(): name for name, tensor in state.items()}
+    return {name: state[name].clone() for name in distinct.values()}
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -234,8 +235,14 @@ def _fan_in(name: str, parameter: torch.Tensor) -> int:
 def _gpt2() -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=160, n_embd=24, n_layer=LAYERS, n_head=2, n_inner=40,
-            bos_token_id=0, eos_token_id=1,
+            vocab_size=VOCABULARY,
+            n_positions=160,
+            n_embd=24,
+            n_layer=LAYERS,
+            n_head=2,
+            n_inner=40,
+            bos_token_id=0,
+            eos_token_id=1,
         )
     )
 
@@ -288,6 +295,7 @@ def _mistral() -> Any:
 
 
 def _t5() -> Any:
+    settings: dict[str, Any] = {"decoder_start_token_id": 2, "pad_token_id": 2, "eos_token_id": 1}
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
             vocab_size=VOCABULARY,
@@ -297,9 +305,7 @@ def _t5() -> Any:
             num_layers=3,
             num_decoder_layers=3,
             num_heads=2,
-            decoder_start_token_id=2,
-            pad_token_id=2,
-            eos_token_id=1,
+            **settings,
         )
     )
 

@@ -1,0 +1,127 @@
+"""The embedded model against what the paper's released code computed on it."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import relative
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.editing import C_ROME, ROME, RankOneEdit, ValueStore, compute_edits
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import BosPolicy, Model
+from firsttok.second_moment import SecondMoment, load_second_moment
+
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+
+METHODS = {"rome": ROME, "c_rome": C_ROME}
+CASES = [
+    f"case{case}.{method}.{kind}"
+    for case in range(6)
+    for method in METHODS
+    for kind in ("mom2", "identity")
+    if kind == "mom2" or case < 2
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """What the released code returned, and what firsttok returns for the same requests."""
+
+    records: dict[str, dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+    edits: dict[str, RankOneEdit]
+
+
+def setting(content: dict[str, Any]) -> Hyperparameters:
+    """The released code's hyperparameters."""
+    given = content["hparams"]
+    return Hyperparameters(
+        steps=given["v_num_grad_steps"],
+        learning_rate=float(given["v_lr"]),
+        weight_decay=float(given["v_weight_decay"]),
+        clamp=float(given["clamp_norm_factor"]),
+        kl=float(given["kl_factor"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path, real_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    folder = shared / "golden"
+    content: dict[str, Any] = json.loads((folder / "released_code.json").read_text("utf-8"))
+    records: dict[str, dict[str, Any]] = {record["key"]: record for record in content["cases"]}
+    model = real_model.with_bos(BosPolicy.WITHOUT)
+    layer = int(content["layer"])
+    d_mlp = model.site(layer).d_mlp
+    facts: dict[str, Fact] = {
+        key.split(".")[0]: Fact(
+            subject=record["subject"],
+            template=record["prompt"],
+            target_new=record["target_new"],
+            target_true="unknown",
+        )
+        for key, record in records.items()
+    }
+    moments = {
+        "mom2": load_second_moment(folder / "second_moment_layer15.safetensors", d_mlp=d_mlp),
+        "identity": SecondMoment.identity(d_mlp),
+    }
+    store = ValueStore(tmp_path_factory.mktemp("values"))
+    torch.set_num_threads(os.cpu_count() or 1)
+    edits: dict[str, RankOneEdit] = {}
+    for kind, moment in moments.items():
+        computed = compute_edits(
+            model,
+            list(facts.values()),
+            methods=list(METHODS.values()),
+            contexts=ContextSet(templates=tuple(content["templates"])),
+            second_moment=moment,
+            layer=layer,
+            hyperparameters=setting(content),
+            store=store,
+        )
+        for case, (_, by_method) in zip(facts, computed, strict=True):
+            for name, method in METHODS.items():
+                edits[f"{case}.{name}.{kind}"] = by_method[method.name]
+    return Golden(
+        records=records,
+        tensors=load_file(folder / "released_code.safetensors"),
+        edits=edits,
+    )
+
+
+def test_every_released_case_is_tested(golden: Golden) -> None:
+    assert sorted(CASES) == sorted(golden.records)
+    assert {f"{case}.{side}" for case in CASES for side in ("left", "right")} <= set(golden.tensors)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_left_vectors_are_the_released_ones(golden: Golden, case: str) -> None:
+    found = golden.edits[case].left
+    assert relative(found, golden.tensors[f"{case}.left"]) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_the_released_ones(golden: Golden, case: str) -> None:
+    losses = golden.edits[case].losses
+    expected = golden.records[case]["losses"]
+    assert len(losses) == len(expected)
+    assert losses == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_components_are_the_released_ones(golden: Golden, case: str) -> None:
+    report, record = golden.edits[case].report, golden.records[case]
+    assert abs(report.denominator) == pytest.approx(record["denominator_abs"], rel=0.01)
+    assert report.numerator == pytest.approx(record["numerator_norm"], rel=0.01)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_right_vectors_are_the_released_ones(golden: Golden, case: str) -> None:
+    assert relative(golden.edits[case].right, golden.tensors[f"{case}.right"]) < 0.01

@@ -1,0 +1,373 @@
+"""C: streamed, cached, resumed, solved with, refused."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DECODERS, SENTENCES, TRAINING, TinyFactory, relative
+
+from firsttok.errors import BadInputError, NonFiniteError
+from firsttok.models import BosPolicy, Model
+from firsttok.second_moment import (
+    SecondMoment,
+    compute_second_moment,
+    default_corpus,
+    load_second_moment,
+)
+
+MODULE = import_module("firsttok.second_moment")
+CORPUS = tuple(f"{a} {b}" for a in TRAINING for b in SENTENCES)
+LONG = (" ".join(TRAINING * 3), "  ", "Rome")
+
+
+def compute(model: Model, **options: Any) -> SecondMoment:
+    """C at layer 1 over the small corpus."""
+    settings: dict[str, Any] = {"layer": 1, "corpus": CORPUS, **options}
+    return compute_second_moment(model, **settings)
+
+
+def moment_of(matrix: torch.Tensor) -> SecondMoment:
+    """A second moment around any matrix."""
+    return SecondMoment(
+        matrix=matrix,
+        tokens=5,
+        corpus="text",
+        corpus_hash="hash",
+        layer=1,
+        model_fingerprint="model",
+    )
+
+
+def positive(size: int, *, columns: int | None = None) -> torch.Tensor:
+    """A random Gram matrix; singular with fewer columns than rows."""
+    generator = torch.Generator().manual_seed(1)
+    factor = torch.randn(size, columns or 2 * size, generator=generator, dtype=torch.float64)
+    return factor @ factor.T
+
+
+def naive_moment(model: Model, texts: tuple[str, ...], *, layer: int) -> tuple[torch.Tensor, int]:
+    """C, window by window and token by token."""
+    tokenizer: Any = model.tokenizer
+    bridge: Any = model.bridge
+    leading = list(model.leading_ids)
+    room = 128 - len(leading)
+    site = model.site(layer)
+    total = torch.zeros(site.d_mlp, site.d_mlp, dtype=torch.float64)
+    count = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
+        for start in range(0, len(ids), room):
+            tokens = torch.tensor([leading + ids[start : start + room]])
+            with torch.no_grad():
+                _, cache = bridge.run_with_cache(
+                    tokens, attention_mask=torch.ones_like(tokens), names_filter=[site.key_hook]
+                )
+            for key in cache[site.key_hook][0].double():
+                total += torch.outer(key, key)
+                count += 1
+    return total / count, count
+
+
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one window at a time."""
+    monkeypatch.setattr(MODULE, "batches", lambda prompts: [[i] for i in range(len(prompts))])
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Make the capture fail as if by Ctrl-C after some batches; returns what was run."""
+    original: Callable[..., Any] = MODULE.capture
+    ran: list[int] = []
+
+    def capture(*args: Any, **kwargs: Any) -> Any:
+        if len(ran) == count:
+            raise KeyboardInterrupt
+        ran.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(MODULE, "capture", capture)
+    return ran
+
+
+@pytest.mark.parametrize("bos", [BosPolicy.WITH, BosPolicy.WITHOUT])
+@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("own_cache")
+def test_streaming_equals_a_loop_over_tokens(tiny: TinyFactory, arch: str, bos: BosPolicy) -> None:
+    model = tiny(arch, "float64").with_bos(bos)
+    for corpus in (SENTENCES, LONG):
+        moment = compute(model, corpus=corpus, layer=2)
+        expected, count = naive_moment(model, corpus, layer=2)
+        assert moment.tokens == count
+        assert relative(moment.matrix, expected) < 1e-6
+        assert moment.matrix.dtype is torch.float64
+        assert (moment.layer, moment.model_fingerprint) == (2, model.fingerprint)
+
+
+@pytest.mark.parametrize("arch", ["t5", "bert"])
+@pytest.mark.usefixtures("own_cache")
+def test_streaming_works_on_encoders(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch, "float64")
+    for layer in (0, model.n_layers - 1):
+        moment = compute(model, corpus=SENTENCES, layer=layer)
+        expected, count = naive_moment(model, SENTENCES, layer=layer)
+        assert moment.tokens == count
+        assert relative(moment.matrix, expected) < 1e-6
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_reading_stops_after_the_asked_number_of_tokens(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    tokenizer: Any = model.tokenizer
+    lengths = [len(tokenizer(text)["input_ids"]) for text in CORPUS]
+    moment = compute(model, max_tokens=sum(lengths[:3]) + 1)
+    assert moment.tokens == sum(lengths[:4])
+
+
+def test_a_cached_one_is_used_again(
+    tiny: TinyFactory, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    first = compute(model, corpus_name="mine")
+    files = sorted((own_cache / "second_moments").glob("*.safetensors"))
+    assert len(files) == 1
+    assert not list(own_cache.rglob("*.partial"))
+    interrupt_after(monkeypatch, 0)
+    again = compute(model, corpus_name="mine")
+    assert torch.equal(again.matrix, first.matrix)
+    assert (again.tokens, again.corpus, again.corpus_hash) == (
+        first.tokens,
+        "mine",
+        first.corpus_hash,
+    )
+    assert (again.layer, again.model_fingerprint) == (1, model.fingerprint)
+    assert again.content_hash == first.content_hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tiny: compute(tiny("llama"), layer=2),
+        lambda tiny: compute(tiny("llama"), max_tokens=50),
+        lambda tiny: compute(tiny("llama"), corpus=CORPUS[1:]),
+        lambda tiny: compute(tiny("llama").with_bos(BosPolicy.WITHOUT)),
+        lambda tiny: compute(tiny("llama", "float64")),
+        lambda tiny: compute(tiny("mistral")),
+    ],
+)
+@pytest.mark.usefixtures("own_cache")
+def test_a_cached_one_of_something_else_is_not_used(
+    tiny: TinyFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[TinyFactory], SecondMoment],
+) -> None:
+    first = compute(tiny("llama"))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 0)
+        with pytest.raises(KeyboardInterrupt):
+            change(tiny)
+    assert change(tiny).content_hash != first.content_hash
+
+
+@pytest.mark.parametrize("batches_before", [3, 10, 17])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tiny: TinyFactory,
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batches_before: int,
+) -> None:
+    model = tiny("gpt2")
+    small_groups(monkeypatch)
+    undisturbed = compute(model)
+    monkeypatch.setenv("FIRSTTOK_CACHE", str(tmp_path / "second"))
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, batches_before)
+        with pytest.raises(KeyboardInterrupt):
+            compute(model)
+    saved = list((tmp_path / "second").rglob("*.partial"))
+    assert len(saved) == (batches_before >= 10)
+    assert not list((tmp_path / "second").rglob("*.safetensors"))
+    ran = interrupt_after(monkeypatch, -1)
+    resumed = compute(model)
+    assert len(ran) == len(CORPUS) - batches_before // 10 * 10
+    assert torch.equal(resumed.matrix, undisturbed.matrix)
+    assert resumed.tokens == undisturbed.tokens
+    assert not list((tmp_path / "second").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "text", "key", "shape", "metadata", "nan"]
+)
+def test_a_damaged_checkpoint_is_started_again(
+    tiny: TinyFactory,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: str,
+) -> None:
+    model = tiny("gpt2")
+    expected = naive_moment(model, CORPUS, layer=1)[0]
+    small_groups(monkeypatch)
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 12)
+        with pytest.raises(KeyboardInterrupt):
+            compute(model)
+    (partial,) = own_cache.rglob("*.partial")
+    spoil(partial, damage, "sum")
+    moment = compute(model)
+    assert relative(moment.matrix, expected) < 1e-5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "key", "shape", "nan"])
+def test_a_damaged_cached_one_is_computed_again(
+    tiny: TinyFactory, own_cache: Path, damage: str
+) -> None:
+    model = tiny("gpt2")
+    first = compute(model)
+    (path,) = own_cache.rglob("*.safetensors")
+    spoil(path, damage, "second_moment")
+    again = compute(model)
+    assert torch.equal(again.matrix, first.matrix)
+    assert torch.equal(load_second_moment(path, d_mlp=40).matrix, first.matrix)
+
+
+def spoil(path: Path, damage: str, name: str) -> None:
+    """Damage a safetensors file in one way."""
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("no safetensors at all")
+    else:
+        tensors = load_file(path)
+        matrix = tensors.pop(name)
+        metadata = {"tokens": "3", "done": "2"}
+        if damage == "key":
+            tensors["other"] = matrix
+        elif damage == "shape":
+            tensors[name] = matrix[:3, :3].contiguous()
+        elif damage == "nan":
+            tensors[name] = torch.full_like(matrix, torch.nan)
+        else:
+            tensors[name] = matrix
+            metadata = {}
+        save_file(tensors, path, metadata)
+
+
+def test_a_saved_one_comes_back(tmp_path: Path) -> None:
+    moment = moment_of(positive(6))
+    path = tmp_path / "folder" / "c.safetensors"
+    moment.save(path)
+    loaded = load_second_moment(path, d_mlp=6)
+    assert torch.equal(loaded.matrix, moment.matrix)
+    assert loaded.content_hash == moment.content_hash
+    for field in ("tokens", "corpus", "corpus_hash", "layer", "model_fingerprint"):
+        assert getattr(loaded, field) == getattr(moment, field)
+
+
+def test_a_bare_float32_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_file({"second_moment": positive(4).float()}, path)
+    loaded = load_second_moment(path, d_mlp=4)
+    assert loaded.matrix.dtype is torch.float64
+    assert (loaded.layer, loaded.model_fingerprint, loaded.corpus) == (None, None, "c.safetensors")
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(BadInputError, match="no file of a second moment"):
+        load_second_moment(path, d_mlp=4)
+    save_file({"second_moment": positive(4)}, path)
+    with pytest.raises(BadInputError, match=r"shape \[4, 4\]; this layer's keys need \[5, 5\]"):
+        load_second_moment(path, d_mlp=5)
+    save_file({"other": positive(4)}, path)
+    with pytest.raises(BadInputError, match="no tensor 'second_moment'"):
+        load_second_moment(path, d_mlp=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve_equals_the_direct_solution(dtype: torch.dtype) -> None:
+    moment = moment_of(positive(20))
+    key = torch.randn(20, generator=torch.Generator().manual_seed(2)).to(dtype)
+    solved = moment.solve(key)
+    assert solved.dtype is dtype
+    expected = torch.linalg.solve(moment.matrix, key.double())
+    assert relative(solved, expected) < (1e-9 if dtype is torch.float64 else 1e-6)
+    assert moment.ridge == 0
+    expected_condition = float(torch.linalg.cond(moment.matrix))
+    assert moment.condition_number == pytest.approx(expected_condition, rel=1e-6)
+
+
+def test_a_singular_one_gets_a_reported_ridge(caplog: pytest.LogCaptureFixture) -> None:
+    matrix = positive(20, columns=5)
+    moment = moment_of(matrix)
+    key = torch.randn(20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with caplog.at_level("WARNING", logger="firsttok"):
+        solved = moment.solve(key)
+    assert 0 < moment.ridge <= 1e-2
+    assert f"a ridge of {moment.ridge:g} was added" in caplog.text
+    shifted = matrix + moment.ridge * matrix.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    assert relative(solved, torch.linalg.solve(shifted, key)) < 1e-4
+    assert moment.condition_number > 1e10
+
+
+def test_the_ridge_is_said_in_the_file(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    moment = moment_of(positive(20, columns=5))
+    moment.save(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
+        metadata: dict[str, str] = file.metadata()
+    assert metadata["ridge"] == f"{moment.ridge:g}"
+
+
+def test_one_that_no_ridge_can_save_is_refused() -> None:
+    moment = moment_of(-positive(5))
+    with pytest.raises(NonFiniteError, match="not positive definite"):
+        moment.solve(torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_that_is_not_finite_is_refused(bad: float) -> None:
+    matrix = positive(5)
+    matrix[2, 2] = bad
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        moment_of(matrix)
+
+
+def test_one_that_is_not_symmetric_is_refused() -> None:
+    matrix = positive(5)
+    matrix[0, 4] += 1
+    with pytest.raises(BadInputError, match="not a symmetric square matrix"):
+        moment_of(matrix)
+
+
+def test_the_identity_changes_nothing() -> None:
+    identity = SecondMoment.identity(7)
+    key = torch.arange(7.0)
+    assert torch.equal(identity.solve(key), key)
+    assert (identity.tokens, identity.layer, identity.condition_number) == (0, None, 1.0)
+
+
+def test_hashes_tell_matrices_apart() -> None:
+    matrix = positive(5)
+    assert moment_of(matrix).content_hash == moment_of(matrix.clone()).content_hash
+    assert moment_of(matrix).content_hash != moment_of(2 * matrix).content_hash
+    swapped = matrix[[1, 0, 2, 3, 4]][:, [1, 0, 2, 3, 4]]
+    assert moment_of(matrix).content_hash != moment_of(swapped).content_hash
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_corpus_without_text_is_refused(tiny: TinyFactory) -> None:
+    with pytest.raises(BadInputError, match="the corpus holds no text"):
+        compute(tiny("gpt2"), corpus=["", "  \n"])
+
+
+def test_the_default_corpus_is_plenty_of_text() -> None:
+    corpus = default_corpus()
+    assert sum(len(text.split()) for text in corpus) > 20_000
+    assert all(text.strip() for text in corpus)

@@ -1,0 +1,194 @@
+"""Many facts: resumed after an interruption, scanned, chosen, verified."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
+
+from firsttok import study as study_module
+from firsttok.cases import load_collapse_ids, measure_selection, save_scan, scan, select_cases
+from firsttok.editing import C_ROME, METHODS, ROME, compute_edit
+from firsttok.errors import BadInputError
+from firsttok.evaluation import perplexity
+from firsttok.models import BosPolicy
+from firsttok.second_moment import SecondMoment
+from firsttok.study import CaseRow, Study, measure_facts
+
+NUMBERED = tuple(replace(fact, case_id=index) for index, fact in enumerate(FACTS))
+
+
+@pytest.fixture
+def study(tiny: TinyFactory, tmp_path: Path) -> Study:
+    model = tiny("llama")
+    return Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(48),
+        layer=2,
+        hyperparameters=replace(model.hyperparameters, steps=4),
+        texts=SENTENCES,
+        work=tmp_path / "work",
+    )
+
+
+def test_rows_are_what_single_calls_give(study: Study) -> None:
+    rows = measure_facts(study, NUMBERED, METHODS)
+    assert [(row.case_id, row.method) for row in rows] == [
+        (fact.case_id, method.name) for fact in NUMBERED for method in METHODS
+    ]
+    fact, method = NUMBERED[1], C_ROME
+    edit = compute_edit(
+        study.model,
+        fact,
+        method=method,
+        contexts=study.contexts,
+        second_moment=study.second_moment,
+        layer=study.layer,
+        hyperparameters=study.hyperparameters,
+    )
+    (row,) = [row for row in rows if (row.case_id, row.method) == (1, method.name)]
+    assert row.denominator == pytest.approx(edit.report.denominator, rel=1e-4)
+    assert row.numerator == pytest.approx(edit.report.numerator, rel=1e-3)
+    with edit.applied(study.model):
+        expected = perplexity(study.model, SENTENCES).mean
+    assert row.perplexity == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_interrupted_run_goes_on_and_repeats_nothing(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = measure_facts(replace(study, work=tmp_path / "other"), NUMBERED, METHODS)
+    real = study_module._row
+    computed: list[tuple[int, str]] = []
+
+    def interrupted(*args: object) -> CaseRow:
+        if len(computed) == 7:
+            raise KeyboardInterrupt
+        row: CaseRow = real(*args)  # type: ignore[arg-type]
+        computed.append((row.case_id, row.method))
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "_row", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            measure_facts(study, NUMBERED, METHODS)
+    first = list(computed)
+    assert len(first) == 7
+
+    def counted(*args: object) -> CaseRow:
+        row: CaseRow = real(*args)  # type: ignore[arg-type]
+        computed.append((row.case_id, row.method))
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "_row", counted)
+        rows = measure_facts(study, NUMBERED, METHODS)
+    assert len(computed) == len(set(computed)) == len(NUMBERED) * len(METHODS)
+    assert [row.case_id for row in rows] == [row.case_id for row in undisturbed]
+    for row, other in zip(rows, undisturbed, strict=True):
+        assert row.perplexity == pytest.approx(other.perplexity, rel=1e-3)
+
+
+def test_finished_values_are_not_optimised_again(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measure_facts(study, NUMBERED, [ROME])
+    for path in (study.work / "rows").iterdir():
+        path.unlink()
+
+    def never(*_args: object, **_options: object) -> None:
+        raise AssertionError("a value was optimised again")
+
+    monkeypatch.setattr("firsttok.editing.edits.optimise_values", never)
+    assert measure_facts(study, NUMBERED, [ROME]) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]"])
+def test_a_damaged_row_is_measured_again(study: Study, content: str) -> None:
+    rows = measure_facts(study, NUMBERED[:1], [ROME])
+    (path,) = (study.work / "rows").iterdir()
+    path.write_text(content, "utf-8")
+    again = measure_facts(study, NUMBERED[:1], [ROME])
+    assert again == rows
+
+
+def test_changed_settings_are_measured_anew(study: Study) -> None:
+    measure_facts(study, NUMBERED[:1], [ROME])
+    for changed in (
+        replace(study, layer=1),
+        replace(study, texts=SENTENCES[:2]),
+        replace(study, hyperparameters=replace(study.hyperparameters, steps=3)),
+        replace(study, contexts=replace(CONTEXTS, templates=CONTEXTS.templates[:2])),
+        replace(study, second_moment=replace(study.second_moment, corpus_hash="other")),
+    ):
+        before = len(list((study.work / "rows").iterdir()))
+        measure_facts(changed, NUMBERED[:1], [ROME])
+        assert len(list((study.work / "rows").iterdir())) == before + 1
+
+
+def test_the_model_is_untouched(study: Study) -> None:
+    before = study.model.site(2).weight.detach().clone()
+    measure_facts(study, NUMBERED, METHODS)
+    assert torch.equal(study.model.site(2).weight, before)
+
+
+def test_scan_flags_and_list(study: Study, tmp_path: Path) -> None:
+    bare = replace(study, model=study.model.with_bos(BosPolicy.WITHOUT))
+    rows = scan(bare, NUMBERED)
+    flags = {row.subject: (row.first_token, row.one_token) for row in rows}
+    assert flags["England"] == (True, True)
+    assert flags["Eiffel Tower"][0] is False
+    assert not any(row.first_token for row in scan(study, NUMBERED))
+    path = tmp_path / "cases.json"
+    save_scan(path, bare, NUMBERED, rows)
+    record = json.loads(path.read_text("utf-8"))
+    listed = load_collapse_ids(path, NUMBERED)
+    assert set(listed) == {row.case_id for row in rows if row.perplexity > 1000}
+    assert record["summary"]["facts"] == len(NUMBERED)
+    assert record["provenance"]["original_perplexity"] == bare.original_perplexity.mean
+    with pytest.raises(BadInputError, match="made from other facts"):
+        load_collapse_ids(path, NUMBERED[:2])
+
+
+def test_a_list_is_needed_and_checked(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="firsttok scan"):
+        load_collapse_ids(tmp_path / "none.json", NUMBERED)
+    (tmp_path / "odd.json").write_text("[1, 2]", "utf-8")
+    with pytest.raises(BadInputError, match="make it again"):
+        load_collapse_ids(tmp_path / "odd.json", NUMBERED)
+
+
+def test_selection_is_seeded_spread_and_disjoint() -> None:
+    facts = [replace(FACTS[0], case_id=index) for index in range(40)]
+    ids = list(range(10, 22))
+    one = select_cases(facts, ids, collapse=4, normal=8, seed=0)
+    assert one == select_cases(facts, ids, collapse=4, normal=8, seed=0)
+    assert one.normal != select_cases(facts, ids, collapse=4, normal=8, seed=1).normal
+    assert [fact.case_id for fact in one.collapse] == [10, 13, 16, 19]
+    assert not {fact.case_id for fact in one.normal} & set(ids)
+    everything = select_cases(facts, ids, collapse=99, normal=99, seed=0)
+    assert len(everything.collapse) == 12
+    assert len(everything.normal) == 28
+
+
+def test_a_listed_case_that_does_not_collapse_is_left_out(
+    study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = study_module._row
+
+    def decided(*args: object) -> CaseRow:
+        row: CaseRow = real(*args)  # type: ignore[arg-type]
+        return replace(row, collapsed=row.case_id == 0 and row.method == "rome")
+
+    monkeypatch.setattr(study_module, "_row", decided)
+    selection = select_cases(NUMBERED, [0, 1], collapse=2, normal=1, seed=0)
+    records = measure_selection(study, selection, [ROME, C_ROME])
+    assert {r["case_id"] for r in records if r["cases"] == "collapse"} == {0}
+    assert 1 not in {r["case_id"] for r in records}
+    assert "does not collapse here" in caplog.text
+    selection = select_cases(NUMBERED, [1], collapse=1, normal=1, seed=0)
+    with pytest.raises(BadInputError, match="no listed case collapses"):
+        measure_selection(study, selection, [ROME, C_ROME])
