@@ -36,6 +36,8 @@ class ContextSet:
     """Seed they were sampled with; None for a hand-made set."""
     model_fingerprint: str | None = None
     """Fingerprint of the model they were sampled from; None for a hand-made set."""
+    leading_ids: tuple[int, ...] | None = None
+    """BOS tokens they were sampled behind; None for a hand-made set."""
 
     def __post_init__(self) -> None:
         """Check the templates."""
@@ -68,6 +70,7 @@ class ContextSet:
             "templates": list(self.templates),
             "seed": self.seed,
             "model_fingerprint": self.model_fingerprint,
+            "leading_ids": None if self.leading_ids is None else list(self.leading_ids),
         }
         write_json(Path(path), record)
 
@@ -81,10 +84,12 @@ def load_contexts(path: str | Path) -> ContextSet:
     content = read_json(Path(path), "context templates")
     seed: Any = None
     fingerprint: Any = None
+    leading: Any = None
     if isinstance(content, dict):
         record = cast(dict[str, Any], content)
         content = record.get("templates")
         seed, fingerprint = record.get("seed"), record.get("model_fingerprint")
+        leading = record.get("leading_ids")
     if not isinstance(content, list):
         raise BadInputError(f"{path} should hold a JSON list of templates with one '{{}}' each")
     templates = cast(list[Any], content)
@@ -96,6 +101,7 @@ def load_contexts(path: str | Path) -> ContextSet:
             templates=tuple(cast(list[str], templates)),
             seed=seed if isinstance(seed, int) else None,
             model_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+            leading_ids=tuple(leading) if isinstance(leading, list) else None,
         )
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
@@ -111,11 +117,12 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
     Args:
         model: The model, whose BOS policy holds while sampling.
         seed: Seed of the sampler.
-        path: A JSON file; a set of the same model and seed in it is reused, else it is written.
+        path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is written.
     """
     if path is not None and path.is_file():
         saved = load_contexts(path)
-        if saved.seed == seed and saved.model_fingerprint == model.fingerprint:
+        wanted = (seed, model.fingerprint, model.leading_ids)
+        if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
             return saved
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
@@ -125,7 +132,10 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
                 plain = text.replace("{", " ").replace("}", " ")
                 templates.append(plain + ". {}")
     contexts = ContextSet(
-        templates=tuple(templates), seed=seed, model_fingerprint=model.fingerprint
+        templates=tuple(templates),
+        seed=seed,
+        model_fingerprint=model.fingerprint,
+        leading_ids=model.leading_ids,
     )
     if path is not None:
         contexts.save(path)

@@ -287,7 +287,8 @@ def _contexts_path(model: Model, seed: int, kept: Path, otherwise: Path) -> Path
     name = f"contexts-seed{seed}{bos}.json"
     if (kept / name).is_file():
         saved = load_contexts(kept / name)
-        if (saved.seed, saved.model_fingerprint) == (seed, model.fingerprint):
+        wanted = (seed, model.fingerprint, model.leading_ids)
+        if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
             return kept / name
     return otherwise / name
 

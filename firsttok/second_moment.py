@@ -1,5 +1,6 @@
 """C, the uncentred second moment of the keys, and the solves with it (Equation 3's C^-1)."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ class SecondMoment:
         )
 
     def _digest(self) -> str:
-        return content_hash([self.matrix.trace().item(), self.matrix.sum().item()])
+        return hashlib.sha256(self.matrix.contiguous().numpy().tobytes()).hexdigest()
 
     @cached_property
     def _factor(self) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:
@@ -173,7 +174,7 @@ def compute_second_moment(
         if path.is_file():
             try:
                 return load_second_moment(path, d_mlp=site.d_mlp)
-            except BadInputError:
+            except (BadInputError, NonFiniteError):
                 logger.warning("a cached second moment is damaged and is computed again")
         result = _stream(model, documents, name, identity, layer, max_tokens, path, progress)
         result.save(path)
@@ -242,6 +243,7 @@ def _stream(
     if not windows:
         raise BadInputError("the corpus holds no text; give at least one sentence")
     groups = list(batches(windows))
+    stop = site.layer + 1 if site.stack == "blocks" else None
     partial = path.with_suffix(".partial")
     total, tokens, done = _resume(partial, site.d_mlp)
     task = None
@@ -251,7 +253,7 @@ def _stream(
         )
     for index in range(done, len(groups)):
         batch = pad(model, [windows[i] for i in groups[index]])
-        seen = capture(model, batch, [site.key_hook], stop_at_layer=site.layer + 1)
+        seen = capture(model, batch, [site.key_hook], stop_at_layer=stop)
         keys = seen[site.key_hook][batch.attention_mask.bool()].double()
         total += (keys.T @ keys).cpu()
         tokens += keys.shape[0]
@@ -273,9 +275,12 @@ def _resume(partial: Path, d_mlp: int) -> tuple[Float[Tensor, "d_mlp d_mlp"], in
     if partial.is_file():
         try:
             tensors, metadata = read_safetensors(partial, "a partial second moment")
-            return tensors["sum"], int(metadata["tokens"]), int(metadata["done"])
+            total = tensors["sum"]
+            if total.shape == (d_mlp, d_mlp) and bool(torch.isfinite(total).all()):
+                return total, int(metadata["tokens"]), int(metadata["done"])
         except (BadInputError, KeyError, ValueError):
-            logger.warning("a partial second moment is damaged and is started again")
+            logger.debug("%s cannot be read", partial.name)
+        logger.warning("a partial second moment is damaged and is started again")
     return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
 
 

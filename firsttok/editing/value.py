@@ -227,7 +227,8 @@ def _optimise(
         remaining = [i for i in active if i not in ended]
         if not remaining:
             break
-        loss[remaining].sum().backward()
+        with torch.enable_grad():
+            loss[remaining].sum().backward()
         optimiser.step()
         with torch.no_grad():
             most = hyperparameters.clamp * anchor_norms

@@ -132,7 +132,7 @@ def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:
     if not prompts:
         raise BadInputError("there are no sentences to measure; give at least one")
     for prompt in prompts:
-        if len(prompt.token_ids) < 2:
+        if len(prompt.token_ids) < 2 + len(model.leading_ids):
             raise BadInputError(
                 f"sentence {prompt.text!r} has one token, and the first is not scored; lengthen it"
             )

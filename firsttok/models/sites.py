@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["EditSite", "find_sites"]
 
 _STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
-_CHECK_TOLERANCE = 1e-4
+_CHECK_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,7 +137,7 @@ def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:
         expected = site.values_of(key.reshape(-1, key.shape[-1]))
         error = (expected - value.reshape(-1, value.shape[-1])).norm().float()
         scale = value.norm().float().clamp_min(torch.finfo(torch.float32).tiny)
-        tolerance = _CHECK_TOLERANCE if value.dtype != torch.bfloat16 else 0.05
+        tolerance = _CHECK_TOLERANCES.get(value.dtype, 1e-4)
         if not bool(error <= tolerance * scale):
             raise UnsupportedModelError(
                 f"at layer {site.layer} of {site.stack} the key times the weight differs from the "
