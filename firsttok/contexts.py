@@ -117,7 +117,8 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
     Args:
         model: The model, whose BOS policy holds while sampling.
         seed: Seed of the sampler.
-        path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is written.
+        path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
+            written.
     """
     if path is not None and path.is_file():
         saved = load_contexts(path)
