@@ -44,7 +44,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*(_text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    # A file or a pipe has no width of its own, and a narrow table cuts its numbers off.
+    Console(width=console.width if console.is_terminal else 140).print(table)
 
 
 def figure(columns: int, *, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
