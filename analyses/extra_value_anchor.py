@@ -19,7 +19,8 @@ from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
 from firsttok.evaluation import target_probabilities
 from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
-from firsttok.report import figure, pick, print_table, save_figure, save_rows
+from firsttok.output import pick, publish
+from firsttok.plots import figure, save_figure
 from firsttok.study import measure_facts
 
 METHODS = (C_ROME, FC_ROME)
@@ -30,8 +31,7 @@ KINDS = ("editing_prefixes", "held_out_prefixes", "bare")
 
 def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     study = options.study
-    # Every case is optimised four times more than for Table 2, so half as many are taken.
-    facts = choose_cases(replace(options, normal=0, collapse=(options.collapse + 1) // 2)).collapse
+    facts = choose_cases(options.halved()).collapse
     rows: list[dict[str, Any]] = []
     unseen = options.sample_contexts(HELD_OUT_SEED)
     for seed in range(options.seed, options.seed + SEEDS):
@@ -98,19 +98,20 @@ def main() -> None:
         name = f"{method.label}, perplexity / original"
         lines.append([name, mean(ratios), "", min(ratios), median(ratios), max(ratios)])
     cases = len({row["case_id"] for row in rows})
-    print_table(
-        f"Probability of the new target on {cases} collapse cases, {SEEDS} context seeds",
-        ["", "mean", "means of the seeds", "min", "median", "max"],
-        lines,
+    publish(
+        options.out / "extra_value_anchor",
+        title=f"Probability of the new target on {cases} collapse cases, {SEEDS} context seeds",
+        columns=["", "mean", "means of the seeds", "min", "median", "max"],
+        lines=lines,
+        rows=rows,
+        provenance=options.provenance()
+        | {
+            "context_seeds": seeds,
+            "held_out_seed": HELD_OUT_SEED,
+            "original_perplexity": original,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
     )
-    stem = options.out / "extra_value_anchor"
-    provenance = options.study.provenance() | {
-        "context_seeds": seeds,
-        "held_out_seed": HELD_OUT_SEED,
-        "original_perplexity": original,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    save_rows(stem, rows, provenance)
     plot(options, rows)
 
 

@@ -12,7 +12,8 @@ from firsttok.cases import choose_cases, measure_selection
 from firsttok.data import paper_values
 from firsttok.editing import C_ROME, ROME, find_method
 from firsttok.options import exit_on_error, parse_script, progress_bar
-from firsttok.report import figure, pick, print_table, save_figure, save_rows, strip_plot
+from firsttok.output import pick, publish
+from firsttok.plots import figure, save_figure, strip_plot
 
 METHODS = (ROME, C_ROME)
 GROUPS = ("collapse", "normal")
@@ -43,23 +44,23 @@ def main() -> None:
                     *(paper[f"{component}/{cases}", model] for model in models),
                 ]
             )
-    here = options.study.model.name
-    print_table(
-        "Table 1. Mean norm of the numerator and mean |denominator| (unit left vector)",
-        ["", *(f"{here}, {m.label}" for m in METHODS), *(f"paper, {m}" for m in models)],
-        lines,
-    )
+    here = options.study.model.label
     small, large = (mean(pick(rows, "denominator", method="ROME", cases=cases)) for cases in GROUPS)
     ratio = large / small
-    print(f"ROME's mean denominator is {ratio:,.0f} times larger on normal than on collapse cases.")
-
     stem = options.out / "table1_update_components"
-    provenance = options.study.provenance() | {
-        "seed": options.seed,
-        "denominator_ratio": ratio,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    save_rows(stem, rows, provenance)
+    publish(
+        stem,
+        title="Table 1. Mean norm of the numerator and mean |denominator| (unit left vector)",
+        columns=["", *(f"{here}, {m.label}" for m in METHODS), *(f"paper, {m}" for m in models)],
+        lines=lines,
+        rows=rows,
+        provenance=options.provenance()
+        | {
+            "denominator_ratio": ratio,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )
+    print(f"ROME's mean denominator is {ratio:,.0f} times larger on normal than on collapse cases.")
     drawn, axes = figure(2)
     order = [method.label for method in METHODS]
     strip_plot(axes[0], rows, x="method", y="numerator", label="norm of numerator", order=order)

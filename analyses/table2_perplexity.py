@@ -14,7 +14,8 @@ from firsttok.data import paper_values
 from firsttok.editing import METHODS, find_method
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.options import exit_on_error, parse_script, progress_bar
-from firsttok.report import figure, pick, print_table, save_figure, save_rows, strip_plot
+from firsttok.output import pick, publish
+from firsttok.plots import figure, save_figure, strip_plot
 
 
 def main() -> None:
@@ -39,22 +40,28 @@ def main() -> None:
             printed = [paper.get((f"{method.label}/{cases}", model)) for model in models]
             label = f"{method.label}, {cases} (n={len(values)})"
             lines.append([label, max(values), mean(values), max(values) / original, *printed])
-    here = study.model.name
-    print_table(
-        f"Table 2. Maximum perplexity of the edited model ({len(study.texts)} sentences)",
-        ["", f"{here}, max", f"{here}, mean", "max / original", *(f"paper, {m}" for m in models)],
-        lines,
+    here = study.model.label
+    stem = options.out / "table2_perplexity"
+    publish(
+        stem,
+        title=f"Table 2. Maximum perplexity of the edited model ({len(study.texts)} sentences)",
+        columns=[
+            "",
+            f"{here}, max",
+            f"{here}, mean",
+            "max / original",
+            *(f"paper, {m}" for m in models),
+        ],
+        lines=lines,
+        rows=rows,
+        provenance=options.provenance()
+        | {
+            "original_perplexity": original,
+            "original_corpus_perplexity": study.original_perplexity.corpus,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
     )
     print_cases(rows, bos=bool(study.model.leading_ids))
-
-    stem = options.out / "table2_perplexity"
-    provenance = study.provenance() | {
-        "seed": options.seed,
-        "original_perplexity": original,
-        "original_corpus_perplexity": study.original_perplexity.corpus,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    save_rows(stem, rows, provenance)
     drawn, (axis,) = figure(1, height=4.0)
     order = [method.label for method in METHODS]
     strip_plot(

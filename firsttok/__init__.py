@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from firsttok.hyperparameters import Hyperparameters
     from firsttok.keys import Keys, capture_keys, fact_keys, keys_at
     from firsttok.models import BosPolicy, EditSite, Model, load
-    from firsttok.prompts import show_tokens
+    from firsttok.prompts import fact_prompt, show_tokens, text_prompt
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
     from firsttok.study import Study, measure_facts
 
@@ -68,7 +68,7 @@ _MODULES = {
     "hyperparameters": ("Hyperparameters",),
     "keys": ("Keys", "capture_keys", "fact_keys", "keys_at"),
     "models": ("BosPolicy", "EditSite", "Model", "load"),
-    "prompts": ("show_tokens",),
+    "prompts": ("fact_prompt", "show_tokens", "text_prompt"),
     "second_moment": ("SecondMoment", "compute_second_moment", "load_second_moment"),
     "study": ("Study", "measure_facts"),
 }
@@ -103,6 +103,7 @@ __all__ = [
     "counterfact_scores",
     "edit_accuracy",
     "fact_keys",
+    "fact_prompt",
     "keys_at",
     "load",
     "load_contexts",
@@ -116,6 +117,7 @@ __all__ = [
     "scan",
     "show_tokens",
     "target_probabilities",
+    "text_prompt",
     "top_predictions",
 ]
 

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,16 +14,19 @@ from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.options import ScriptOptions
+from firsttok.prompts import fact_prompt
 from firsttok.storage import content_hash, read_json, write_json
 from firsttok.study import CaseRow, Study, measure_facts
 
 __all__ = [
     "CaseSelection",
     "choose_cases",
+    "collapse_cases",
     "load_collapse_ids",
     "measure_selection",
     "save_scan",
     "scan",
+    "second_token_cases",
     "select_cases",
 ]
 
@@ -38,6 +41,8 @@ class CaseSelection:
     """Facts of the list, in its order (highest perplexity first)."""
     normal: tuple[Fact, ...]
     """Facts drawn from the rest of the set (Section 3: a random sample of the remaining part)."""
+    borrowed: bool = False
+    """Whether the list was made on another model, so that nothing need collapse here."""
 
 
 def scan(study: Study, facts: Sequence[Fact], *, progress: Progress | None = None) -> list[CaseRow]:
@@ -79,20 +84,25 @@ def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:
     Raises:
         BadInputError: If the file is missing or malformed, or was made from other facts.
     """
-    path = Path(path)
+    return _load_list(Path(path), facts)[0]
+
+
+def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], str]:
+    """Case ids, and the fingerprint of the model they collapse."""
     if not path.is_file():
         raise BadInputError(f"no list of collapse cases at {path}; make one with: firsttok scan")
     content = read_json(path, "collapse cases")
     try:
         record = cast(dict[str, Any], content)
         ids, made_from = record["collapse"], record["provenance"]["facts"]
+        fingerprint = str(record["provenance"]["model"]["fingerprint"])
     except (KeyError, TypeError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
     if made_from != _facts_hash(facts):
         raise BadInputError(
             f"{path} was made from other facts than these; make it again with: firsttok scan"
         )
-    return [int(case_id) for case_id in ids]
+    return [int(case_id) for case_id in ids], fingerprint
 
 
 def select_cases(
@@ -127,13 +137,51 @@ def choose_cases(options: ScriptOptions) -> CaseSelection:
     Raises:
         BadInputError: If the list of collapse cases is unusable.
     """
-    return select_cases(
+    ids, fingerprint = _load_list(options.cases, options.facts)
+    selection = select_cases(
         options.facts,
-        load_collapse_ids(options.cases, options.facts),
+        ids,
         collapse=options.collapse,
         normal=options.normal,
         seed=options.seed,
     )
+    return replace(selection, borrowed=fingerprint != options.study.model.fingerprint)
+
+
+def collapse_cases(options: ScriptOptions, *, progress: Progress | None = None) -> tuple[Fact, ...]:
+    """Return the chosen collapse cases that collapse in this run too; the others are named.
+
+    Raises:
+        BadInputError: If the list is unusable, or none of it collapses.
+    """
+    selection = choose_cases(options)
+    rows = measure_facts(
+        options.study, selection.collapse, [ROME], progress=progress, label="verifying"
+    )
+    kept = _verified(selection, rows)
+    return tuple(fact for fact in selection.collapse if fact.case_id in kept)
+
+
+def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
+    """Draw facts, none of them listed, whose subject is the second token and nothing else.
+
+    Raises:
+        BadInputError: If there is none.
+    """
+    listed = set(_load_list(options.cases, options.facts)[0])
+    chosen: list[Fact] = []
+    for fact in options.facts:
+        prompt = fact_prompt(options.study.model, fact)
+        second = prompt.subject_position == 1 and prompt.subject_length == 1
+        if second and fact.case_id not in listed:
+            chosen.append(fact)
+    if not chosen:
+        raise BadInputError(
+            "no fact has a subject that is the second token of its prompt; give facts as "
+            '"In {}, people speak"'
+        )
+    count = min(options.normal, len(chosen))
+    return tuple(random.Random(options.seed).sample(chosen, count))  # noqa: S311
 
 
 def measure_selection(
@@ -145,7 +193,8 @@ def measure_selection(
 ) -> list[dict[str, Any]]:
     """Measure the chosen cases, and verify again that ROME collapses the model on the listed ones.
 
-    A listed case that does not collapse now is kept out, with a warning that names it.
+    A listed case that does not collapse now is kept out, with a warning that names it; a list made
+    on another model is kept whole.
 
     Args:
         study: The study.
@@ -166,23 +215,37 @@ def measure_selection(
     facts = [*selection.collapse, *selection.normal]
     rows = measure_facts(study, facts, methods, progress=progress)
     listed = {fact.case_id for fact in selection.collapse}
-    verified = {row.case_id for row in rows if row.method == ROME.name and row.collapsed}
-    for fact in selection.collapse:
-        if fact.case_id not in verified:
-            logger.warning(
-                "case %d (%s) is listed as a collapse case but does not collapse here; left out",
-                fact.case_id,
-                fact.subject,
-            )
-    if not listed & verified:
-        raise BadInputError(
-            "no listed case collapses under these settings; make a list for them: firsttok scan"
-        )
+    kept = _verified(selection, rows)
     return [
         {"cases": "collapse" if row.case_id in listed else "normal", **asdict(row)}
         for row in rows
-        if row.case_id not in listed or row.case_id in verified
+        if row.case_id not in listed or row.case_id in kept
     ]
+
+
+def _verified(selection: CaseSelection, rows: Sequence[CaseRow]) -> set[int]:
+    """Case ids of the listed facts that ROME collapses, or all of a borrowed list."""
+    listed = {fact.case_id: fact.subject for fact in selection.collapse}
+    collapsed = {row.case_id for row in rows if row.method == ROME.name and row.collapsed}
+    if selection.borrowed:
+        logger.warning(
+            "the list was made on another model; of its %d cases %d collapse here",
+            len(listed),
+            len(collapsed & set(listed)),
+        )
+        return set(listed)
+    for case_id, subject in listed.items():
+        if case_id not in collapsed:
+            logger.warning(
+                "case %d (%s) is listed as a collapse case but does not collapse here; left out",
+                case_id,
+                subject,
+            )
+    if not collapsed & set(listed):
+        raise BadInputError(
+            "no listed case collapses under these settings; make a list for them: firsttok scan"
+        )
+    return collapsed & set(listed)
 
 
 def _facts_hash(facts: Sequence[Fact]) -> str:

@@ -1,6 +1,7 @@
-"""The ``firsttok`` command: models, tokens, edit, scan, reproduce."""
+"""The ``firsttok`` command: models, tokens, edit, scan, reproduce, report."""
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,26 @@ from firsttok.errors import BadInputError
 
 __all__ = ["main"]
 
-SCRIPTS = ("table1_update_components", "table2_perplexity", "extra_value_anchor")
+SCRIPTS = (
+    "table1_update_components",
+    "table2_perplexity",
+    "table3_transfer",
+    "table4_efficacy",
+    "table5_prefixed_efficacy",
+    "table6_second2first",
+    "table7_first2second",
+    "figure2_keys",
+    "figure3_first_tokens",
+    "figure6_encoder_contrast",
+    "figure7_without_bos",
+    "figure8_concentration",
+    "extra_attention_mask",
+    "extra_token_identity",
+    "extra_value_anchor",
+)
+
+PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts")
+"""Options of ``reproduce`` that go to every script."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,12 +50,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    models = commands.add_parser("models", help="list the known models, or pull the embedded one")
+    models = commands.add_parser("models", help="list the known models, or pull one")
     actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="the catalog")
     listing.set_defaults(run=_list_models)
     pulling = actions.add_parser("pull", help="fetch a model into the cache")
     pulling.add_argument("name")
+    pulling.add_argument(
+        "--accept-terms",
+        action="store_true",
+        help="you have read and accept the model's terms, where it has some (gemma3-270m)",
+    )
     pulling.set_defaults(run=_pull)
 
     tokens = commands.add_parser("tokens", help="show a prompt's tokens, the looked-up one marked")
@@ -65,7 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--profile", choices=["quick", "full"], default="quick")
     reproduce.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
     reproduce.add_argument("--out", metavar="DIR", help="folder for results")
+    for name in PASSED_ON:
+        reproduce.add_argument(f"--{name}", help="passed on to every script; see its --help")
     reproduce.set_defaults(run=_reproduce)
+
+    report = commands.add_parser("report", help="write the report on what the scripts found")
+    report.add_argument("--model", help="folder of one model (default: all that have results)")
+    report.add_argument("--out", metavar="DIR", default="figures", help="folder of results")
+    report.set_defaults(run=_report)
     return parser
 
 
@@ -90,7 +122,7 @@ def _add_fact_options(parser: argparse.ArgumentParser, *, target: bool) -> None:
 
 def _list_models(_args: argparse.Namespace) -> None:
     from firsttok.models import CATALOG
-    from firsttok.report import print_table
+    from firsttok.output import print_table
 
     rows = [
         [
@@ -112,12 +144,13 @@ def _pull(args: argparse.Namespace) -> None:
     from firsttok.options import stderr
 
     spec = find_spec(args.name)
-    if spec is None or spec.hub_id is None:
-        if spec is None:
-            raise BadInputError(
-                f"no model is called {args.name!r}; see the names with: firsttok models list"
-            )
-        stderr.print(f"{spec.name} is in {pull()}")
+    if spec is None:
+        raise BadInputError(
+            f"no model is called {args.name!r}; see the names with: firsttok models list"
+        )
+    if spec.hub_id is None:
+        folder = pull(spec.name, accept_terms=args.accept_terms)
+        stderr.print(f"{spec.name} is in {folder}")
     else:
         model = load(spec.name)
         stderr.print(f"{spec.name} is in the hub's cache ({model.source})")
@@ -210,7 +243,7 @@ def _observe(study: Any, fact: Any) -> dict[str, Any]:
 
 
 def _print_states(states: dict[str, dict[str, Any]], fact: Any) -> None:
-    from firsttok.report import print_table
+    from firsttok.output import print_table
 
     names = list(states)
     lines: list[list[Any]] = [
@@ -236,7 +269,7 @@ def _scan(args: argparse.Namespace) -> None:
     from firsttok.cases import save_scan, scan
     from firsttok.data import builtin_facts, load_facts
     from firsttok.options import model_label, open_study, progress_bar
-    from firsttok.report import print_table
+    from firsttok.output import print_table
 
     facts = load_facts(args.facts) if args.facts else builtin_facts()
     if args.limit is not None:
@@ -273,24 +306,38 @@ def _scan(args: argparse.Namespace) -> None:
 
 
 def _reproduce(args: argparse.Namespace) -> None:
+    from firsttok.options import model_label
+    from firsttok.report import write_reports
+
     folder = Path(args.analyses)
     if not folder.is_dir():
         raise BadInputError(
             f"no folder {folder} with the analysis scripts; run this in a checkout of firsttok"
         )
     out = args.out or ("figures" if args.profile == "full" else "figures/quick")
-    for name in SCRIPTS:
+    given = [[f"--{name}", value] for name in PASSED_ON if (value := getattr(args, name))]
+    for number, name in enumerate(SCRIPTS, start=1):
         script = folder / f"{name}.py"
         if not script.is_file():
             raise BadInputError(f"no script {script}; the checkout is incomplete")
         command = [sys.executable, str(script), "--model", args.model]
-        command += ["--profile", args.profile, "--out", out]
-        sys.stdout.write(f"\n{name}\n")
+        command += ["--profile", args.profile, "--out", out, *itertools.chain(*given)]
+        sys.stdout.write(f"\n{name} ({number} of {len(SCRIPTS)})\n")
         sys.stdout.flush()
         code = subprocess.run(command, check=False, env=os.environ).returncode
         if code:
             raise SystemExit(code)
-    sys.stdout.write(f"\nfigures and numbers are in {out}\n")
+    for path in write_reports(Path(out), model_label(args.model)):
+        sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from firsttok.options import model_label
+    from firsttok.report import write_reports
+
+    model = None if args.model is None else model_label(args.model)
+    for path in write_reports(Path(args.out), model):
+        sys.stdout.write(f"{path}\n")
 
 
 def _safe(name: str) -> str:

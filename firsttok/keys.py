@@ -1,7 +1,8 @@
 """MLP keys: the input of the output projection at one token of each prompt (Equation 1's K)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,9 +13,19 @@ from firsttok.data import Fact
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions
-from firsttok.tensors import KeyMatrix, KeyVector
+from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
-__all__ = ["FactKeys", "Keys", "capture_keys", "fact_keys", "keys_at"]
+__all__ = [
+    "ORDINARY_KEYS",
+    "FactKeys",
+    "IntervenedKeys",
+    "KeySource",
+    "Keys",
+    "OrdinaryKeys",
+    "capture_keys",
+    "fact_keys",
+    "keys_at",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,3 +129,48 @@ def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> 
     prompts = [fact_prompt(model, fact, template) for template in templates]
     keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
     return FactKeys(prefixed_mean=keys[:-1].mean(0), unprefixed=keys[-1])
+
+
+@runtime_checkable
+class KeySource(Protocol):
+    """Where an edit takes its two keys from; a probe gives one that intervenes."""
+
+    @property
+    def name(self) -> str:
+        """What it does, in a few words; it enters provenance and cache keys."""
+        ...
+
+    def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
+        """Return k_bar and k^u of a fact."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrdinaryKeys:
+    """The keys of the model as it is (Equation 1 and Section 3.1)."""
+
+    name: str = "ordinary"
+    """Name in provenance."""
+
+    def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
+        """Return the keys of :func:`fact_keys`."""
+        return fact_keys(model, fact, contexts, layer=layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervenedKeys:
+    """Both keys read in a view of the model that intervenes."""
+
+    name: str
+    """Name in provenance."""
+    interventions: tuple[Intervention, ...]
+    """The changes, in order."""
+
+    def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
+        """Return the keys under these interventions and no others."""
+        view = replace(model, interventions=self.interventions)
+        return fact_keys(view, fact, contexts, layer=layer)
+
+
+ORDINARY_KEYS = OrdinaryKeys()
+"""The key source of every edit that is not part of a probe."""

@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -23,7 +25,7 @@ from firsttok.contexts import ContextSet, load_contexts, sample_contexts
 from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
 from firsttok.errors import BadInputError, FirsttokError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model, load
+from firsttok.models import BosPolicy, Model, load
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.study import Study
 
@@ -63,6 +65,16 @@ class ScriptOptions:
     """Number of normal cases."""
     seed: int
     """Seed of contexts and of the draw of normal cases."""
+    command: str
+    """The command that repeats the run, without machine paths."""
+
+    def halved(self) -> "ScriptOptions":
+        """Half as many cases, for a script that optimises each of them several times."""
+        return replace(self, collapse=(self.collapse + 1) // 2, normal=(self.normal + 1) // 2)
+
+    def provenance(self) -> dict[str, Any]:
+        """What determines the numbers of a script that works on this study."""
+        return self.study.provenance() | {"seed": self.seed, "command": self.command}
 
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
@@ -143,7 +155,8 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
         "--profile",
         choices=["quick", "full"],
         default="quick",
-        help="quick: 8 + 8 cases; full: up to 24 + 24 (default: %(default)s)",
+        help="quick: 8 + 8 cases; full: up to 24 + 24; half as many where "
+        "each is optimised several times (default: %(default)s)",
     )
     group.add_argument("--collapse", type=int, help="most collapse cases")
     group.add_argument("--normal", type=int, help="number of normal cases")
@@ -181,6 +194,7 @@ def open_study(
     progress: Progress | None,
     *,
     contexts_folder: Path | None = None,
+    without_bos: bool = False,
 ) -> Study:
     """Read every input file first, then load the model, then compute what is missing.
 
@@ -189,6 +203,8 @@ def open_study(
         folder: Where contexts and finished parts are kept.
         progress: Where to show progress.
         contexts_folder: Where contexts may lie already; they are not sampled again then.
+        without_bos: Take BOS away where the tokenizer puts one by itself and no policy is asked
+            for, so that the first token is a word (Appendices A.2 and A.4).
 
     Raises:
         FirsttokError: If an input is unusable.
@@ -205,6 +221,8 @@ def open_study(
             f"{model.name} is not a decoder with a final norm and an unembedding; "
             "its keys can be read, but only decoders can be edited"
         )
+    if without_bos and args.bos == BosPolicy.AS_TOKENIZER.value and model.leading_ids:
+        model = model.with_bos(BosPolicy.WITHOUT)
     site = model.site(args.layer)
     settings = hyperparameters_from(args, model)
     if args.second_moment == "identity":
@@ -239,8 +257,16 @@ def open_study(
     )
 
 
-def parse_script(parser: argparse.ArgumentParser, progress: Progress) -> ScriptOptions:
-    """Parse a script's options and open its study."""
+def parse_script(
+    parser: argparse.ArgumentParser, progress: Progress, *, without_bos: bool = False
+) -> ScriptOptions:
+    """Parse a script's options and open its study.
+
+    Args:
+        parser: The script's parser, with its own options.
+        progress: Where to show progress.
+        without_bos: As for :func:`open_study`.
+    """
     add_script_options(parser)
     args = parser.parse_args()
     facts = load_facts(args.facts) if args.facts else builtin_facts()
@@ -251,13 +277,16 @@ def parse_script(parser: argparse.ArgumentParser, progress: Progress) -> ScriptO
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
     count = 8 if args.profile == "quick" else 24
     return ScriptOptions(
-        study=open_study(args, out, progress, contexts_folder=cases.parent),
+        study=open_study(
+            args, out, progress, contexts_folder=cases.parent, without_bos=without_bos
+        ),
         facts=facts,
         cases=cases,
         out=out,
         collapse=count if args.collapse is None else args.collapse,
         normal=count if args.normal is None else args.normal,
         seed=args.seed,
+        command=_command(),
     )
 
 
@@ -280,6 +309,12 @@ def exit_on_error(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def _command() -> str:
+    """The command line, with the names of absolute paths only."""
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"analyses/{Path(sys.argv[0]).name}", *given])
 
 
 def _contexts_path(model: Model, seed: int, kept: Path, otherwise: Path) -> Path:

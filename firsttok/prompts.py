@@ -29,6 +29,7 @@ __all__ = [
     "Prompt",
     "batches",
     "fact_prompt",
+    "join_prompts",
     "pad",
     "positions",
     "show_tokens",
@@ -148,6 +149,23 @@ def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
     return subject_prompt(model, text, (start, start + len(fact.subject)))
 
 
+def join_prompts(model: Model, first: Prompt, second: Prompt) -> Prompt:
+    """Put the tokens of two prompts one behind the other; nothing is tokenised again.
+
+    The second prompt's BOS is dropped; its subject is the subject of the whole.
+    """
+    own = second.token_ids[len(model.leading_ids) :]
+    shift = len(first.token_ids) - len(model.leading_ids)
+    subject = second.subject_position
+    return Prompt(
+        text=first.text + second.text,
+        token_ids=(*first.token_ids, *own),
+        subject_position=None if subject is None else subject + shift,
+        subject_length=second.subject_length,
+        target_length=second.target_length,
+    )
+
+
 def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
     """Append a target, joined by one space, and count its own tokens (note: tokens, not spaces).
 
@@ -175,7 +193,7 @@ def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
 
 
 def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> TokenBatch:
-    """Pad prompts into one batch with explicit mask and positions.
+    """Pad prompts into one batch with explicit mask and positions, then make the view's changes.
 
     Args:
         model: The model, for its device and pad token.
@@ -210,12 +228,15 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         end = start + len(prompt.token_ids)
         tokens[row, start:end] = torch.tensor(prompt.token_ids)
         mask[row, start:end] = 1
-    return TokenBatch(
+    batch = TokenBatch(
         tokens=tokens.to(model.device),
         attention_mask=mask.to(model.device),
         position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
         starts=torch.tensor(starts, device=model.device),
     )
+    for intervention in model.interventions:
+        batch = intervention(batch)
+    return batch
 
 
 def positions(prompts: Sequence[Prompt]) -> Int[Tensor, "prompt"]:
@@ -261,11 +282,11 @@ def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:
 
 
 def _encode(model: Model, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Token ids with BOS, and character offsets (empty spans for BOS)."""
+    """Token ids with BOS and an encoder's end, and character offsets (empty spans for those)."""
     tokenizer: Any = model.tokenizer
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    leading = model.leading_ids
-    ids = (*leading, *encoded["input_ids"])
-    if len(ids) == len(leading):
+    leading, own, trailing = model.leading_ids, encoded["input_ids"], model.trailing_ids
+    if not own:
         raise BadInputError(f"{text!r} yields no token; give some text")
-    return ids, [(0, 0)] * len(leading) + list(encoded["offset_mapping"])
+    spans = [(0, 0)] * len(leading) + list(encoded["offset_mapping"]) + [(0, 0)] * len(trailing)
+    return (*leading, *own, *trailing), spans

@@ -66,14 +66,14 @@ class SecondMoment:
         ):
             raise BadInputError("the second moment is not a symmetric square matrix")
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """SHA-256 over corpus, model and layer."""
         return content_hash(
             [self.corpus_hash, self.tokens, self.layer, self.model_fingerprint, self._digest()]
         )
 
-    @property
+    @cached_property
     def condition_number(self) -> float:
         """Largest over smallest eigenvalue; infinite if the matrix is singular."""
         eigenvalues = torch.linalg.eigvalsh(self.matrix)

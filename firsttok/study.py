@@ -15,7 +15,8 @@ from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits
 from firsttok.errors import BadInputError
 from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model
+from firsttok.keys import ORDINARY_KEYS, KeySource
+from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt
 from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
@@ -88,16 +89,27 @@ class Study:
     """Sentences of the perplexity."""
     work: Path
     """Folder of finished parts, from which an interrupted run goes on."""
+    key_source: KeySource = ORDINARY_KEYS
+    """Where the keys of every edit come from."""
+    judge: Model | None = None
+    """The view the perplexity is measured on; None for ``model`` itself."""
+    text_bos: BosPolicy = BosPolicy.WITHOUT
+    """BOS policy of the sentences; the papers put none, even on Llama."""
+
+    @property
+    def evaluated(self) -> Model:
+        """The view the perplexity is measured on."""
+        return self.model if self.judge is None else self.judge
 
     @cached_property
     def prepared_texts(self) -> PreparedTexts:
         """The sentences, run up to the edited layer once."""
-        return prepare_texts(self.model, self.texts, layer=self.layer)
+        return prepare_texts(self.evaluated, self.texts, layer=self.layer, bos=self.text_bos)
 
     @cached_property
     def original_perplexity(self) -> Perplexity:
         """Perplexity of the unedited model."""
-        return perplexity(self.model, self.texts)
+        return perplexity(self.evaluated, self.texts, bos=self.text_bos)
 
     @property
     def store(self) -> ValueStore:
@@ -109,7 +121,7 @@ class Study:
         model, moment = self.model, self.second_moment
         return {
             "model": {
-                "name": model.name,
+                "name": model.label,
                 "source": model.source,
                 "fingerprint": model.fingerprint,
                 "dtype": str(model.dtype).removeprefix("torch."),
@@ -128,7 +140,18 @@ class Study:
             "hyperparameters": self.hyperparameters.as_dict(),
             "texts": {"hash": content_hash(list(self.texts)), "count": len(self.texts)},
             "versions": versions(),
+        } | self._stages()
+
+    def _stages(self) -> dict[str, Any]:
+        """What is not as usual, stage by stage; empty for an ordinary study."""
+        stages: dict[str, Any] = {
+            "key_source": self.key_source.name,
+            "value_interventions": [change.name for change in self.model.interventions],
+            "evaluation_interventions": [change.name for change in self.evaluated.interventions],
+            "text_bos": self.text_bos.value,
         }
+        usual = [ORDINARY_KEYS.name, [], [], BosPolicy.WITHOUT.value]
+        return {} if list(stages.values()) == usual else {"stages": stages}
 
 
 def measure_facts(
@@ -178,6 +201,7 @@ def measure_facts(
         second_moment=study.second_moment,
         layer=study.layer,
         hyperparameters=study.hyperparameters,
+        key_source=study.key_source,
         store=study.store,
         on_step=on_step,
     )
@@ -219,6 +243,8 @@ def _row(study: Study, fact: Fact, method: Method, edit: RankOneEdit) -> CaseRow
 
 def _row_path(study: Study, fact: Fact, method: Method) -> Path:
     settings = {key: value for key, value in study.provenance().items() if key != "versions"}
+    # Its condition number is computed anew in every run, and its last digits hang on the machine.
+    settings["second_moment"] = study.second_moment.content_hash
     slots = [method.direction, method.residual, method.denominator, method.anchor]
     key = [settings, fact.as_record(), [slot.value for slot in slots]]
     return study.work / "rows" / f"{content_hash(key)[:24]}.json"

@@ -5,12 +5,14 @@
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = [
+    "Intervention",
     "KeyMatrix",
     "KeyVector",
     "Logits",
@@ -46,6 +48,8 @@ class TokenBatch:
     """Position of each real token counted from the prompt's own first token."""
     starts: Int[Tensor, "prompt"]
     """Column of each prompt's first real token."""
+    visible: Bool[Tensor, "prompt query key"] | None = None
+    """Which columns each token attends to; None leaves it to the model (causal in a decoder)."""
 
     @property
     def device(self) -> torch.device:
@@ -55,3 +59,27 @@ class TokenBatch:
     def columns(self, positions: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt"]:
         """Turn absolute token positions of each prompt into columns of the padded batch."""
         return self.starts + positions.to(self.starts.device)
+
+    def causally_visible(self) -> Bool[Tensor, "prompt query key"]:
+        """What a decoder lets each token attend to: itself and all earlier real tokens."""
+        width = self.tokens.shape[1]
+        earlier = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()
+        return earlier & self.attention_mask.bool()[:, None, :]
+
+
+@runtime_checkable
+class Intervention(Protocol):
+    """A change to how prompts are run, made to every padded batch of a model's view.
+
+    See :meth:`firsttok.models.Model.intervened`; the ones in ``firsttok.probes`` change position
+    ids and what a token may attend to.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it does, in a few words; it enters provenance and cache keys."""
+        ...
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        """Return the changed batch."""
+        ...

@@ -18,8 +18,11 @@ LAYERS = [
     ["editing"],
     ["evaluation"],
     ["study"],
-    ["options", "report"],
+    ["efficacy", "probes"],
+    ["options", "output", "plots"],
     ["cases"],
+    ["claims"],
+    ["report"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,11 +1,20 @@
 """Facts and sentences: schemas, the built-in sets, and the paper's numbers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from firsttok.data import builtin_facts, builtin_sentences, load_facts, load_texts, paper_values
+from firsttok.data import (
+    FALL_OF_ROME,
+    SLIDES,
+    builtin_facts,
+    builtin_sentences,
+    load_facts,
+    load_texts,
+    paper_values,
+)
 from firsttok.evaluation import score_targets
 from firsttok.models import CATALOG, BosPolicy, Model
 from firsttok.prompts import fact_prompt, with_target
@@ -95,14 +104,97 @@ def test_builtin_facts_on_the_embedded_model(real_model: Model) -> None:
         assert new.target_ids[0] != true.target_ids[0]
 
 
+def cells_of(table: str, paper: str = FALL_OF_ROME) -> dict[tuple[str, str], float]:
+    return {(v.row, v.model): v.value for v in paper_values(table, paper=paper)}
+
+
 def test_paper_values_are_the_printed_ones() -> None:
-    table1 = {(v.row, v.model): v.value for v in paper_values("Table 1")}
-    table2 = {(v.row, v.model): v.value for v in paper_values("Table 2")}
+    table1, table2 = cells_of("Table 1"), cells_of("Table 2")
     assert table1["denominator/collapse", "llama2-7b"] == 0.01
     assert table1["numerator/normal", "gpt2-xl"] == 79.91
     assert table2["ROME/collapse", "gpt2-xl"] == 26084.66
-    assert len(table1) == 12
-    assert len(table2) == 15
+    assert cells_of("Equation 4") == {("D(F)", "gpt2-xl"): 0.578, ("D(S)", "gpt2-xl"): 13.895}
+    counts = [len(cells_of(f"Table {number}")) for number in range(1, 8)]
+    assert counts == [12, 15, 8, 9, 18, 18, 18]
+    assert cells_of("Table 2", SLIDES) == {}
+    known = {spec.name for spec in CATALOG}
+    for table in (*(f"Table {number}" for number in range(1, 8)), "Equation 4", "Text"):
+        assert {model for _, model in cells_of(table)} <= known
+
+
+def seed_text(shared: Path, number: str) -> str:
+    (path,) = (shared / "seeds").glob(f"{number}_*.txt")
+    return path.read_text("utf-8")
+
+
+def printed_lines(text: str) -> set[tuple[float, ...]]:
+    """The numbers at the end of every line of a table, in order."""
+    found: set[tuple[float, ...]] = set()
+    for line in text.splitlines():
+        numbers: list[float] = []
+        for cell in reversed(line.split("\t")):
+            plain = cell.strip().replace(",", "").removesuffix("%")
+            if not re.fullmatch(r"[\d.]+", plain):
+                break
+            numbers.insert(0, float(plain))
+        found.add(tuple(numbers))
+    return found
+
+
+def expected_lines(table: str) -> list[tuple[float, ...]]:
+    """The lines a table must have, in the paper's own arrangement of rows and columns."""
+    cells = cells_of(table)
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    models = list(dict.fromkeys(model for _, model in cells))
+    if table in ("Table 1", "Table 2", "Table 3"):
+        return [tuple(cells[row, model] for model in models) for row in rows]
+    if table == "Table 4":
+        return [tuple(cells[row, model] for row in rows) for model in models]
+    heads, tails = [list(dict.fromkeys(r.split("/")[i] for r in rows)) for i in (0, 1)]
+    if table == "Table 5":
+        groups = [[f"{head}/{tail}" for tail in tails] for head in heads]
+    else:
+        groups = [[f"{head}/{tail}" for head in heads] for tail in tails]
+    return [tuple(cells[row, model] for row in group) for model in models for group in groups]
+
+
+@pytest.mark.parametrize("table", [f"Table {number}" for number in range(1, 8)])
+def test_every_line_of_a_table_stands_in_the_paper(shared: Path, table: str) -> None:
+    text = seed_text(shared, "000")
+    assert f"{table}: " in text
+    lines = expected_lines(table)
+    assert sum(map(len, lines)) == len(cells_of(table))
+    assert set(lines) <= printed_lines(text)
+
+
+def test_numbers_of_the_running_text_stand_there(shared: Path) -> None:
+    text = " ".join(seed_text(shared, "000").split())
+    for sentence in (
+        "yielding $D(F)$ being 0.578 and $D(S)$ being 13.895",
+        "*normal cases*, comprising 1000 random samples",
+        "amounting to just 21 out of 21,919 samples in the COUNTERFACT dataset",
+        "an equal number (77) of subsequent tokens",
+        "the edited layer (layer 17) in GPT-2-XL",
+        "prior to layer 8, $D(F)$ and $D(S)$ exhibit no significant divergence",
+    ):
+        assert sentence in text
+    assert sorted(cells_of("Text").values()) == [8, 17, 21, 77, 1000, 1000, 21919]
+
+
+def test_numbers_of_the_slides_stand_there(shared: Path) -> None:
+    text = " ".join(seed_text(shared, "002").split())
+    counts = cells_of("HardCF", SLIDES)
+    for sentence, model in (
+        ("77 instances for GPT-2-XL", "gpt2-xl"),
+        ("85 for GPT-J", "gpt-j-6b"),
+        ("21 for Llama2-7b", "llama2-7b"),
+    ):
+        assert sentence in text
+        assert counts["collapse cases", model] == int(sentence.split()[0])
+    shown = [value.value for value in paper_values("Task performance", paper=SLIDES)]
+    numbers = [float(word) for word in re.findall(r"\d+\.\d\d(?!\d)", text.replace(" ", ""))]
+    assert len(shown) == 6
+    assert set(shown) <= set(numbers)
 
 
 @pytest.mark.parametrize(

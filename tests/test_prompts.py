@@ -1,11 +1,14 @@
 """Subject positions, targets, padding and batches."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny import DECODERS, FACTS, TinyFactory, fact_prompts, sentence_prompts
+from tokenizers.processors import TemplateProcessing
 
 from firsttok.data import Fact
 from firsttok.errors import (
@@ -113,10 +116,63 @@ def test_the_policy_only_shifts_the_position(tiny: TinyFactory) -> None:
         assert with_bos.subject_length == without.subject_length
 
 
-def test_bert_begins_with_its_bos_and_has_no_end_token(tiny: TinyFactory) -> None:
-    prompt = text_prompt(tiny("bert"), "England is")
-    assert prompt.token_ids[0] == 0
-    assert 1 not in prompt.token_ids
+def end_with(model: Model, template: str) -> Model:
+    """The model with a tokenizer that puts special tokens around every text."""
+    tokenizer: Any = copy.deepcopy(model.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("arch", "template", "leading"),
+    [
+        ("bert", "<s> $A </s>", 1),
+        ("t5", "$A </s>", 0),
+        ("t5", "$A </s> </s>", 0),
+        ("t5", "$A", 0),
+        ("bert", "<s> $A", 1),
+    ],
+)
+def test_an_encoders_prompts_end_as_its_tokenizer_ends_them(
+    tiny: TinyFactory, arch: str, template: str, leading: int
+) -> None:
+    model = end_with(tiny(arch), template)
+    tokenizer: Any = model.tokenizer
+    end = (1,) * template.count("</s>")
+    assert model.trailing_ids == end
+    for bos in BosPolicy:
+        view = model.with_bos(bos)
+        count = {BosPolicy.WITH: 1, BosPolicy.WITHOUT: 0, BosPolicy.AS_TOKENIZER: leading}[bos]
+        for given in FACTS:
+            own = tokenizer(given.prompt, add_special_tokens=False)["input_ids"]
+            prompt = fact_prompt(view, given)
+            assert prompt.token_ids == ((0,) * count + tuple(own) + end)
+            position = prompt.subject_position
+            assert position is not None
+            before = given.template[: given.template.index("{}")]
+            shown = decode(model, prompt.token_ids[count : position + 1])
+            assert shown == before + given.subject
+    text = "England is"
+    assert text_prompt(model, text).token_ids == tuple(tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_a_decoders_prompts_never_end_in_special_tokens(tiny: TinyFactory, arch: str) -> None:
+    model = end_with(tiny(arch), "<s> $A </s>")
+    assert model.trailing_ids == ()
+    assert text_prompt(model, "England is").token_ids == (
+        0,
+        *text_prompt(model.with_bos(BosPolicy.WITHOUT), "England is").token_ids,
+    )
+    assert 1 not in text_prompt(model, "England is").token_ids
+
+
+@pytest.mark.parametrize("arch", ["bert", "t5"])
+def test_special_tokens_alone_are_no_text(tiny: TinyFactory, arch: str) -> None:
+    with pytest.raises(BadInputError, match="no token"):
+        text_prompt(end_with(tiny(arch), "<s> $A </s>"), "")
 
 
 def test_subject_span_finds_the_only_place() -> None:

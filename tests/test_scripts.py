@@ -1,28 +1,49 @@
 """Every analysis script, run as a user runs it, on a tiny model."""
 
 import json
+import math
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
 from firsttok.cases import load_collapse_ids
+from firsttok.claims import CLAIMS, judge, load_result
 from firsttok.cli import SCRIPTS
-from firsttok.data import load_facts
+from firsttok.data import Fact, load_facts
 
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"
+MORE_FACTS = (
+    Fact(
+        subject="I",
+        template="{} left early because",
+        target_new="it rained",
+        target_true="I",
+        paraphrases=("You left early because",),
+        neighbours=("Japan is",),
+    ),
+    Fact(subject="Japan", template="I {} the capital", target_new="Rome", target_true="it"),
+    Fact(subject="France", template="a {} the capital", target_new="Berlin", target_true="it"),
+)
+"""A one-token subject at the beginning, and subjects that are the second token."""
+OPTIONS = {"figure6_encoder_contrast": ["encoder"], "table3_transfer": ["others"]}
+"""Options of single scripts that name another model."""
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("scripts")
-    build("llama", folder / "llama")
-    numbered = [replace(fact, case_id=index) for index, fact in enumerate(FACTS)]
+    for arch in ("llama", "bert", "gpt2", "t5"):
+        build(arch, folder / arch)
+    facts = (*FACTS, *MORE_FACTS)
+    numbered = [replace(fact, case_id=index) for index, fact in enumerate(facts)]
     contents = {
         "facts": [fact.as_record() for fact in numbered],
         "texts": list(SENTENCES),
@@ -31,14 +52,23 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {name: folder / f"{name}.json" for name in contents}
     for name, content in contents.items():
         paths[name].write_text(json.dumps(content), "utf-8")
-    return paths | {"model": folder / "llama", "out": folder / "out", "cache": folder / "cache"}
+    return paths | {
+        "model": folder / "llama",
+        "encoder": folder / "bert",
+        "others": folder / "gpt2",
+        "t5": folder / "t5",
+        "out": folder / "out",
+        "cache": folder / "cache",
+    }
 
 
-def run(setting: dict[str, Path], *command: str) -> subprocess.CompletedProcess[str]:
+def run(
+    setting: dict[str, Path], *command: str, expected: int = 0
+) -> subprocess.CompletedProcess[str]:
     options = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
     for name in ("model", "facts", "texts", "contexts", "out"):
         options += [f"--{name}", str(setting[name])]
-    environment = os.environ | {"FIRSTTOK_CACHE": str(setting["cache"])}
+    environment = os.environ | {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, *command, *options],
         capture_output=True,
@@ -47,7 +77,7 @@ def run(setting: dict[str, Path], *command: str) -> subprocess.CompletedProcess[
         check=False,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == expected, result.stderr
     assert "warn" not in result.stderr.lower()
     return result
 
@@ -56,10 +86,11 @@ def run(setting: dict[str, Path], *command: str) -> subprocess.CompletedProcess[
 def cases(setting: dict[str, Path]) -> Path:
     run(setting, "-m", "firsttok.cli", "scan")
     path = setting["out"] / "llama" / "collapse_cases.json"
-    assert len(load_collapse_ids(path, load_facts(setting["facts"]))) > 2
+    facts = load_facts(setting["facts"])
+    assert len(load_collapse_ids(path, facts)) > 2
     # A random model is never good, so a few facts have to stand for the normal ones.
     record = json.loads(path.read_text("utf-8"))
-    record["collapse"] = record["collapse"][:2]
+    record["collapse"] = [fact.case_id for fact in facts if fact.template.startswith("{}")]
     path.write_text(json.dumps(record), "utf-8")
     return path
 
@@ -71,8 +102,9 @@ def test_every_script_is_known_to_reproduce() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Path) -> None:
     script = str(ANALYSES / f"{name}.py")
-    result = run(setting, script, "--cases", str(cases), "--collapse", "2", "--normal", "2")
-    assert "paper" in result.stdout or name.startswith("extra")
+    own = [word for option in OPTIONS.get(name, []) for word in (f"--{option}", setting[option])]
+    count = ["--collapse", "3", "--normal", "3"]
+    result = run(setting, script, "--cases", str(cases), *count, *map(str, own))
     stem = setting["out"] / "llama" / name
     for suffix in (".csv", ".json", ".png", ".svg"):
         assert stem.with_suffix(suffix).stat().st_size > 100
@@ -80,15 +112,34 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     provenance = record["provenance"]
     for key in ("model", "contexts", "second_moment", "hyperparameters", "versions", "seconds"):
         assert key in provenance
+    assert provenance["command"].startswith(f"python analyses/{name}.py")
+    assert str(setting["out"].parent) not in json.dumps(provenance)
     assert record["rows"]
+    assert all(math.isfinite(value) for row in record["rows"] for value in numbers(row))
     lines = stem.with_suffix(".csv").read_text("utf-8").splitlines()
     assert len(lines) == len(record["rows"]) + 1
+    assert record["title"] in " ".join(result.stdout.split())
+    assert all(len(line) == len(record["columns"]) for line in record["lines"])
+    for claim in CLAIMS:
+        if claim.script == name:
+            # A verdict may lack cases here, but never a field that the script should have written.
+            reason = judge(claim, load_result(stem.parent, name)).reason
+            assert "has no number for" not in reason
+
+
+def numbers(row: dict[str, Any]) -> list[float]:
+    return [value for value in row.values() if isinstance(value, float)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_has_help(name: str) -> None:
-    command = [sys.executable, str(ANALYSES / f"{name}.py"), "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+def test_script_has_help(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ANALYSES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
     for option in ("--model", "--facts", "--device", "--seed", "--out", "--profile"):
         assert option in shown
 
@@ -100,3 +151,41 @@ def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) ->
     assert result.returncode == 2
     assert "firsttok scan" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "own", "sentence"),
+    [
+        ("figure6_encoder_contrast", 8, ["--encoder", "{model}"], "is a decoder"),
+        ("table3_transfer", 8, ["--others", "gpt-9"], "no model is called 'gpt-9'"),
+        ("table7_first2second", 6, [], "no fact has a subject that is the second token"),
+        ("extra_token_identity", 5, [], "no collapse case is one token without a leading space"),
+    ],
+)
+def test_scripts_say_what_they_cannot_do(
+    name: str, facts: int, own: list[str], sentence: str, setting: dict[str, Path], tmp_path: Path
+) -> None:
+    records = json.loads(setting["facts"].read_text("utf-8"))[:facts]
+    chosen, out = tmp_path / "facts.json", tmp_path / "out"
+    chosen.write_text(json.dumps(records), "utf-8")
+    changed = setting | {"facts": chosen, "out": out}
+    run(changed, "-m", "firsttok.cli", "scan")
+    cases = str(out / "llama" / "collapse_cases.json")
+    options = [word.format(model=setting["model"]) for word in own]
+    script = str(ANALYSES / f"{name}.py")
+    result = run(changed, script, "--cases", cases, *options, expected=2)
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (out / "llama" / f"{name}.json").exists()
+
+
+def test_the_encoder_of_an_encoder_decoder_is_contrasted_too(
+    setting: dict[str, Path], cases: Path
+) -> None:
+    script = str(ANALYSES / "figure6_encoder_contrast.py")
+    own = ["--cases", str(cases), "--normal", "3", "--encoder", str(setting["t5"])]
+    out = setting["out"].parent / "t5-out"
+    run(setting | {"out": out}, script, *own)
+    rows = json.loads((out / "llama" / "figure6_encoder_contrast.json").read_text("utf-8"))["rows"]
+    encoder = [row for row in rows if row["kind"] == "encoder" and row["bos"] == "without"]
+    assert [row["layer"] for row in encoder] == [0, 1, 2]

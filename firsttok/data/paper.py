@@ -4,7 +4,12 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 
-__all__ = ["PaperValue", "paper_values"]
+__all__ = ["FALL_OF_ROME", "SLIDES", "PaperValue", "paper_values"]
+
+FALL_OF_ROME = "fall-of-rome"
+"""Yang et al., "The Fall of ROME", Findings of EMNLP 2024, camera-ready."""
+SLIDES = "butterfly-effect-slides"
+"""The authors' slides on "The Butterfly Effect of Model Editing" (Findings of ACL 2024)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,24 +17,31 @@ class PaperValue:
     """One printed number."""
 
     paper: str
-    """Key of the paper: ``fall-of-rome`` (Yang et al., EMNLP 2024 Findings, camera-ready)."""
+    """Key of the paper: :data:`FALL_OF_ROME` or :data:`SLIDES`."""
     table: str
-    """Table or equation, as printed."""
+    """Table or equation, as printed; ``Text`` for a number of the running text."""
     model: str
     """Model the cell is about."""
     row: str
     """Row labels, joined by ``/``."""
     value: float
-    """The number as printed."""
+    """The number as printed; percentages in percent."""
 
 
-def paper_values(table: str) -> tuple[PaperValue, ...]:
-    """Return all printed numbers of one table of "The Fall of ROME", in the paper's order."""
+def paper_values(table: str, *, paper: str = FALL_OF_ROME) -> tuple[PaperValue, ...]:
+    """Return all printed numbers of one table, in the paper's order.
+
+    Args:
+        table: Table or equation, as printed.
+        paper: Which paper; by default "The Fall of ROME".
+    """
     text = resources.files("firsttok.data.builtin").joinpath("paper.json").read_text("utf-8")
     return tuple(
-        PaperValue(paper=block["paper"], table=block["table"], model=model, row=row, value=value)
+        PaperValue(
+            paper=block["paper"], table=block["table"], model=model, row=row, value=float(value)
+        )
         for block in json.loads(text)
-        if block["table"] == table
+        if (block["paper"], block["table"]) == (paper, table)
         for row, cells in block["rows"].items()
         for model, value in zip(block["models"], cells, strict=True)
         if value is not None

@@ -13,7 +13,7 @@ from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import FACTS_PER_BATCH, Value, optimise_values
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.keys import FactKeys, fact_keys
+from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource
 from firsttok.models import Model
 from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
@@ -63,6 +63,7 @@ def compute_edits(
     second_moment: SecondMoment,
     layer: int | None = None,
     hyperparameters: Hyperparameters | None = None,
+    key_source: KeySource = ORDINARY_KEYS,
     store: ValueStore | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
@@ -70,6 +71,9 @@ def compute_edits(
 
     Methods whose values are anchored alike share the optimisation. With a store, values that are
     there already are read and not computed again.
+
+    The values are optimised on ``model`` with the interventions of its view; the keys come from
+    ``key_source``, which may intervene otherwise.
 
     Yields:
         Each fact with its edits by method name, in order.
@@ -79,7 +83,7 @@ def compute_edits(
     slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
     for start in range(0, len(facts), FACTS_PER_BATCH):
         chunk = facts[start : start + FACTS_PER_BATCH]
-        keys = [fact_keys(model, fact, contexts, layer=site.layer) for fact in chunk]
+        keys = [key_source.keys(model, fact, contexts, layer=site.layer) for fact in chunk]
         values = {
             slot: _values(
                 model,
@@ -89,6 +93,7 @@ def compute_edits(
                 slot=slot,
                 layer=site.layer,
                 hyperparameters=settings,
+                key_source=key_source,
                 store=store,
                 on_step=on_step,
             )
@@ -108,7 +113,8 @@ def compute_edits(
                     losses=value.losses,
                     provenance=_provenance(
                         model, fact, method, contexts, second_moment, site.layer, settings
-                    ),
+                    )
+                    | {"keys": key_source.name},
                 )
             yield fact, edits
 
@@ -122,6 +128,7 @@ def _values(
     slot: Slot,
     layer: int,
     hyperparameters: Hyperparameters,
+    key_source: KeySource,
     store: ValueStore | None,
     on_step: Callable[[int], None] | None,
 ) -> list[Value]:
@@ -129,7 +136,13 @@ def _values(
     found: dict[int, Value] = {}
     paths = [
         store.path(
-            model, fact, contexts=contexts, slot=slot, layer=layer, hyperparameters=hyperparameters
+            model,
+            fact,
+            contexts=contexts,
+            slot=slot,
+            layer=layer,
+            hyperparameters=hyperparameters,
+            key_source=key_source,
         )
         if store
         else None
@@ -173,11 +186,12 @@ def _provenance(
 ) -> dict[str, Any]:
     return {
         "model": {
-            "name": model.name,
+            "name": model.label,
             "source": model.source,
             "fingerprint": model.fingerprint,
             "dtype": str(model.dtype).removeprefix("torch."),
             "bos": model.bos.value,
+            "interventions": [change.name for change in model.interventions],
         },
         "layer": layer,
         "fact": fact.as_record(),

@@ -10,6 +10,7 @@ from firsttok.editing.methods import Slot
 from firsttok.editing.value import Value
 from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import Model
 from firsttok.storage import atomic_path, content_hash, read_safetensors
 
@@ -34,6 +35,7 @@ class ValueStore:
         slot: Slot,
         layer: int,
         hyperparameters: Hyperparameters,
+        key_source: KeySource = ORDINARY_KEYS,
     ) -> Path:
         """Return where the value of a fact under these settings lies."""
         key: list[Any] = [
@@ -47,6 +49,8 @@ class ValueStore:
             layer,
             hyperparameters.as_dict(),
         ]
+        if model.interventions or key_source is not ORDINARY_KEYS:
+            key.append([key_source.name, *(change.name for change in model.interventions)])
         return self.folder / f"{content_hash(key)[:24]}.safetensors"
 
     def read(self, path: Path, model: Model) -> Value | None:

@@ -49,6 +49,8 @@ class _Problem:
     """The rows of several facts in one batch: every context with the target, then the KL prompt."""
 
     tail: Tail
+    subject: int
+    """Column of the replayed ones that holds every subject's last token."""
     where: Tensor
     """[row, suffix]: places whose logits enter the loss."""
     labels: Int[Tensor, "place"]
@@ -67,6 +69,7 @@ class _Problem:
         places = torch.isin(self.place_owner, keep)
         return _Problem(
             tail=self.tail.rows(rows),
+            subject=self.subject,
             where=self.where[rows],
             labels=self.labels[places],
             weights=self.weights[places],
@@ -146,7 +149,9 @@ def _problem(model: Model, facts: Sequence[Fact], contexts: ContextSet, layer: i
         targets.append(())
         owners.append(owner)
     batch = pad(model, rows, side="subject")
-    cut = int(positions(rows).max())
+    column = int(positions(rows).max())
+    # Where a token may see later ones, no column is out of delta's reach.
+    cut = column if batch.visible is None else 0
     where = torch.zeros(len(rows), batch.tokens.shape[1] - cut, dtype=torch.bool)
     labels: list[int] = []
     weights: list[float] = []
@@ -159,13 +164,14 @@ def _problem(model: Model, facts: Sequence[Fact], contexts: ContextSet, layer: i
             labels += target
             weights += [1 / (len(target) * len(contexts.templates))] * len(target)
         else:
-            where[row, 0] = True
+            where[row, column - cut] = True
             labels.append(-1)
             weights.append(0.0)
         place_owner += [owner] * max(len(target), 1)
     device = model.device
     return _Problem(
         tail=capture_tail(model, batch, layer=layer, cut=cut),
+        subject=column - cut,
         where=where.to(device),
         labels=torch.tensor(labels, device=device),
         weights=torch.tensor(weights, device=device, dtype=model.dtype),
@@ -246,8 +252,10 @@ def _log_probs(
     model: Model, problem: _Problem, hook_name: str, delta: ValueMatrix
 ) -> Float[Tensor, "place vocab"]:
     def add_delta(output: Tensor, hook: object) -> Tensor:  # noqa: ARG001
-        first = output[:, :1] + delta[problem.row_owner][:, None]
-        return torch.cat([first, output[:, 1:]], dim=1)
+        before, chosen, after = output.split(
+            [problem.subject, 1, output.shape[1] - problem.subject - 1], dim=1
+        )
+        return torch.cat([before, chosen + delta[problem.row_owner][:, None], after], dim=1)
 
     logits = problem.tail.run(model, problem.where, [(hook_name, add_delta)])
     return logits.log_softmax(-1)

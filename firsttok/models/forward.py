@@ -17,6 +17,11 @@ __all__ = ["capture", "logits"]
 def call_arguments(model: "Model", batch: TokenBatch) -> dict[str, Any]:
     """The keyword arguments that go with a batch's tokens."""
     arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    if batch.visible is not None:
+        # One mask for all heads, to be added to the scores; the model adds none of its own then.
+        hidden = torch.finfo(model.dtype).min
+        mask = torch.zeros(batch.visible.shape, dtype=model.dtype, device=batch.device)
+        arguments["attention_mask"] = mask.masked_fill(~batch.visible, hidden)[:, None]
     if not model.is_encoder_decoder:
         arguments["position_ids"] = batch.position_ids
     return arguments

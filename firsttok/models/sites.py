@@ -46,6 +46,11 @@ class EditSite:
         return f"{self.stack}.{self.layer}.mlp.hook_out"
 
     @property
+    def residual_hook(self) -> str:
+        """Hook point of the residual stream after the block."""
+        return f"{self.stack}.{self.layer}.hook_out"
+
+    @property
     def matrix(self) -> WeightInOut:
         """The weight as ``[d_mlp, d_model]``, a view."""
         weight = self.weight.detach()

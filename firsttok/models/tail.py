@@ -106,7 +106,10 @@ def capture_tail(model: "Model", batch: TokenBatch, *, layer: int, cut: int = 0)
 
     Raises:
         UnsupportedModelError: If the model is no plain stack of decoder blocks.
+        ValueError: If columns are cut off a batch whose tokens may see later ones.
     """
+    if cut and batch.visible is not None:
+        raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
     bridge: Any = model.bridge
     if not model.can_be_edited:
         raise UnsupportedModelError(

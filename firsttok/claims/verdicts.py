@@ -1,0 +1,72 @@
+"""Claims, and the verdict a rule comes to on a script's result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from firsttok.claims.results import NotJudgedError, ScriptResult
+
+__all__ = ["Claim", "Status", "Verdict", "grade", "judge", "verdict"]
+
+
+class Status(Enum):
+    """What became of a claim."""
+
+    REPRODUCED = "reproduced"
+    PARTLY = "partly"
+    NOT = "not"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A status and the numbers it comes from."""
+
+    status: Status
+    """The status."""
+    reason: str
+    """One or two sentences with the measured numbers, or with what is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim that a table or a figure supports, and the rule that decides on it."""
+
+    id: str
+    """Short name, unique."""
+    script: str
+    """The script whose rows decide, without suffix."""
+    place: str
+    """Where the paper makes it (``Table 1``)."""
+    sentence: str
+    """The claim in one sentence."""
+    rule: str
+    """The rule in words, thresholds included."""
+    decide: Callable[[ScriptResult], Verdict]
+    """The rule: a pure function of rows and provenance."""
+    own: bool = False
+    """Whether the claim is firsttok's and in no paper."""
+
+
+def verdict(status: Status, reason: str) -> Verdict:
+    """Return a verdict."""
+    return Verdict(status=status, reason=reason)
+
+
+def grade(reproduced: bool, partly: bool) -> Status:
+    """Return ``reproduced`` if the first holds, or else ``partly`` if the second does."""
+    if reproduced:
+        return Status.REPRODUCED
+    return Status.PARTLY if partly else Status.NOT
+
+
+def judge(claim: Claim, result: ScriptResult | None) -> Verdict:
+    """Return a claim's verdict; ``not run`` with a reason where the rows do not allow one."""
+    if result is None:
+        return verdict(
+            Status.NOT_RUN, f"There is no {claim.script}.json; run analyses/{claim.script}.py."
+        )
+    try:
+        return claim.decide(result)
+    except NotJudgedError as gap:
+        return verdict(Status.NOT_RUN, str(gap))

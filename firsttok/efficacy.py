@@ -1,0 +1,104 @@
+"""Accuracies of many edits: the rows of Tables 4 and 5."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.progress import Progress
+
+from firsttok.data import Fact
+from firsttok.editing import Method, compute_edits
+from firsttok.evaluation import edit_accuracy
+from firsttok.study import Study
+
+__all__ = ["AccuracyRow", "accuracy_line", "draw_prefix", "measure_accuracy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyRow:
+    """One fact edited by one method, and what the edited model answers."""
+
+    case_id: int
+    """Number of the fact in its set."""
+    subject: str
+    """The fact's subject."""
+    method: str
+    """Label of the method."""
+    prefix: str
+    """Template the rewriting prompt was put into; ``"{}"`` for the bare prompt."""
+    efficacy: float
+    """As in :class:`~firsttok.evaluation.Accuracy`, a fraction of 1."""
+    generalization: float | None
+    """The same on the first paraphrase; None without one."""
+    locality: float | None
+    """Share of unchanged answers on the first neighbour; None without one."""
+
+
+def measure_accuracy(
+    study: Study,
+    facts: Sequence[Fact],
+    methods: Sequence[Method],
+    *,
+    prefix_of: Callable[[Fact], str],
+    progress: Progress | None = None,
+    label: str = "accuracies",
+) -> list[AccuracyRow]:
+    """Edit every fact by every method and measure efficacy, generalization and locality.
+
+    Args:
+        study: The study; values that are in its store are not optimised again.
+        facts: The facts.
+        methods: The methods.
+        prefix_of: Template for a fact's rewriting prompt at test time (Table 5), ``"{}"`` for none.
+        progress: Where to show progress.
+        label: What the progress bar says.
+    """
+    task = None if progress is None else progress.add_task(label, total=len(facts))
+    rows: list[AccuracyRow] = []
+    for fact, edits in compute_edits(
+        study.model,
+        facts,
+        methods=methods,
+        contexts=study.contexts,
+        second_moment=study.second_moment,
+        layer=study.layer,
+        hyperparameters=study.hyperparameters,
+        key_source=study.key_source,
+        store=study.store,
+    ):
+        prefix = prefix_of(fact)
+        for method in methods:
+            measured = edit_accuracy(study.model, fact, edits[method.name], context=prefix)
+            rows.append(
+                AccuracyRow(
+                    case_id=fact.case_id,
+                    subject=fact.subject,
+                    method=method.label,
+                    prefix=prefix,
+                    efficacy=measured.efficacy,
+                    generalization=measured.generalization,
+                    locality=measured.locality,
+                )
+            )
+        if progress is not None and task is not None:
+            progress.advance(task)
+    return rows
+
+
+def draw_prefix(study: Study, fact: Fact, *, seed: int) -> str:
+    """Draw one of the prefixes used for editing, as Section 4 does at test time.
+
+    The draw depends on seed and fact alone, so that every method is tested behind the same one.
+    """
+    return random.Random(f"{seed} {fact.content_hash}").choice(study.contexts.prefixed)  # noqa: S311
+
+
+def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
+    """One line of Table 4 or 5: name, number of cases, and three means in percent."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
+    line: list[object] = [name, len(chosen)]
+    for column in ("efficacy", "generalization", "locality"):
+        values = [row[column] for row in chosen if row[column] is not None]
+        line.append(100.0 * sum(values) / len(values) if values else None)
+    return line

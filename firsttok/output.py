@@ -1,0 +1,86 @@
+"""Tables: printed beside the paper's numbers, and saved as CSV and JSON."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from firsttok.storage import atomic_path, write_json
+
+__all__ = ["cell_text", "pick", "print_table", "publish", "save_rows"]
+
+
+def publish(
+    stem: Path,
+    *,
+    title: str,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[Any]],
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Print a script's table, and leave it with its rows in ``stem.json`` and ``stem.csv``.
+
+    Args:
+        stem: Path without suffix, ``figures/<model>/<script>``.
+        title: Title of the table.
+        columns: Names of its columns.
+        lines: Its lines; a cell is a text, a number or None.
+        rows: The measured rows, flat, one per observation.
+        provenance: What they were made with.
+    """
+    print_table(title, columns, lines)
+    table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
+    _save(stem, table, rows, provenance)
+
+
+def save_rows(stem: Path, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
+    """Write ``stem.csv`` and ``stem.json``; the JSON holds rows and provenance."""
+    _save(stem, {}, rows, provenance)
+
+
+def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
+    """One column of the rows whose other columns have the given values."""
+    return [
+        float(row[column])
+        for row in rows
+        if all(row[name] == wanted for name, wanted in match.items())
+    ]
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on standard output; numbers get at most six digits."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(cell_text(cell) for cell in row))
+    console = Console()
+    # A file or a pipe has no width of its own, and a narrow table cuts its numbers off.
+    Console(width=console.width if console.is_terminal else 140).print(table)
+
+
+def cell_text(cell: Any) -> str:
+    """A cell as it is shown: two decimals, or three digits where the number is small or huge."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:,.2f}" if 0.1 <= abs(cell) < 1e6 else f"{cell:.3g}"
+    return str(cell)
+
+
+def _save(
+    stem: Path,
+    table: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> None:
+    import pandas as pd
+
+    flat = [dict(row) for row in rows]
+    # JSON first: it refuses NaN, and then there is to be no CSV either.
+    write_json(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
+    with atomic_path(stem.with_suffix(".csv")) as temporary:
+        pd.DataFrame(flat).to_csv(temporary, index=False)

@@ -1,0 +1,123 @@
+"""Figures: one style for all, saved as PNG and SVG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firsttok.storage import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "PALETTE",
+    "RESOLUTION",
+    "accuracy_bars",
+    "figure",
+    "save_figure",
+    "stage_plot",
+    "strip_plot",
+]
+
+RESOLUTION = 160
+"""Dots to the inch of a PNG."""
+PALETTE = {"collapse": "#c0392b", "normal": "#2c6fbb"}
+
+
+def figure(columns: int, *, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
+    """A figure with some panels side by side, on a backend that needs no screen."""
+    import matplotlib as mpl
+
+    mpl.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
+    drawn, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), squeeze=False)
+    return drawn, list(axes[0])
+
+
+def strip_plot(
+    axis: "Axes",
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    label: str,
+    order: Sequence[str],
+) -> None:
+    """One dot per row, coloured by its ``cases``, on a logarithmic axis."""
+    import pandas as pd
+    import seaborn as sns
+
+    sns.stripplot(
+        data=pd.DataFrame([dict(row) for row in rows]),
+        x=x,
+        y=y,
+        hue="cases",
+        order=list(order),
+        palette=PALETTE,
+        dodge=True,
+        jitter=0.2,
+        alpha=0.75,
+        size=5,
+        ax=axis,
+    )
+    axis.set_yscale("log")
+    axis.set_xlabel("")
+    axis.set_ylabel(label)
+    axis.legend(title=None, frameon=True)
+
+
+def save_figure(stem: Path, drawn: "Figure") -> None:
+    """Write ``stem.png`` and ``stem.svg`` and close the figure."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    drawn.tight_layout()
+    for suffix in (".png", ".svg"):
+        # No date and no random ids in the file, so that equal numbers give an equal file.
+        metadata = {"Date": None} if suffix == ".svg" else None
+        settings: Any = {"svg.hashsalt": stem.name}
+        with atomic_path(stem.with_suffix(suffix)) as temporary, mpl.rc_context(settings):
+            drawn.savefig(temporary, format=suffix[1:], dpi=RESOLUTION, metadata=metadata)
+    plt.close(drawn)
+
+
+def accuracy_bars(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Mean efficacy, generalization and locality of each method, with 95 % bootstrap intervals."""
+    import pandas as pd
+    import seaborn as sns
+
+    long = [
+        {"method": row["method"], "measure": measure, "percent": 100 * row[measure]}
+        for row in rows
+        for measure in ("efficacy", "generalization", "locality")
+        if row[measure] is not None
+    ]
+    sns.barplot(
+        data=pd.DataFrame(long),
+        x="measure",
+        y="percent",
+        hue="method",
+        errorbar="ci",
+        seed=0,
+        ax=axis,
+    )
+    axis.set_xlabel("")
+    axis.set_ylim(0, 105)
+    axis.legend(title=None)
+
+
+def stage_plot(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Perplexity of every edit by the stage a swap acts in, on a logarithmic axis."""
+    import pandas as pd
+    import seaborn as sns
+
+    frame = pd.DataFrame([dict(row) for row in rows])
+    sns.stripplot(data=frame, x="stage", y="perplexity", alpha=0.75, ax=axis)
+    axis.axhline(1000, color="black", linewidth=1, linestyle=":")
+    axis.set_yscale("log")
+    axis.set_xlabel("the swap acts on")
+    axis.set_ylabel("perplexity after ROME")

@@ -1,0 +1,374 @@
+"""How concentrated first tokens are, layer by layer (Equation 4 and Figure 8), and why.
+
+Beside the mean distance to the centroid, one pass tells what comes with it: the norm of the
+residual stream, the dimension that carries it, the attention that others pay to the first token,
+and the effective rank of the keys.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
+from firsttok.models import EditSite, Model, capture
+from firsttok.prompts import Prompt, batches, pad
+
+__all__ = [
+    "LayerConcentration",
+    "Spread",
+    "concentration",
+    "effective_rank",
+    "later_positions",
+    "mean_distance",
+    "parts_at",
+    "spread",
+]
+
+RESAMPLES = 1000
+LEVEL = 0.95
+MAX_SUBSEQUENT = 2000
+ROUNDING = 1e-5
+"""Relative spread that a forward pass in float32 gives to equal vectors."""
+_CHUNK = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Equation 4's D with its bootstrap interval."""
+
+    value: float
+    """Mean Euclidean distance to the centroid."""
+    low: float
+    """Lower end of the percentile interval."""
+    high: float
+    """Upper end of the percentile interval."""
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Value and interval under the names of a row: ``name``, ``name_low``, ``name_high``."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConcentration:
+    """First tokens against subsequent tokens at one layer."""
+
+    layer: int
+    """The layer."""
+    n_first: int
+    """Number of first tokens."""
+    n_subsequent: int
+    """Number of subsequent tokens."""
+    distinct_first: int
+    """How many different tokens the first ones are; a repeated one adds no distance of its own."""
+    d_first: float
+    """D(F) of Equation 4, over keys."""
+    d_first_low: float
+    """Lower end of its 95 % bootstrap interval."""
+    d_first_high: float
+    """Upper end of its 95 % bootstrap interval."""
+    d_subsequent: float
+    """D(S) of Equation 4, over keys."""
+    d_subsequent_low: float
+    """Lower end of its 95 % bootstrap interval."""
+    d_subsequent_high: float
+    """Upper end of its 95 % bootstrap interval."""
+    residual_first: float
+    """Mean norm of the residual stream behind the block, at first tokens."""
+    residual_subsequent: float
+    """The same at subsequent tokens."""
+    attention_to_first: float
+    """Share of attention the first token gets: mean over heads and subsequent query tokens."""
+    effective_rank_first: float
+    """Effective rank of the first tokens' keys."""
+    effective_rank_subsequent: float
+    """The same of as many subsequent tokens."""
+    massive_dimension: int
+    """Dimension of the residual stream that carries most of the first tokens' squared norm."""
+    massive_share: float
+    """Its share of the squared norm, mean over first tokens."""
+    massive_share_subsequent: float
+    """Share of the same dimension, mean over subsequent tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tokens:
+    """What was read at some tokens; the first ``n_first`` of them are the first tokens."""
+
+    n_first: int
+    keys: Float[Tensor, "layer token d_mlp"]
+    residual_norms: Float[Tensor, "layer token"]
+    attention: Float[Tensor, "layer token"]
+    shares: Float[Tensor, "2 layer d_model"]
+    """Mean share of each dimension in the squared norm, for first and for subsequent tokens."""
+
+
+def mean_distance(points: Float[Tensor, "point width"]) -> float:
+    """D of Equation 4: mean Euclidean distance to the centroid, in float64."""
+    return float(_centred(points).norm(dim=1).mean())
+
+
+def spread(
+    points: Float[Tensor, "point width"],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Spread:
+    """D of Equation 4 with a percentile bootstrap interval over points.
+
+    Every resample has a centroid of its own. Two equal draws lie at distance 0 from each other, so
+    the interval of a handful of points lies low.
+
+    Args:
+        points: The vectors.
+        resamples: Number of resamples.
+        level: Share of the resamples inside the interval.
+        seed: Seed of the resamples.
+
+    Raises:
+        BadInputError: If there are no two points.
+    """
+    count = len(points)
+    if count < 2:
+        raise BadInputError(f"the distances of {count} points say nothing; give at least 2")
+    centred = _centred(points)
+    squares = centred.square().sum(1)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        draws = torch.randint(count, (size, count), generator=generator)
+        # How often a point was drawn stands for the resample: ||e - c||^2 = e.e - 2 e.c + c.c
+        # costs two products of matrices and no copy of the points.
+        weights = torch.zeros(size, count, dtype=torch.float64)
+        weights.scatter_add_(1, draws, torch.full_like(draws, 1, dtype=torch.float64) / count)
+        centroids = weights @ centred
+        distances = squares - 2 * centroids @ centred.T + centroids.square().sum(1, keepdim=True)
+        found.append((weights * distances.clamp_min(0).sqrt()).sum(1))
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.cat(found).quantile(tails).tolist()
+    return Spread(value=float(centred.norm(dim=1).mean()), low=low, high=high)
+
+
+def effective_rank(points: Float[Tensor, "point width"]) -> float:
+    """Exponential of the entropy of the normalised singular values of the centred points.
+
+    ``k`` equally long orthogonal directions give ``k``; it is at most the number of points less
+    one. Points that are equal but for the rounding of a float32 pass have none: 0.
+    """
+    centred = _centred(points)
+    if float(centred.norm()) <= ROUNDING * float(points.double().norm()):
+        return 0.0
+    small = centred if len(centred) <= centred.shape[1] else centred.T
+    values = torch.linalg.eigvalsh(small @ small.T).clamp_min(0).sqrt()
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def concentration(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    layers: Iterable[int] | None = None,
+    place: int = 0,
+    stack: str | None = None,
+    max_subsequent: int = MAX_SUBSEQUENT,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    max_tokens: int = 1024,
+) -> tuple[LayerConcentration, ...]:
+    """Measure first tokens against subsequent ones (Equation 4, Figure 8), all layers in one pass.
+
+    The token at ``place`` is the first one, and every later token of a prompt is a subsequent one;
+    padding and the end token of an encoder never are. Without BOS ``place=0`` is the text's first
+    token; with BOS it is the BOS, which is the same token in every prompt, and ``place=1`` is the
+    text's first.
+
+    Args:
+        model: A decoder, an encoder, or an encoder-decoder, whose encoder is read.
+        prompts: The prompts.
+        layers: Layers to measure; None for all.
+        place: Position of the first token.
+        stack: ``encoder_blocks`` on encoder-decoders; None for the model's first stack.
+        max_subsequent: Of more subsequent tokens than this, so many are drawn (the paper takes
+            all); their keys are held at all layers at once.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the draw and of the bootstrap. Its unit is the token.
+        max_tokens: Most tokens of a padded batch; all layers' activations are held for one.
+
+    Raises:
+        BadInputError: If a prompt has no token at ``place``, there are no two first and two
+            subsequent tokens, or there is no layer.
+        LayerOutOfRangeError: If a layer does not exist.
+        NonFiniteError: If an activation is NaN or infinite.
+        UnsupportedModelError: If the model does not show its attention, or for the decoder of an
+            encoder-decoder, whose tokens are not those of the prompt.
+    """
+    if stack == "decoder_blocks":
+        raise UnsupportedModelError(
+            f"the decoder of {model.name} does not read the prompt's own tokens; "
+            "measure its encoder"
+        )
+    chosen = range(model.n_layers) if layers is None else layers
+    sites = [model.site(layer, stack=stack) for layer in chosen]
+    if not sites:
+        raise BadInputError("there is no layer to measure; give at least one")
+    tokens = _choose(model, prompts, place, max_subsequent, seed)
+    read = _read(model, prompts, tokens, sites, place=place, max_tokens=max_tokens)
+    distinct = len({prompt.token_ids[place] for prompt in prompts})
+    return tuple(
+        _measure(read, index, site.layer, distinct, resamples=resamples, seed=seed)
+        for index, site in enumerate(sites)
+    )
+
+
+def parts_at(layers: Sequence[LayerConcentration]) -> int | None:
+    """First layer from which on, to the last one given, D(F) lies below D(S).
+
+    "Below" means that the bootstrap intervals are disjoint. None if the last layer is not so.
+    """
+    found: int | None = None
+    for row in sorted(layers, key=lambda row: row.layer):
+        if row.d_first_high >= row.d_subsequent_low:
+            found = None
+        elif found is None:
+            found = row.layer
+    return found
+
+
+def later_positions(model: Model, prompt: Prompt, place: int) -> range:
+    """Positions of a prompt's own tokens behind a place, without the end token of an encoder."""
+    end, trailing = len(prompt.token_ids), model.trailing_ids
+    if trailing and prompt.token_ids[-len(trailing) :] == trailing:
+        end -= len(trailing)
+    return range(place + 1, end)
+
+
+def _choose(
+    model: Model, prompts: Sequence[Prompt], place: int, max_subsequent: int, seed: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """First and subsequent tokens, each as prompt and position."""
+    for prompt in prompts:
+        if not 0 <= place <= prompt.last_position:
+            raise BadInputError(
+                f"{prompt.text!r} has {len(prompt.token_ids)} tokens and none at position {place}; "
+                "leave it out"
+            )
+    first = [(index, place) for index in range(len(prompts))]
+    later = [
+        (index, position)
+        for index, prompt in enumerate(prompts)
+        for position in later_positions(model, prompt, place)
+    ]
+    if len(later) > max_subsequent:
+        later = sorted(random.Random(seed).sample(later, max_subsequent))  # noqa: S311
+    if len(first) < 2 or len(later) < 2:
+        raise BadInputError(
+            f"{len(first)} first and {len(later)} subsequent tokens cannot be compared; "
+            "give at least 2 of each"
+        )
+    return first, later
+
+
+@torch.no_grad()
+def _read(
+    model: Model,
+    prompts: Sequence[Prompt],
+    tokens: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    sites: Sequence[EditSite],
+    *,
+    place: int,
+    max_tokens: int,
+) -> _Tokens:
+    first, later = tokens
+    of_prompt: list[list[tuple[int, int]]] = [[] for _ in prompts]
+    for index, (prompt, position) in enumerate([*first, *later]):
+        of_prompt[prompt].append((index, position))
+    count = len(first) + len(later)
+    keys = torch.empty(len(sites), count, sites[0].d_mlp, dtype=model.dtype)
+    norms = torch.empty(len(sites), count, dtype=torch.float64)
+    attention = torch.empty(len(sites), count, dtype=torch.float64)
+    shares = torch.zeros(2, len(sites), sites[0].d_model, dtype=torch.float64)
+    stop = max(site.layer for site in sites) + 1 if sites[0].stack == "blocks" else None
+    hooks = [(site.key_hook, site.residual_hook, _pattern_hook(site)) for site in sites]
+    names = [name for hook_names in hooks for name in hook_names]
+    for group in batches(prompts, max_tokens=max_tokens):
+        batch = pad(model, [prompts[index] for index in group])
+        seen = capture(model, batch, names, stop_at_layer=stop)
+        here = [(row, *token) for row, index in enumerate(group) for token in of_prompt[index]]
+        row, which, position = torch.tensor(here).T
+        is_later = which >= len(first)
+        row = row.to(batch.device)
+        own = batch.starts[row] + position.to(batch.device)
+        target = batch.starts[row] + place
+        for index, hook_names in enumerate(hooks):
+            if hook_names[2] not in seen:
+                raise UnsupportedModelError(
+                    f"{model.name} does not show the attention of layer {sites[index].layer} "
+                    f"(hook point {hook_names[2]} did not fire)"
+                )
+            key, residual, pattern = (seen[name] for name in hook_names)
+            keys[index, which] = key[row, own].cpu()
+            # In float64: the square of a massive activation is infinite in float16.
+            squares = residual[row, own].cpu().double().square()
+            totals = squares.sum(1)
+            norms[index, which] = totals.sqrt()
+            share = squares / totals.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+            shares[0, index] += share[~is_later].sum(0)
+            shares[1, index] += share[is_later].sum(0)
+            attention[index, which] = pattern[row, :, own, target].cpu().double().mean(1)
+    if not all(bool(torch.isfinite(values).all()) for values in (keys, norms, attention)):
+        raise NonFiniteError(
+            f"an activation of {model.name} is NaN or infinite; load the model in float32"
+        )
+    sizes = torch.tensor([len(first), len(later)], dtype=torch.float64)
+    return _Tokens(
+        n_first=len(first),
+        keys=keys,
+        residual_norms=norms,
+        attention=attention,
+        shares=shares / sizes[:, None, None],
+    )
+
+
+def _measure(
+    read: _Tokens, index: int, layer: int, distinct: int, *, resamples: int, seed: int
+) -> LayerConcentration:
+    count = read.n_first
+    first, later = read.keys[index, :count], read.keys[index, count:]
+    d_first = spread(first, resamples=resamples, seed=seed)
+    d_later = spread(later, resamples=resamples, seed=seed)
+    # The rank is bounded by the number of points, so both get the same number.
+    equal = min(count, len(later))
+    order = torch.randperm(len(later), generator=torch.Generator().manual_seed(seed))
+    norms = read.residual_norms[index]
+    dimension = int(read.shares[0, index].argmax())
+    return LayerConcentration(
+        layer=layer,
+        n_first=count,
+        n_subsequent=len(later),
+        distinct_first=distinct,
+        **d_first.columns("d_first"),
+        **d_later.columns("d_subsequent"),
+        residual_first=float(norms[:count].mean()),
+        residual_subsequent=float(norms[count:].mean()),
+        attention_to_first=float(read.attention[index, count:].mean()),
+        effective_rank_first=effective_rank(first[:equal]),
+        effective_rank_subsequent=effective_rank(later[order[:equal]]),
+        massive_dimension=dimension,
+        massive_share=float(read.shares[0, index, dimension]),
+        massive_share_subsequent=float(read.shares[1, index, dimension]),
+    )
+
+
+def _centred(points: Float[Tensor, "point width"]) -> Float[Tensor, "point width"]:
+    points = points.detach().double().cpu()
+    return points - points.mean(0)
+
+
+def _pattern_hook(site: EditSite) -> str:
+    return f"{site.stack}.{site.layer}.attn.hook_pattern"

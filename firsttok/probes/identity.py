@@ -1,0 +1,87 @@
+"""Token identity against position: "Arthur" and " Arthur" are different tokens (in no paper).
+
+The released code compares a subject at the very beginning with the same subject behind a prefix;
+there it also carries a leading space, which makes it another token. Here the two are crossed, so
+that each effect stands alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.errors import BadInputError
+from firsttok.keys import FactKeys, fact_keys, keys_at
+from firsttok.models import Model
+from firsttok.prompts import Prompt, fact_prompt, join_prompts, positions, text_prompt
+
+__all__ = ["IDENTITY_CELLS", "IdentityCell", "distinct_with_space", "identity_prompt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityCell:
+    """One of the four crossings; also a key source whose k^u is read there."""
+
+    later: bool
+    """Whether the subject stands behind a prefix."""
+    space: bool
+    """Whether the subject's token begins with a space."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables and provenance."""
+        place = "later" if self.later else "first"
+        return f"{place} position, {'with' if self.space else 'without'} space"
+
+    def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
+        """Return the ordinary k_bar and the k^u of this cell."""
+        ordinary = fact_keys(model, fact, contexts, layer=layer)
+        prompt = identity_prompt(model, fact, self, prefix=contexts.prefixed[0])
+        place = int(positions([prompt])[0])
+        key = keys_at(model, [prompt], [place], layers=[layer]).at(layer)[0]
+        return replace(ordinary, unprefixed=key)
+
+
+IDENTITY_CELLS = tuple(
+    IdentityCell(later=later, space=space) for later in (False, True) for space in (False, True)
+)
+"""The four cells."""
+
+
+def identity_prompt(model: Model, fact: Fact, cell: IdentityCell, *, prefix: str) -> Prompt:
+    """Build a fact's prompt for a cell; tokens are put together, never tokenised again.
+
+    Args:
+        model: The model.
+        fact: A fact whose prompt begins with its subject.
+        cell: Where the subject stands, and whether with a space.
+        prefix: A context with ``{}`` at its end; what is before it is put before the prompt.
+
+    Raises:
+        BadInputError: If the fact is none of :func:`distinct_with_space`.
+    """
+    if not _is_distinct(model, fact):
+        raise BadInputError(
+            f"{fact.prompt!r} does not begin with a subject that is one token without a leading "
+            f"space and another one with it in {model.name}; choose another fact"
+        )
+    prompt = fact_prompt(model, fact, " {}" if cell.space else "{}")
+    if not cell.later:
+        return prompt
+    return join_prompts(model, text_prompt(model, prefix.removesuffix("{}").rstrip()), prompt)
+
+
+def distinct_with_space(model: Model, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts that begin with a subject of one token, another one behind a space."""
+    return [fact for fact in facts if _is_distinct(model, fact)]
+
+
+def _is_distinct(model: Model, fact: Fact) -> bool:
+    if not fact.template.startswith("{}"):
+        return False
+    plain, spaced = fact_prompt(model, fact), fact_prompt(model, fact, " {}")
+    return (
+        plain.subject_length == spaced.subject_length == 1
+        and plain.subject_position == spaced.subject_position
+        and plain.token_ids != spaced.token_ids
+    )

@@ -1,0 +1,161 @@
+"""Position swaps: Second2First and First2Second (Appendix A.4, Tables 6 and 7)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from firsttok.data import Fact, PaperValue
+from firsttok.editing import ROME
+from firsttok.keys import IntervenedKeys, keys_at
+from firsttok.models import Model
+from firsttok.prompts import Prompt
+from firsttok.study import Study, measure_facts
+from firsttok.tensors import KeyMatrix, TokenBatch
+
+__all__ = [
+    "FIRST2SECOND",
+    "SECOND2FIRST",
+    "STAGES",
+    "PositionSwap",
+    "first_key_change",
+    "measure_stages",
+    "stage_lines",
+    "swapped_study",
+]
+
+STAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "none": "ordinary positions everywhere",
+        "keys": "the swap acts on k_bar and k^u only",
+        "editing": "the swap acts on the keys and on the value optimisation",
+        "everything": "the swap acts on keys, value optimisation and evaluation",
+    }
+)
+"""The stages a swap can act in; the paper does not say which it used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionSwap:
+    """Give the token at one position the position embedding of another; an intervention.
+
+    Positions count from the first token of the sequence, BOS included. The token stays where it
+    is in the causal order: only its learned embedding, or its rotary angle, is another one. The
+    mask is always passed, since transformers takes repeated positions for packed sequences when
+    there is none, and cuts attention between them.
+    """
+
+    name: str
+    """Name in tables and provenance."""
+    of: int
+    """Position of the token that is changed."""
+    like: int
+    """Position whose embedding it gets."""
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        """Change the position ids of every prompt that is long enough."""
+        ids = batch.position_ids.clone()
+        columns = batch.starts + self.of
+        rows = torch.arange(len(columns), device=columns.device)
+        inside = columns < batch.tokens.shape[1]
+        rows, columns = rows[inside], columns[inside]
+        real = batch.attention_mask[rows, columns].bool()
+        ids[rows[real], columns[real]] = self.like
+        return replace(batch, position_ids=ids)
+
+
+SECOND2FIRST = PositionSwap(name="Second2First", of=0, like=1)
+"""The first token gets the second one's position embedding (Table 6)."""
+FIRST2SECOND = PositionSwap(name="First2Second", of=1, like=0)
+"""The second token gets the first one's position embedding (Table 7)."""
+
+
+def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
+    """Return a study in which a swap acts in some stages and not in others.
+
+    Args:
+        study: The ordinary study.
+        swap: The swap.
+        stage: One of :data:`STAGES`.
+
+    Raises:
+        ValueError: If there is no such stage.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"no stage is called {stage!r}; choose from {', '.join(STAGES)}")
+    if stage == "none":
+        return study
+    plain, swapped = study.model, study.model.intervened(swap)
+    source = IntervenedKeys(name=f"{swap.name} keys", interventions=(swap,))
+    if stage == "keys":
+        return replace(study, key_source=source)
+    return replace(
+        study,
+        key_source=source,
+        model=swapped,
+        judge=plain if stage == "editing" else None,
+    )
+
+
+def first_key_change(
+    model: Model, prompts: Sequence[Prompt], swap: PositionSwap, *, layer: int
+) -> float:
+    """Largest absolute change a swap makes to the keys of the prompts' first tokens.
+
+    On rotary models it is exactly zero under :data:`SECOND2FIRST`: the first token attends to
+    itself alone, with weight one, whatever its angle.
+    """
+
+    def keys(view: Model) -> KeyMatrix:
+        return keys_at(view, prompts, [0] * len(prompts), layers=[layer]).at(layer)
+
+    return float((keys(model.intervened(swap)) - keys(model)).abs().max())
+
+
+def measure_stages(
+    study: Study,
+    facts: Sequence[Fact],
+    swap: PositionSwap,
+    *,
+    stages: Sequence[str] = tuple(STAGES),
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Edit facts by ROME with a swap in one stage after another (Tables 6 and 7).
+
+    Returns:
+        One record per stage and fact, with the original perplexity under the same evaluation.
+    """
+    rows: list[dict[str, Any]] = []
+    for stage in stages:
+        changed = swapped_study(study, swap, stage)
+        original = changed.original_perplexity.mean
+        rows += [
+            {"stage": stage, "original_perplexity": original} | asdict(row)
+            for row in measure_facts(
+                changed, facts, [ROME], progress=progress, label=f"{swap.name}: {stage}"
+            )
+        ]
+    return rows
+
+
+def stage_lines(
+    model: str, rows: Sequence[Mapping[str, Any]], printed: Sequence[PaperValue]
+) -> list[list[object]]:
+    """Lines of Table 6 or 7: min, average and max by stage, then what the paper prints."""
+    lines: list[list[object]] = []
+    for stage in dict.fromkeys(str(row["stage"]) for row in rows):
+        chosen = [row for row in rows if row["stage"] == stage]
+        values = [float(row["perplexity"]) for row in chosen]
+        collapsed = f"{sum(bool(row['collapsed']) for row in chosen)} of {len(chosen)}"
+        original = float(chosen[0]["original_perplexity"])
+        spread = [min(values), sum(values) / len(values), max(values)]
+        lines.append([f"{model}, swap in: {stage}", original, *spread, collapsed])
+    for name in dict.fromkeys(value.model for value in printed):
+        cells = {value.row: value.value for value in printed if value.model == name}
+        for column in dict.fromkeys(row.partition("/")[0] for row in cells):
+            spread = [cells[f"{column}/{which}"] for which in ("min", "avg", "max")]
+            lines.append([f"paper, {name}, {column}", None, *spread, None])
+    return lines

@@ -1,0 +1,156 @@
+"""Reports as pages: one HTML file that loads nothing, and one Markdown file."""
+
+import base64
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firsttok.claims import Status, Verdict
+from firsttok.errors import BadInputError
+from firsttok.output import cell_text
+from firsttok.plots import RESOLUTION
+from firsttok.report.view import ModelReport, Section, build_report, result_folders
+from firsttok.storage import atomic_path
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+__all__ = ["render_html", "render_markdown", "write_reports"]
+
+LARGEST_SVG = 150_000
+"""Larger drawings, as of many points, are smaller and no worse as PNG."""
+LABELS = {
+    Status.REPRODUCED: ("reproduced", "holds"),
+    Status.PARTLY: ("partly", "partly"),
+    Status.NOT: ("not reproduced", "does not hold"),
+    Status.NOT_RUN: ("not run", "not run"),
+}
+SYMBOLS = {
+    "C^-1": "<i>C</i><sup>−1</sup>",  # noqa: RUF001
+    "k_bar": "<i>k̄</i>",
+    "k^u": "<i>k</i><sup>u</sup>",
+}
+SIGNS = {Status.REPRODUCED: "✓", Status.PARTLY: "◐", Status.NOT: "✗", Status.NOT_RUN: "○"}
+
+
+def write_reports(out: Path, model: str | None = None) -> list[Path]:
+    """Write ``index.html`` and ``README.md`` into the folder of a model, or of every model.
+
+    Args:
+        out: Folder of results, with a folder for each model.
+        model: Name of one model's folder; None for all.
+
+    Returns:
+        The files.
+
+    Raises:
+        BadInputError: If there is no result, or a file is not what a script writes.
+        CacheError: If a file cannot be written.
+    """
+    folders = result_folders(out)
+    chosen = [folder for folder in folders if model in (None, folder.name)]
+    if not chosen:
+        name = "" if model is None else f" of {model}"
+        raise BadInputError(f"no results{name} in {out}; make them with: firsttok reproduce")
+    written: list[Path] = []
+    for folder in chosen:
+        report = build_report(folder, folders)
+        pages = {"index.html": render_html(report), "README.md": render_markdown(report)}
+        for name, text in pages.items():
+            path = folder / name
+            with atomic_path(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def render_html(report: ModelReport) -> str:
+    """The report as one HTML page with its style and pictures inside."""
+    return _environment().get_template("report.html").render(**_names(report), picture=_drawn)
+
+
+def render_markdown(report: ModelReport) -> str:
+    """The report as Markdown; pictures lie beside it."""
+    text = _environment().get_template("report.md").render(**_names(report))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("firsttok"),
+        autoescape=select_autoescape(("html",)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    filters: Any = environment.filters
+    filters.update(cell=cell_text, md=_markdown, math=_math, label=_label, sign=_sign)
+    return environment
+
+
+def _names(report: ModelReport) -> dict[str, Any]:
+    return {"report": report, "Status": Status, "missing": _missing(report.sections)}
+
+
+def _label(verdict: Verdict, own: bool) -> str:
+    return LABELS[verdict.status][own]
+
+
+def _sign(verdict: Verdict) -> str:
+    return SIGNS[verdict.status]
+
+
+def _markdown(text: object) -> str:
+    """Text that Markdown shows as it is, also inside a table."""
+    shown = " ".join(str(text).split())
+    for special in ("\\", "|", "*", "_", "`", "[", "]"):
+        shown = shown.replace(special, f"\\{special}")
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _math(text: object) -> "Markup":
+    """Text for HTML, escaped, with the few symbols of the paper as it sets them."""
+    from markupsafe import Markup, escape
+
+    shown = str(escape(str(text)))
+    for plain, symbol in SYMBOLS.items():
+        shown = shown.replace(plain, symbol)
+    return Markup(shown)  # noqa: S704 (escaped above)
+
+
+def _missing(sections: Sequence[Section]) -> list[str]:
+    """Models that Table 3 would have liked to edit and that were not there."""
+    for section in sections:
+        if section.script == "table3_transfer" and section.result is not None:
+            return [str(name) for name in section.result.provenance.get("missing", ())]
+    return []
+
+
+def _drawn(png: Path) -> Mapping[str, str | int]:
+    """A picture as a data URI, its SVG if that is small or else the PNG, and its size.
+
+    Raises:
+        BadInputError: If the file is no PNG.
+    """
+    data = png.read_bytes()
+    if not data.startswith(b"\x89PNG") or len(data) < 24:
+        raise BadInputError(f"{png} is no PNG picture; run analyses/{png.stem}.py again")
+    # Width and height stand at the head of every PNG; a matplotlib SVG beside it has their ratio.
+    width, height = struct.unpack(">II", data[16:24])
+    svg = png.with_suffix(".svg")
+    kind = "png"
+    if svg.is_file() and svg.stat().st_size <= LARGEST_SVG:
+        data, kind = svg.read_bytes(), "svg+xml"
+    return {
+        "source": f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}",
+        # Drawn at 160 dots to the inch, shown at 96 to the inch.
+        "width": round(width * 96 / RESOLUTION),
+        "height": round(height * 96 / RESOLUTION),
+        "shape": f"{width / height:.3f}",
+    }
