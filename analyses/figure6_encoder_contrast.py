@@ -28,6 +28,7 @@ from firsttok.options import exit_on_error, model_label, parse_script, progress_
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import (
+    PositionShift,
     Projection,
     later_positions,
     normalise,
@@ -57,6 +58,10 @@ def views(model: Model) -> Iterator[tuple[str, Model]]:
     tokenizer: Any = model.tokenizer
     if tokenizer.bos_token_id is not None or tokenizer.cls_token_id is not None:
         yield "with", model.with_bos(BosPolicy.WITH)
+    if not model.can_be_edited and model.leading_ids and model.position_embedding == "learned":
+        # Position 0 has always held the BOS in training: is it the place or its embedding?
+        shifted = model.with_bos(BosPolicy.WITHOUT).intervened(PositionShift(by=1))
+        yield "without, positions from 1", shifted
 
 
 def read(model: Model, cases: CaseSelection, seed: int) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from firsttok.errors import (
     SubjectNotFoundError,
     TargetTokenError,
     TemplateError,
+    UnsupportedModelError,
 )
 from firsttok.models import Model
 from firsttok.tensors import TokenBatch
@@ -172,7 +173,12 @@ def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
     Raises:
         EmptyTargetError: If the target is empty.
         TargetTokenError: If it adds no token, or changes the prompt's own tokens.
+        UnsupportedModelError: If the model is an encoder.
     """
+    if model.trailing_ids:
+        raise UnsupportedModelError(
+            f"{model.name} is no decoder, and a target can only follow a decoder's prompt"
+        )
     target = target.strip()
     if not target:
         raise EmptyTargetError(f"the target behind {prompt.text!r} is empty; give a word")
@@ -202,6 +208,7 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
 
     Raises:
         BadInputError: If there are no prompts, or one is longer than the model reads.
+        UnsupportedModelError: If the view changes what the model does not take.
     """
     if not prompts:
         raise BadInputError("there are no prompts to run; give at least one")
@@ -234,9 +241,7 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
         starts=torch.tensor(starts, device=model.device),
     )
-    for intervention in model.interventions:
-        batch = intervention(batch)
-    return batch
+    return _intervene(model, batch) if model.interventions else batch
 
 
 def positions(prompts: Sequence[Prompt]) -> Int[Tensor, "prompt"]:
@@ -279,6 +284,24 @@ def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:
     position = prompt.subject_position or 0
     indent = sum(len(piece) + 1 for piece in pieces[:position])
     return f"{'|'.join(pieces)}\n{' ' * indent}^ lookup at {position}"
+
+
+def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
+    changed = batch
+    for intervention in model.interventions:
+        changed = intervention(changed)
+    names = ", ".join(intervention.name for intervention in model.interventions)
+    # An intervention that the model never sees would pass for one without effect.
+    if model.is_encoder_decoder and not torch.equal(changed.position_ids, batch.position_ids):
+        raise UnsupportedModelError(
+            f"{model.name} has relative positions, which position ids do not change ({names})"
+        )
+    if changed.visible is not None and not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is no decoder, and only a decoder's attention mask is opened or closed "
+            f"({names})"
+        )
+    return changed
 
 
 def _encode(model: Model, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:

@@ -218,7 +218,9 @@ def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Pr
     for text in documents:
         if not text.strip():
             continue
-        ids = text_prompt(model, text).token_ids[len(leading) :]
+        # The end token of an encoder belongs to whole texts, not to windows of them.
+        end = -len(model.trailing_ids) or None
+        ids = text_prompt(model, text).token_ids[len(leading) : end]
         for start in range(0, len(ids), room):
             window = (*leading, *ids[start : start + room])
             windows.append(Prompt(text="", token_ids=window))

@@ -116,6 +116,7 @@ def contrast(
     decoder: list[float],
     silhouette: float = 0.1,
     behind: list[float] | None = None,
+    shifted: list[float] | None = None,
 ) -> Rows:
     shared: dict[str, Any] = {"bos": "without", "probe_accuracy": 1.0}
     rows = layers(encoder, **shared, kind="encoder", silhouette=silhouette)
@@ -123,6 +124,9 @@ def contrast(
     if behind is not None:
         shared["bos"] = "with"
         rows += layers(behind, **shared, kind="encoder", silhouette=0.1)
+    if shifted is not None:
+        shared["bos"] = "without, positions from 1"
+        rows += layers(shifted, **shared, kind="encoder", silhouette=0.1)
     return rows
 
 
@@ -367,6 +371,13 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, (contrast([1.0, 1.0, 1.0], [0.9, 0.8, 0.7]), {})),
         (PARTLY, (contrast([1.0, 1.0, 0.3, 0.3], [0.9, 0.1, 0.01]), {})),
         (NO, (contrast([1.0, 0.3, 0.3, 0.3], [0.9, 0.1, 0.01]), {})),
+    ],
+    "own-encoder-place": [
+        (YES, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.51, 0.7, 0.9]), {})),
+        (PARTLY, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.21, 0.7, 0.9]), {})),
+        (NO, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.19, 0.7, 0.9]), {})),
+        (NOT_RUN, (contrast([0.9, 0.8, 0.51], [1.0], shifted=[0.9, 0.7, 0.9]), {})),
+        (NOT_RUN, (contrast([0.9, 0.1, 0.02], [1.0]), {})),
     ],
     "figure7-bos": [
         (YES, (bos(HIGH, LOW), {})),

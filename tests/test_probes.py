@@ -22,7 +22,7 @@ from tiny import (
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import ROME, Slot, ValueStore, compute_edits, optimise_values
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, IntervenedKeys, capture_keys, fact_keys, keys_at
@@ -33,6 +33,7 @@ from firsttok.probes import (
     SECOND2FIRST,
     STAGES,
     MaskedKeys,
+    PositionShift,
     PositionSwap,
     SeesAll,
     SeesItself,
@@ -473,3 +474,45 @@ def test_a_context_is_needed_for_a_later_token(tiny: TinyFactory) -> None:
     later = MaskedKeys(later=True, changed=False).keys(model, fact, contexts, layer=1)
     expected = capture_keys(model, [fact], layers=[1], context="I know. {}").at(1)[0]
     assert relative(later.unprefixed, expected) < 1e-6
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "bert"])
+def test_shifted_positions_are_a_shifted_table(arch: str, tiny: TinyFactory) -> None:
+    model = without_bos(tiny, arch)
+    plain = plain_model(model)
+    name = "transformer.wpe" if arch == "gpt2" else "bert.embeddings.position_embeddings"
+    table = plain.get_submodule(name).weight
+    with torch.no_grad():
+        table.copy_(table.roll(-1, dims=0))
+    view = model.intervened(PositionShift(by=1))
+    for prompt in sentence_prompts(model):
+        tokens = alone(prompt)
+        expected = plain(tokens, attention_mask=torch.ones_like(tokens)).logits[0]
+        assert relative(logits(view, pad(view, [prompt]))[0], expected) < 1e-5
+        assert relative(logits(model, pad(model, [prompt]))[0], expected) > 1e-3
+
+
+@pytest.mark.parametrize("arch", ROTARY)
+def test_shifted_positions_do_not_matter_to_rotary_models(arch: str, tiny: TinyFactory) -> None:
+    model = without_bos(tiny, arch)
+    view = model.intervened(PositionShift(by=1))
+    for prompt in sentence_prompts(model):
+        shifted = logits(view, pad(view, [prompt]))
+        assert relative(shifted, logits(model, pad(model, [prompt]))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arch", "change"),
+    [
+        ("t5", SECOND2FIRST),
+        ("t5", SeesAll()),
+        ("bert", SeesAll()),
+        ("bert", SeesItself(position=1)),
+    ],
+)
+def test_a_view_refuses_what_its_model_does_not_take(
+    arch: str, change: Intervention, tiny: TinyFactory
+) -> None:
+    view = tiny(arch).intervened(change)
+    with pytest.raises(UnsupportedModelError, match=r"relative positions|no decoder"):
+        pad(view, sentence_prompts(view))

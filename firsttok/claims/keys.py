@@ -18,6 +18,7 @@ PROBE, SILHOUETTE = 0.9, 0.3
 """Two groups are apart if a linear probe is right in nine of ten cases on vectors it was not fitted
 on, and the silhouette speaks of a structure at all. A probe alone finds a difference between almost
 any two groups in 1536 dimensions; what a t-SNE picture shows as two clouds needs both."""
+SHIFTED = "without, positions from 1"
 TWOFOLD, TENFOLD = 2.0, 10.0
 HALF = 0.5
 LLAMA_FAMILY = ("llama2-7b", "llama3-8b", "mistral-7b", "smollm2-135m")
@@ -71,6 +72,30 @@ def encoder_has_none(result: ScriptResult) -> Verdict:
         grade(min(shares) == 1 and contrast, max(shares) >= HALF),
         f"Encoder layers in which first and subsequent tokens are alike: {', '.join(notes)}. In "
         f"the decoder D(F)/D(S) falls to {fixed(lowest)}.",
+    )
+
+
+def encoder_place(result: ScriptResult) -> Verdict:
+    """An encoder's first token is as others once it does not stand at the special token's place."""
+    ratios: dict[str, list[float]] = {}
+    for bos in ("without", SHIFTED):
+        layers = _layers(result, kind="encoder", bos=bos)
+        if len(layers) < LEAST:
+            raise NotJudgedError(
+                f"{result.script} has {len(layers)} layers of the encoder {bos} BOS; {LEAST} are "
+                "needed."
+            )
+        ratios[bos] = [row["ratio"] for row in layers.values()]
+    before, after = min(ratios["without"]), min(ratios[SHIFTED])
+    if before >= 1 / TWOFOLD:
+        raise NotJudgedError(
+            "Without a special token the encoder's first tokens are not concentrated, so there is "
+            "nothing to explain."
+        )
+    return verdict(
+        grade(after >= 1 / TWOFOLD, after >= TENFOLD * before),
+        f"Without a special token in front D(F)/D(S) falls to {fixed(before)}; with all position "
+        f"ids one higher, and nothing else changed, it is at least {fixed(after)}.",
     )
 
 
@@ -268,6 +293,19 @@ KEY_CLAIMS = (
         "behind the encoder's special token, where it has one. Partly: in at least half of the "
         "layers, in one of the two.",
         decide=encoder_has_none,
+    ),
+    Claim(
+        id="own-encoder-place",
+        script=ENCODER,
+        place="beside Figure 6",
+        sentence="What concentrates the first token of an encoder with learned positions is "
+        "position 0, which has always held the special token, and not that it comes first.",
+        rule=f"With all position ids one higher, so that no token stands at position 0, D(F)/D(S) "
+        f"is at least 1/{TWOFOLD:g} in every layer. Partly: its smallest value is at least "
+        f"{TENFOLD:g} times the one without the shift. Not judged where first tokens are not "
+        "concentrated in the first place, or where positions are relative.",
+        decide=encoder_place,
+        own=True,
     ),
     Claim(
         id="equation4",

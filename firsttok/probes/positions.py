@@ -20,6 +20,7 @@ __all__ = [
     "FIRST2SECOND",
     "SECOND2FIRST",
     "STAGES",
+    "PositionShift",
     "PositionSwap",
     "first_key_change",
     "measure_stages",
@@ -65,6 +66,23 @@ class PositionSwap:
         real = batch.attention_mask[rows, columns].bool()
         ids[rows[real], columns[real]] = self.like
         return replace(batch, position_ids=ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionShift:
+    """Move every token of a prompt up by some positions; an intervention."""
+
+    by: int
+    """How many positions."""
+
+    @property
+    def name(self) -> str:
+        """Name in provenance."""
+        return f"positions from {self.by}"
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        """Add to the position ids."""
+        return replace(batch, position_ids=batch.position_ids + self.by)
 
 
 SECOND2FIRST = PositionSwap(name="Second2First", of=0, like=1)
