@@ -8,7 +8,7 @@ the reverse: putting one there prevents the collapse.
 import argparse
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from rich.progress import Progress
@@ -20,7 +20,8 @@ from firsttok.models import BosPolicy
 from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
-from firsttok.probes import bos_study
+from firsttok.probes import bos_study, token_states
+from firsttok.prompts import fact_prompt, positions
 from firsttok.study import measure_facts
 
 POLICIES = (BosPolicy.WITHOUT, BosPolicy.WITH)
@@ -40,6 +41,9 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
         same = bos_study(options.study, policy, text_bos=policy)
         measured = measure_facts(plain, facts, [ROME], progress=progress, label=label)
         again = measure_facts(same, facts, [ROME], progress=progress, label=f"{label}, texts too")
+        prompts = [fact_prompt(plain.model, fact) for fact in facts]
+        places = positions(prompts).tolist()
+        norms = token_states(plain.model, prompts, places, layer=plain.layer).residual_norms
         rows += [
             {
                 "case_id": row.case_id,
@@ -47,6 +51,7 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
                 "cases": cases[row.case_id],
                 "bos": policy.value,
                 "first_token": row.first_token,
+                "residual_norm": float(norms[index]),
                 "denominator": row.denominator,
                 "perplexity": row.perplexity,
                 "original_perplexity": plain.original_perplexity.mean,
@@ -54,7 +59,7 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
                 "perplexity_same_bos": other.perplexity,
                 "original_perplexity_same_bos": same.original_perplexity.mean,
             }
-            for row, other in zip(measured, again, strict=True)
+            for index, (row, other) in enumerate(zip(measured, again, strict=True))
         ]
     return rows
 
@@ -74,6 +79,8 @@ def main() -> None:
             lines.append(
                 [
                     f"{policy.value} BOS, {cases} (n={len(values)})",
+                    median(pick(rows, "residual_norm", **match)),
+                    max(pick(rows, "residual_norm", **match)),
                     mean(denominators),
                     pick(rows, "original_perplexity", **match)[0],
                     max(values),
@@ -88,6 +95,8 @@ def main() -> None:
         title=f"Figure 7. ROME on {options.study.model.label} without and with BOS",
         columns=[
             "prompts",
+            "median norm",
+            "max norm",
             "mean |denominator|",
             "original",
             "max",

@@ -31,7 +31,7 @@ SCRIPTS = (
     "extra_value_anchor",
 )
 
-PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts")
+PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``reproduce`` that go to every script."""
 
 
@@ -315,7 +315,11 @@ def _reproduce(args: argparse.Namespace) -> None:
             f"no folder {folder} with the analysis scripts; run this in a checkout of firsttok"
         )
     out = args.out or ("figures" if args.profile == "full" else "figures/quick")
-    given = [[f"--{name}", value] for name in PASSED_ON if (value := getattr(args, name))]
+    given = [
+        [f"--{name}", value]
+        for name in PASSED_ON
+        if (value := getattr(args, name.replace("-", "_")))
+    ]
     for number, name in enumerate(SCRIPTS, start=1):
         script = folder / f"{name}.py"
         if not script.is_file():

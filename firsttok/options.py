@@ -134,6 +134,12 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         "--corpus", metavar="FILE", help="text file for the second moment (default: pydoc topics)"
     )
     group.add_argument("--texts", metavar="FILE", help="sentences for perplexity, as in ME-PPL")
+    group.add_argument(
+        "--text-bos",
+        choices=["as_tokenizer", "with", "without"],
+        default="without",
+        help="whether those sentences begin with BOS (default: %(default)s, as in the papers)",
+    )
     for name, kind, what in (
         ("steps", int, "loss evaluations of the value optimisation"),
         ("lr", float, "learning rate of Adam"),
@@ -254,6 +260,7 @@ def open_study(
         hyperparameters=settings,
         texts=tuple(texts),
         work=folder / ".work",
+        text_bos=BosPolicy(args.text_bos),
     )
 
 

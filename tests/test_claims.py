@@ -292,3 +292,17 @@ def test_results_are_read_strictly(tmp_path: Path) -> None:
 def test_numbers_are_never_rounded_to_nothing(value: float, shown: str) -> None:
     assert fixed(value) == shown
     assert LEAST >= 3
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_a_model_that_is_none_to_begin_with_is_not_judged(claim: Claim) -> None:
+    rows, provenance = next(given for wanted, given in SYNTHETIC[claim.id] if wanted == YES)
+    known = "original_perplexity" in provenance or any("original_perplexity" in r for r in rows)
+    broken = [row | {"original_perplexity": 13_860.0} for row in rows]
+    found = judge(claim, result(claim, broken, **provenance))
+    assert found.status == NOT_RUN
+    assert "13,860" in found.reason
+    if known:
+        assert judge(claim, result(claim, rows, **provenance)).status == YES
+    in_provenance = provenance | {"original_perplexity": 13_860.0}
+    assert judge(claim, result(claim, rows, **in_provenance)).status == NOT_RUN

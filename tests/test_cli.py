@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, build
 
-from firsttok.cli import main
+from firsttok.cli import SCRIPTS, main
 from firsttok.editing import load_edit
 from firsttok.models import CATALOG, load
 
@@ -175,3 +175,50 @@ def test_readme_example_on_the_embedded_model(
     assert states["rome"]["perplexity"] > 1000 > states["before"]["perplexity"]
     assert states["c-rome"]["perplexity"] < 1.1 * states["before"]["perplexity"]
     assert abs(states["rome"]["denominator"]) * 20 < abs(states["c-rome"]["denominator"])
+
+
+STUB = """
+import json, pathlib, sys
+name = pathlib.Path(__file__).stem
+with open({log!r}, "a") as log:
+    log.write(" ".join([name, *sys.argv[1:]]) + "\\n")
+if pathlib.Path({stop!r}).exists() and name == "table3_transfer":
+    raise SystemExit(3)
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "some-model"
+out.mkdir(parents=True, exist_ok=True)
+record = {{"title": name, "columns": [], "lines": [], "rows": [], "provenance": {{}}}}
+(out / f"{{name}}.json").write_text(json.dumps(record))
+"""
+
+
+def test_reproduce_runs_every_script_in_order_and_then_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, stop, analyses = tmp_path / "log", tmp_path / "stop", tmp_path / "analyses"
+    analyses.mkdir()
+    for name in SCRIPTS:
+        stub = STUB.format(log=str(log), stop=str(stop))
+        (analyses / f"{name}.py").write_text(stub, "utf-8")
+    command = ["reproduce", "--model", "some-model", "--analyses", str(analyses)]
+    command += ["--out", str(tmp_path / "out"), "--cases", "list.json", "--bos", "without"]
+    stop.touch()
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 3
+    assert len(log.read_text("utf-8").splitlines()) == SCRIPTS.index("table3_transfer") + 1
+    assert not (tmp_path / "out" / "some-model" / "index.html").exists()
+    stop.unlink()
+    log.unlink()
+    assert main(command) == 0
+    lines = [line.split() for line in log.read_text("utf-8").splitlines()]
+    assert [words[0] for words in lines] == list(SCRIPTS)
+    for words in lines:
+        options = dict(zip(words[1::2], words[2::2], strict=True))
+        assert options["--profile"] == "quick"
+        assert options["--cases"] == "list.json"
+        assert options["--bos"] == "without"
+    printed = capsys.readouterr().out
+    for page in ("index.html", "README.md"):
+        path = tmp_path / "out" / "some-model" / page
+        assert path.stat().st_size > 1000
+        assert str(path) in printed

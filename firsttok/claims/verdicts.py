@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from firsttok.claims.results import NotJudgedError, ScriptResult
+from firsttok.evaluation import COLLAPSE_THRESHOLD
 
 __all__ = ["Claim", "Status", "Verdict", "grade", "judge", "verdict"]
 
@@ -67,6 +68,19 @@ def judge(claim: Claim, result: ScriptResult | None) -> Verdict:
             Status.NOT_RUN, f"There is no {claim.script}.json; run analyses/{claim.script}.py."
         )
     try:
+        _check_original(result)
         return claim.decide(result)
     except NotJudgedError as gap:
         return verdict(Status.NOT_RUN, str(gap))
+
+
+def _check_original(result: ScriptResult) -> None:
+    """No edit can collapse a model that is no language model on these sentences to begin with."""
+    found = [row.get("original_perplexity") for row in result.rows]
+    found.append(result.provenance.get("original_perplexity"))
+    highest = max((value for value in found if isinstance(value, int | float)), default=0.0)
+    if highest > COLLAPSE_THRESHOLD:
+        raise NotJudgedError(
+            f"The unedited model's perplexity is {highest:,.0f}, above {COLLAPSE_THRESHOLD:g} "
+            "itself; run the script with --text-bos with."
+        )

@@ -12,7 +12,7 @@ from firsttok.study import Study
 __all__ = ["bos_study"]
 
 
-def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy = BosPolicy.WITHOUT) -> Study:
+def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy | None = None) -> Study:
     """Return a study whose prompts follow another BOS policy, all else being equal.
 
     Contexts and second moment stay those of the given study, so that BOS is all that differs.
@@ -20,7 +20,7 @@ def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy = BosPolic
     Args:
         study: A study.
         policy: The policy of keys and value optimisation.
-        text_bos: The policy of the sentences of the perplexity; the papers put no BOS there.
+        text_bos: The policy of the sentences of the perplexity; None keeps the study's.
 
     Raises:
         BadInputError: If a BOS token is asked for and the tokenizer has none.
@@ -28,4 +28,4 @@ def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy = BosPolic
     model = study.model.with_bos(policy)
     if model.leading_ids == study.model.leading_ids:
         model = study.model
-    return replace(study, model=model, text_bos=text_bos)
+    return replace(study, model=model, text_bos=text_bos or study.text_bos)
