@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.cases import collapse_cases
+from firsttok.cases import first_token_cases
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
@@ -75,7 +75,7 @@ def measure_states(options: ScriptOptions) -> list[dict[str, Any]]:
 
 def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     study = options.study
-    facts = collapse_cases(options.halved(), progress=progress)
+    facts = first_token_cases(options.halved(), progress=progress)
     rows: list[dict[str, Any]] = []
     for source in SOURCES:
         ordinary = not (source.later or source.changed)

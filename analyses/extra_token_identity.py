@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.cases import collapse_cases
+from firsttok.cases import collapse_cases, spread_evenly
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
@@ -27,7 +27,7 @@ from firsttok.study import measure_facts
 def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     study = options.study
     listed = collapse_cases(options, progress=progress)
-    facts = distinct_with_space(study.model, listed)[: options.halved().collapse]
+    facts = spread_evenly(distinct_with_space(study.model, listed), options.halved().collapse)
     if not facts:
         raise BadInputError(
             "no collapse case is one token without a leading space and another with one in "
@@ -39,7 +39,7 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
         ordinary = not cell.later and not cell.space
         changed = study if ordinary else replace(study, key_source=cell)
         prompts = [
-            identity_prompt(study.model, fact, cell, prefix=study.contexts.prefixed[0])
+            identity_prompt(study.model, fact, cell, prefix=study.contexts.first_prefix)
             for fact in facts
         ]
         places = [prompt.subject_position or 0 for prompt in prompts]

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from firsttok.cases import choose_cases
 from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
+from firsttok.errors import BadInputError
 from firsttok.evaluation import target_probabilities
 from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
@@ -83,6 +84,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     with progress_bar() as progress:
         options = parse_script(parser, progress)
+        if parser.parse_args().contexts:
+            raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
         rows = measure(options, progress)
         original = options.study.original_perplexity.mean
     seeds = list(range(options.seed, options.seed + SEEDS))

@@ -24,7 +24,7 @@ from firsttok.cases import CaseSelection, choose_cases, load_collapse_ids
 from firsttok.errors import BadInputError
 from firsttok.keys import keys_at
 from firsttok.models import BosPolicy, Model, load
-from firsttok.options import exit_on_error, model_label, parse_script, progress_bar
+from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import (
@@ -50,6 +50,9 @@ STYLES: dict[str, dict[str, Any]] = {
     FIRST: {"marker": "o", "facecolors": COLOURS[FIRST], "edgecolors": "white"},
 }
 PICTURES = 4
+SHIFTED = "without, positions from 1"
+SHOWN = {"encoder": ("without", "with", SHIFTED), "decoder": ("without",)}
+"""Views that get a line of pictures, beside the one the tokenizer gives."""
 
 
 def views(model: Model) -> Iterator[tuple[str, Model]]:
@@ -61,7 +64,12 @@ def views(model: Model) -> Iterator[tuple[str, Model]]:
     if not model.can_be_edited and model.leading_ids and model.position_embedding == "learned":
         # Position 0 has always held the BOS in training: is it the place or its embedding?
         shifted = model.with_bos(BosPolicy.WITHOUT).intervened(PositionShift(by=1))
-        yield "without, positions from 1", shifted
+        yield SHIFTED, shifted
+
+
+def named(bos: str) -> str:
+    """A view as titles name it."""
+    return "without BOS, positions from 1" if bos == SHIFTED else f"{bos} BOS"
 
 
 def read(model: Model, cases: CaseSelection, seed: int) -> dict[str, torch.Tensor]:
@@ -123,7 +131,7 @@ def main() -> None:
     columns = ["layer", "n", "d_first", "d_subsequent", "silhouette", "cosine_of_means"]
     columns += ["probe_accuracy", "probe_chance"]
     lines = [
-        [f"{row['kind']}, {row['bos']} BOS", *(row[column] for column in columns)]
+        [f"{row['kind']}, {named(row['bos'])}", *(row[column] for column in columns)]
         for row in rows
         if row["layer"] in pictured(models[row["kind"]].n_layers)
     ]
@@ -144,7 +152,9 @@ def main() -> None:
         own = [row for row in rows if (row["kind"], row["bos"]) == (kind, bos)]
         least = min(own, key=lambda row: row["d_first"] / row["d_subsequent"])
         ratio = least["d_first"] / least["d_subsequent"]
-        print(f"{kind}, {bos} BOS: D(F) / D(S) is smallest at layer {least['layer']}, {ratio:.3g}.")
+        print(
+            f"{kind}, {named(bos)}: D(F) / D(S) is smallest at layer {least['layer']}, {ratio:.3g}."
+        )
     print("The paper prints no numbers here; its pictures of T5-3B's encoder show one cloud.")
     plot(stem, rows, panels, captions)
 
@@ -159,13 +169,14 @@ def collect(
     for kind, model in models.items():
         for bos, view in views(model):
             keys = read(view, cases, seed)
-            task = progress.add_task(f"{model.label}, {bos} BOS", total=model.n_layers)
+            task = progress.add_task(f"{model.label}, {named(bos)}", total=model.n_layers)
             for layer in range(model.n_layers):
                 head = {"model": model.label, "kind": kind, "bos": bos, "layer": layer}
                 rows.append(head | measure(keys, layer, seed))
-                if view.leading_ids == model.leading_ids and layer in pictured(model.n_layers):
+                wanted = bos in SHOWN[kind] or view.leading_ids == model.leading_ids
+                if wanted and layer in pictured(model.n_layers):
                     groups = {name: normalise(keys[name][layer]) for name in (LATER, FIRST)}
-                    title = f"{kind} {model_label(model.name)}, {bos} BOS, layer {layer}"
+                    title = f"{kind} {model.label}, {named(bos)}, layer {layer}"
                     panels[title] = project(groups)
                     captions[title] = (
                         "silhouette {silhouette:.2f}, cosine {cosine_of_means:.2f},\n"
@@ -181,19 +192,22 @@ def plot(
     panels: dict[str, Projection],
     captions: dict[str, str],
 ) -> None:
-    drawn, _ = figure(PICTURES, height=7.4)
+    pictures: dict[str, dict[str, Projection]] = {}
+    for name, panel in panels.items():
+        pictures.setdefault(name.rpartition(", layer")[0], {})[name] = panel
+    drawn, _ = figure(PICTURES, height=3.4 * len(pictures))
     drawn.clear()
-    grid = drawn.subplots(2, PICTURES + 1)
-    for line, kind in zip(grid, ("encoder", "decoder"), strict=True):
-        own = {name: panel for name, panel in panels.items() if name.startswith(kind)}
+    grid = drawn.subplots(len(pictures), PICTURES + 1, squeeze=False)
+    for line, (view, own) in zip(grid, pictures.items(), strict=True):
         for axis in line[len(own) : PICTURES]:
             axis.set_axis_off()
         for axis, (name, projection) in zip(line, own.items(), strict=False):
             scatter(axis, projection, STYLES)
-            axis.set_title(name.removeprefix(f"{kind} "), fontsize=9)
+            axis.set_title(name.partition(" ")[2], fontsize=9)
             axis.set_xlabel(captions[name], fontsize=8)
-        curves(line[-1], [row for row in rows if row["kind"] == kind])
-        line[-1].set_title(f"{kind}: D of Equation 4", fontsize=9)
+        shown = [row for row in rows if titled(row) == view]
+        curves(line[-1], shown)
+        line[-1].set_title("D of Equation 4", fontsize=9)
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 8, "ncols": 2}
         line[0].legend(**below, columnspacing=0.8, handletextpad=0.2)
         line[-1].legend(**below, columnspacing=0.8)
@@ -201,15 +215,18 @@ def plot(
     save_points(stem.with_name(f"{stem.name}_points.csv"), panels)
 
 
+def titled(row: dict[str, Any]) -> str:
+    """The view a row is about, as the titles of its pictures begin."""
+    return f"{row['kind']} {row['model']}, {named(row['bos'])}"
+
+
 def curves(axis: "Axes", rows: list[dict[str, Any]]) -> None:
-    for bos, style in (("without", "-"), ("with", "--")):
-        own = [row for row in rows if row["bos"] == bos]
-        layers = [row["layer"] for row in own]
-        for group, colour in (("first", COLOURS[FIRST]), ("subsequent", COLOURS[LATER])):
-            low, high = ([row[f"d_{group}_{end}"] for row in own] for end in ("low", "high"))
-            label = f"D({group[0].upper()}), {bos} BOS"
-            axis.plot(layers, [row[f"d_{group}"] for row in own], style, color=colour, label=label)
-            axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+    layers = [row["layer"] for row in rows]
+    for group, colour in (("first", COLOURS[FIRST]), ("subsequent", COLOURS[LATER])):
+        low, high = ([row[f"d_{group}_{end}"] for row in rows] for end in ("low", "high"))
+        label = f"D({group[0].upper()})"
+        axis.plot(layers, [row[f"d_{group}"] for row in rows], color=colour, label=label)
+        axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set_yscale("log")
     axis.set_xlabel("layer")
 

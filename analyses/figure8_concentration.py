@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from firsttok.cases import choose_cases, load_collapse_ids
 from firsttok.data import paper_values
@@ -53,37 +53,55 @@ def main() -> None:
     paper = {(value.row.rpartition("/")[2], value.model): value.value for value in printed}
     models = list(dict.fromkeys(value.model for value in paper_values("Equation 4")))
 
-    def line(
-        label: str, value: float | None, low: float | None = None, high: float | None = None
-    ) -> Any:
-        return [label, value, low, high, *(paper.get((label, model)) for model in models)]
+    def line(label: str, row: LayerConcentration) -> list[object]:
+        side = "-"
+        if row.d_first_high < row.d_subsequent_low:
+            side = "below"
+        elif row.d_first_low > row.d_subsequent_high:
+            side = "above"
+        return [
+            label,
+            row.d_first,
+            f"{row.d_first_low:.3g} to {row.d_first_high:.3g}",
+            row.d_subsequent,
+            f"{row.d_subsequent_low:.3g} to {row.d_subsequent_high:.3g}",
+            side,
+            row.residual_first,
+            row.residual_subsequent,
+            row.attention_to_first,
+        ]
 
+    lines = [
+        line(f"layer {row.layer}" + (", edited" if row.layer == edited.layer else ""), row)
+        for row in layers
+    ]
+    for model in models:
+        cells = [paper.get((label, model)) for label in ("D(F)", "D(S)")]
+        lines.append([f"paper, {model}, edited", cells[0], None, cells[1], *[None] * 5])
+    columns = ["", "D(F)", "95 %", "D(S)", "95 %", "D(F) is", "norm, first", "norm, subsequent"]
     stem = options.out / Path(__file__).stem
     publish(
         stem,
-        title=f"Equation 4. {name} at its edited layer, {edited.layer}",
-        columns=["", name, "95 % from", "to", *(f"paper, {model}" for model in models)],
-        lines=[
-            line("D(F)", edited.d_first, edited.d_first_low, edited.d_first_high),
-            line("D(S)", edited.d_subsequent, edited.d_subsequent_low, edited.d_subsequent_high),
-            line("last layer without divergence", parted - 1 if parted else None),
-            line("residual norm, first", edited.residual_first),
-            line("residual norm, subsequent", edited.residual_subsequent),
-            line(f"share of dimension {edited.massive_dimension}, first", edited.massive_share),
-            line(
-                f"share of dimension {edited.massive_dimension}, subsequent",
-                edited.massive_share_subsequent,
-            ),
-            line("attention to first", edited.attention_to_first),
-            line("effective rank, first", edited.effective_rank_first),
-            line("effective rank, subsequent", edited.effective_rank_subsequent),
-        ],
+        title=f"Equation 4 at every layer of {name}",
+        columns=[*columns, "attention to first"],
+        lines=lines,
         rows=[{"model": name, **asdict(layer)} for layer in layers],
         provenance=options.provenance()
         | {"place": place, "edited_layer": edited.layer, "parts_at": parted}
         | {"parted_layers": [row.layer for row in layers if parts_at([row]) is not None]}
         | {"case_ids": [fact.case_id for fact in facts]}
         | {"seconds": round(time.perf_counter() - start, 1)},
+    )
+    print(
+        f"From layer {parted} to the last, D(F) is below D(S) with disjoint intervals."
+        if parted is not None
+        else "In the last layer D(F) is not below D(S) with disjoint intervals."
+    )
+    print(
+        f"At layer {edited.layer} dimension {edited.massive_dimension} carries "
+        f"{edited.massive_share:.2f} of the first tokens' squared norm and "
+        f"{edited.massive_share_subsequent:.2f} of the others'; the effective rank of the keys is "
+        f"{edited.effective_rank_first:.0f} and {edited.effective_rank_subsequent:.0f}."
     )
     print(f"First tokens: {edited.n_first} ({edited.distinct_first} distinct), position {place}.")
     print(f"Subsequent tokens: {edited.n_subsequent}. The intervals are over tokens.")

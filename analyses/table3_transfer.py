@@ -78,8 +78,8 @@ def main() -> None:
         facts = collapse_cases(options.halved(), progress=progress)
         rows = measure(options.study, facts, progress, source=True)
         given = DEFAULT_OTHERS if args.others is None else tuple(args.others)
+        given = tuple(name for name in given if name != options.study.model.name)
         others = [name for name in given if args.others is not None or is_pulled(name)]
-        others = [name for name in others if name != options.study.model.label]
         for name in others:
             study = other_study(args, name, options, progress)
             rows += measure(study, facts, progress, source=False)

@@ -38,7 +38,7 @@ def main() -> None:
                 study,
                 facts[cases],
                 METHODS,
-                # As in the paper, only prompts that begin with their subject need a prefix.
+                # As in the paper, which prefixes the prompts of collapse cases and no others.
                 prefix_of=lambda fact, prefixed=cases == "collapse": (
                     draw_prefix(study, fact, seed=options.seed) if prefixed else "{}"
                 ),

@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from firsttok.cases import collapse_cases
+from firsttok.cases import first_token_cases
 from firsttok.data import paper_values
 from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
@@ -24,7 +24,7 @@ def main() -> None:
     with progress_bar() as progress:
         options = parse_script(parser, progress, without_bos=True)
         study = options.study
-        facts = collapse_cases(options.halved(), progress=progress)
+        facts = first_token_cases(options.halved(), progress=progress)
         prompts = [fact_prompt(study.model, fact) for fact in facts]
         changes = {
             fact.case_id: first_key_change(study.model, [prompt], SECOND2FIRST, layer=study.layer)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rich.progress import Progress
 
@@ -22,15 +22,18 @@ __all__ = [
     "CaseSelection",
     "choose_cases",
     "collapse_cases",
+    "first_token_cases",
     "load_collapse_ids",
     "measure_selection",
     "save_scan",
     "scan",
     "second_token_cases",
     "select_cases",
+    "spread_evenly",
 ]
 
 logger = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +99,17 @@ def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], str]:
         record = cast(dict[str, Any], content)
         ids, made_from = record["collapse"], record["provenance"]["facts"]
         fingerprint = str(record["provenance"]["model"]["fingerprint"])
-    except (KeyError, TypeError):
+        numbers = [int(case_id) for case_id in ids]
+    except (KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
     if made_from != _facts_hash(facts):
         raise BadInputError(
             f"{path} was made from other facts than these; make it again with: firsttok scan"
         )
-    return [int(case_id) for case_id in ids], fingerprint
+    known = {fact.case_id for fact in facts}
+    if not known.issuperset(numbers):
+        raise BadInputError(f"{path} names cases that are not among the facts; make it again")
+    return numbers, fingerprint
 
 
 def select_cases(
@@ -123,12 +130,17 @@ def select_cases(
         seed: Seed of the draw.
     """
     by_id = {fact.case_id: fact for fact in facts}
-    count = min(collapse, len(collapse_ids))
-    chosen = [collapse_ids[i * len(collapse_ids) // count] for i in range(count)]
+    chosen = spread_evenly(collapse_ids, collapse)
     listed = set(collapse_ids)
     rest = [fact for fact in facts if fact.case_id not in listed]
     drawn = random.Random(seed).sample(rest, min(normal, len(rest)))  # noqa: S311
     return CaseSelection(collapse=tuple(by_id[case_id] for case_id in chosen), normal=tuple(drawn))
+
+
+def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most ``count`` items, evenly over a list that is sorted by how much they collapse."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def choose_cases(options: ScriptOptions) -> CaseSelection:
@@ -160,6 +172,28 @@ def collapse_cases(options: ScriptOptions, *, progress: Progress | None = None) 
     )
     kept = _verified(selection, rows)
     return tuple(fact for fact in selection.collapse if fact.case_id in kept)
+
+
+def first_token_cases(
+    options: ScriptOptions, *, progress: Progress | None = None
+) -> tuple[Fact, ...]:
+    """Return the collapse cases of :func:`collapse_cases` whose subject is the very first token.
+
+    Raises:
+        BadInputError: If there is none.
+    """
+    model = options.study.model
+    chosen = tuple(
+        fact
+        for fact in collapse_cases(options, progress=progress)
+        if fact_prompt(model, fact).subject_position == 0
+    )
+    if not chosen:
+        raise BadInputError(
+            f"no collapse case of {model.label} has a subject that is the very first token; is a "
+            "BOS before it? Try --bos without"
+        )
+    return chosen
 
 
 def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:

@@ -31,6 +31,7 @@ SCRIPTS = (
     "extra_value_anchor",
 )
 
+BAD_INPUT = 2
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``reproduce`` that go to every script."""
 
@@ -268,6 +269,7 @@ def _print_states(states: dict[str, dict[str, Any]], fact: Any) -> None:
 def _scan(args: argparse.Namespace) -> None:
     from firsttok.cases import save_scan, scan
     from firsttok.data import builtin_facts, load_facts
+    from firsttok.evaluation import COLLAPSE_THRESHOLD
     from firsttok.options import model_label, open_study, progress_bar
     from firsttok.output import print_table
 
@@ -279,6 +281,12 @@ def _scan(args: argparse.Namespace) -> None:
     out = Path(args.out) / model_label(args.model)
     with progress_bar() as progress:
         study = open_study(args, out, progress)
+        original = study.original_perplexity.mean
+        if original > COLLAPSE_THRESHOLD:
+            raise BadInputError(
+                f"the unedited {study.model.name} has a perplexity of {original:,.0f} on these "
+                f"sentences, above {COLLAPSE_THRESHOLD:g} itself; try --text-bos with"
+            )
         rows = scan(study, facts, progress=progress)
     path = out / "collapse_cases.json"
     save_scan(path, study, facts, rows)
@@ -320,6 +328,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         for name in PASSED_ON
         if (value := getattr(args, name.replace("-", "_")))
     ]
+    refused: list[str] = []
     for number, name in enumerate(SCRIPTS, start=1):
         script = folder / f"{name}.py"
         if not script.is_file():
@@ -329,10 +338,15 @@ def _reproduce(args: argparse.Namespace) -> None:
         sys.stdout.write(f"\n{name} ({number} of {len(SCRIPTS)})\n")
         sys.stdout.flush()
         code = subprocess.run(command, check=False, env=os.environ).returncode
-        if code:
+        if code == BAD_INPUT:
+            # The script has said why it does not apply to this model; the others may.
+            refused.append(name)
+        elif code:
             raise SystemExit(code)
     for path in write_reports(Path(out), model_label(args.model)):
         sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
+    if refused:
+        raise BadInputError(f"these scripts did not apply, and said why: {', '.join(refused)}")
 
 
 def _report(args: argparse.Namespace) -> None:

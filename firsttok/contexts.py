@@ -1,7 +1,7 @@
 """The prefixes x_i that simulate different contexts (Equation 1), sampled once and saved."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,6 +60,21 @@ class ContextSet:
         return tuple(template for template in self.templates if not template.startswith("{}"))
 
     @property
+    def first_prefix(self) -> str:
+        """The first template with a prefix and nothing behind the prompt, for probes of one place.
+
+        Raises:
+            BadInputError: If there is none.
+        """
+        for template in self.prefixed:
+            if template.endswith("{}"):
+                return template
+        raise BadInputError(
+            "no context puts something before the prompt and nothing behind it; give one as "
+            "'The weather was fine. {}'"
+        )
+
+    @property
     def content_hash(self) -> str:
         """SHA-256 of the templates."""
         return content_hash(list(self.templates))
@@ -115,7 +130,8 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
     them unseeded; here the seed fixes them.
 
     Args:
-        model: The model, whose BOS policy holds while sampling.
+        model: The model, whose BOS policy holds while sampling; interventions of its view do not,
+            since contexts are text that every view shares.
         seed: Seed of the sampler.
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
             written.
@@ -125,6 +141,7 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
         wanted = (seed, model.fingerprint, model.leading_ids)
         if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
             return saved
+    model = replace(model, interventions=())
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for length in LENGTHS:

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from firsttok.data import Fact
 from firsttok.editing import Method, compute_edits
+from firsttok.errors import BadInputError
 from firsttok.evaluation import edit_accuracy
 from firsttok.study import Study
 
@@ -90,8 +91,14 @@ def draw_prefix(study: Study, fact: Fact, *, seed: int) -> str:
     """Draw one of the prefixes used for editing, as Section 4 does at test time.
 
     The draw depends on seed and fact alone, so that every method is tested behind the same one.
+
+    Raises:
+        BadInputError: If the contexts hold no prefix.
     """
-    return random.Random(f"{seed} {fact.content_hash}").choice(study.contexts.prefixed)  # noqa: S311
+    prefixes = study.contexts.prefixed
+    if not prefixes:
+        raise BadInputError("no context has a prefix that could be put before the prompt; give one")
+    return random.Random(f"{seed} {fact.content_hash}").choice(prefixes)  # noqa: S311
 
 
 def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:

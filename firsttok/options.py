@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,6 +27,7 @@ from firsttok.errors import BadInputError, FirsttokError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, load
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+from firsttok.storage import read_json
 from firsttok.study import Study
 
 __all__ = [
@@ -74,7 +75,12 @@ class ScriptOptions:
 
     def provenance(self) -> dict[str, Any]:
         """What determines the numbers of a script that works on this study."""
-        return self.study.provenance() | {"seed": self.seed, "command": self.command}
+        return self.study.provenance() | {
+            "seed": self.seed,
+            "command": self.command,
+            "original_perplexity": self.study.original_perplexity.mean,
+            "case_list": _made_on(self.cases),
+        }
 
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
@@ -282,6 +288,10 @@ def parse_script(
     cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
     if not cases.is_file():
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
+    for name in ("collapse", "normal"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInputError(f"--{name} is {value}; give at least 1")
     count = 8 if args.profile == "quick" else 24
     return ScriptOptions(
         study=open_study(
@@ -316,6 +326,13 @@ def exit_on_error(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 0
     return 0
+
+
+def _made_on(cases: Path) -> dict[str, Any]:
+    """The model that a list of collapse cases was made on."""
+    record = cast(dict[str, Any], read_json(cases, "collapse cases"))
+    model = record["provenance"]["model"]
+    return {"model": model["name"], "fingerprint": model["fingerprint"]}
 
 
 def _command() -> str:

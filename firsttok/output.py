@@ -9,7 +9,7 @@ from rich.table import Table
 
 from firsttok.storage import atomic_path, write_json
 
-__all__ = ["cell_text", "pick", "print_table", "publish", "save_rows"]
+__all__ = ["cell_text", "pick", "print_table", "publish"]
 
 
 def publish(
@@ -34,11 +34,6 @@ def publish(
     print_table(title, columns, lines)
     table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
     _save(stem, table, rows, provenance)
-
-
-def save_rows(stem: Path, rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> None:
-    """Write ``stem.csv`` and ``stem.json``; the JSON holds rows and provenance."""
-    _save(stem, {}, rows, provenance)
 
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:

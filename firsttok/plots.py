@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def stage_plot(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
 
     frame = pd.DataFrame([dict(row) for row in rows])
     sns.stripplot(data=frame, x="stage", y="perplexity", alpha=0.75, ax=axis)
-    axis.axhline(1000, color="black", linewidth=1, linestyle=":")
+    axis.axhline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel("the swap acts on")
     axis.set_ylabel("perplexity after ROME")

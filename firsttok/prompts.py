@@ -292,9 +292,11 @@ def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
         changed = intervention(changed)
     names = ", ".join(intervention.name for intervention in model.interventions)
     # An intervention that the model never sees would pass for one without effect.
-    if model.is_encoder_decoder and not torch.equal(changed.position_ids, batch.position_ids):
+    takes_positions = model.position_embedding in ("learned", "rotary")
+    if not (takes_positions or torch.equal(changed.position_ids, batch.position_ids)):
         raise UnsupportedModelError(
-            f"{model.name} has relative positions, which position ids do not change ({names})"
+            f"{model.name} has neither learned nor rotary positions, so position ids do not change "
+            f"it ({names})"
         )
     if changed.visible is not None and not model.can_be_edited:
         raise UnsupportedModelError(

@@ -165,9 +165,10 @@ def compute_second_moment(
     site = model.site(layer)
     documents = default_corpus() if corpus is None else tuple(corpus)
     name = corpus_name or ("pydoc topics" if corpus is None else "text")
-    identity = content_hash(
-        [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
-    )
+    settings = [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
+    # A view of the model has keys of its own.
+    settings += [repr(change) for change in model.interventions]
+    identity = content_hash(settings)
     stem = content_hash([identity, model.fingerprint, site.layer])[:20]
     path = cache_folder("second_moments") / f"{stem}.safetensors"
     with locked(path):

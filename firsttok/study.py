@@ -245,6 +245,10 @@ def _row_path(study: Study, fact: Fact, method: Method) -> Path:
     settings = {key: value for key, value in study.provenance().items() if key != "versions"}
     # Its condition number is computed anew in every run, and its last digits hang on the machine.
     settings["second_moment"] = study.second_moment.content_hash
+    if "stages" in settings:
+        # By their fields, not by their names, which a user gives.
+        views = (study.model.interventions, study.evaluated.interventions)
+        settings["stages"] = [repr(study.key_source), study.text_bos.value, *map(repr, views)]
     slots = [method.direction, method.residual, method.denominator, method.anchor]
     key = [settings, fact.as_record(), [slot.value for slot in slots]]
     return study.work / "rows" / f"{content_hash(key)[:24]}.json"

@@ -51,14 +51,23 @@ def transfer(factors: Mapping[str, float], own: float = 5000.0) -> tuple[Rows, d
 
 def accuracy(method: str, cases: str, efficacy: float, general: float | None = 0.1) -> Rows:
     row = {"method": method, "cases": cases, "efficacy": efficacy, "generalization": general}
+    row |= {"locality": 1.0}
     return [dict(row) for _ in range(4)]
+
+
+def local(collapse: float, normal: float) -> Rows:
+    return [
+        {"method": "C-ROME", "cases": cases, "locality": value}
+        for cases, value in (("collapse", collapse), ("normal", normal))
+        for _ in range(4)
+    ]
 
 
 def stages(none: list[float], swapped: list[float], change: float = 0.0) -> Rows:
     return [
-        {"stage": stage, "perplexity": value, "first_key_change": change}
+        {"case_id": case, "stage": stage, "perplexity": value, "first_key_change": change}
         for stage in ("none", "keys", "editing", "everything")
-        for value in (none if stage == "none" else swapped)
+        for case, value in enumerate(none if stage == "none" else swapped)
     ]
 
 
@@ -97,9 +106,9 @@ def figure3(panel: str, joined: tuple[float, float], left: tuple[float, float]) 
 def layers(ratios: list[float], width: float = 0.1, **extra: Any) -> Rows:
     """D(F) by layer where D(S) is 1; intervals reach ``width`` to each side, relatively."""
     return [
-        extra
-        | {
+        {
             "layer": layer,
+            "distinct_first": 40.0,
             "d_first": ratio,
             "d_first_low": ratio * (1 - width),
             "d_first_high": ratio * (1 + width),
@@ -107,6 +116,7 @@ def layers(ratios: list[float], width: float = 0.1, **extra: Any) -> Rows:
             "d_subsequent_low": 1 - width,
             "d_subsequent_high": 1 + width,
         }
+        | extra
         for layer, ratio in enumerate(ratios)
     ]
 
@@ -273,6 +283,12 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (NO, (accuracy("C-ROME", "collapse", 0.9, 0.9), {})),
         (NOT_RUN, (accuracy("C-ROME", "collapse", 0.4, 0.1), {})),
     ],
+    "table5-locality": [
+        (YES, (local(0.8, 0.9), {})),
+        (PARTLY, (local(1.0, 0.44), {})),
+        (PARTLY, (local(0.7, 1.0), {})),
+        (NO, (local(0.7, 0.8), {})),
+    ],
     "own-prefixed-efficacy": [
         (YES, (accuracy("FC-ROME", "collapse", 0.9), {})),
         (PARTLY, (accuracy("FC-ROME", "collapse", 0.5), {})),
@@ -406,6 +422,11 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
     "figure8-shrinks": [
         (YES, (layers([1.0, 0.5, 0.1, 1.0]), {"edited_layer": 2})),
         (PARTLY, (layers([0.5, 0.5, 0.1]), {"edited_layer": 2})),
+        # What comes before counts, too: apart at first, or the other way round.
+        (PARTLY, (layers([1.0, 0.1, 1.0, 0.1]), {"edited_layer": 3})),
+        (PARTLY, (layers([1.0, 2.1, 0.1]), {"edited_layer": 2})),
+        # Equal tokens lie together by construction.
+        (NOT_RUN, (layers([1.0, 0.5, 0.1], distinct_first=1.0), {"edited_layer": 2})),
         (NO, (layers([1.0, 0.1, 0.51]), {"edited_layer": 2})),
         (NO, (layers([1.0, 0.5, 0.5], width=0.9), {"edited_layer": 2})),
         (NOT_RUN, (layers([1.0, 0.1]), {"edited_layer": 1})),

@@ -306,3 +306,26 @@ def test_a_model_that_is_none_to_begin_with_is_not_judged(claim: Claim) -> None:
         assert judge(claim, result(claim, rows, **provenance)).status == YES
     in_provenance = provenance | {"original_perplexity": 13_860.0}
     assert judge(claim, result(claim, rows, **in_provenance)).status == NOT_RUN
+
+
+@pytest.mark.parametrize(
+    "claim", [claim for claim in CLAIMS if claim.on_collapse], ids=lambda claim: claim.id
+)
+def test_cases_of_another_model_are_no_collapse_cases(claim: Claim) -> None:
+    rows, provenance = next(given for wanted, given in SYNTHETIC[claim.id] if wanted == YES)
+    made_on = {"model": {"name": "one", "fingerprint": "1"}}
+    own = provenance | made_on | {"case_list": {"model": "one", "fingerprint": "1"}}
+    borrowed = provenance | made_on | {"case_list": {"model": "other", "fingerprint": "2"}}
+    assert judge(claim, result(claim, rows, **own)).status == YES
+    found = judge(claim, result(claim, rows, **borrowed))
+    assert found.status == NOT_RUN
+    assert "other" in found.reason
+
+
+def test_a_case_that_never_collapsed_is_not_saved_by_the_swap() -> None:
+    rows = [
+        {"case_id": case, "stage": stage, "perplexity": 5000.0 if case < 3 else 70.0}
+        for stage in ("none", "keys", "editing", "everything")
+        for case in range(12)
+    ]
+    assert status("table6-second2first", rows, embedding="rotary") == YES

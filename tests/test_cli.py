@@ -183,7 +183,7 @@ name = pathlib.Path(__file__).stem
 with open({log!r}, "a") as log:
     log.write(" ".join([name, *sys.argv[1:]]) + "\\n")
 if pathlib.Path({stop!r}).exists() and name == "table3_transfer":
-    raise SystemExit(3)
+    raise SystemExit(int(pathlib.Path({stop!r}).read_text()))
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]) / "some-model"
 out.mkdir(parents=True, exist_ok=True)
 record = {{"title": name, "columns": [], "lines": [], "rows": [], "provenance": {{}}}}
@@ -201,12 +201,18 @@ def test_reproduce_runs_every_script_in_order_and_then_the_report(
         (analyses / f"{name}.py").write_text(stub, "utf-8")
     command = ["reproduce", "--model", "some-model", "--analyses", str(analyses)]
     command += ["--out", str(tmp_path / "out"), "--cases", "list.json", "--bos", "without"]
-    stop.touch()
+    stop.write_text("3", "utf-8")
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 3
     assert len(log.read_text("utf-8").splitlines()) == SCRIPTS.index("table3_transfer") + 1
     assert not (tmp_path / "out" / "some-model" / "index.html").exists()
+    # A script that does not apply says so with exit code 2, and the others go on.
+    stop.write_text("2", "utf-8")
+    log.unlink()
+    assert main(command) == 2
+    assert "table3_transfer" in capsys.readouterr().err
+    assert len(log.read_text("utf-8").splitlines()) == len(SCRIPTS)
     stop.unlink()
     log.unlink()
     assert main(command) == 0

@@ -19,7 +19,7 @@ from tiny import (
     sentence_prompts,
 )
 
-from firsttok.contexts import ContextSet
+from firsttok.contexts import ContextSet, sample_contexts
 from firsttok.data import Fact
 from firsttok.editing import ROME, Slot, ValueStore, compute_edits, optimise_values
 from firsttok.errors import BadInputError, UnsupportedModelError
@@ -46,7 +46,7 @@ from firsttok.probes import (
     token_states,
 )
 from firsttok.prompts import Prompt, fact_prompt, join_prompts, pad, positions, text_prompt
-from firsttok.second_moment import SecondMoment
+from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study, measure_facts
 from firsttok.tensors import Intervention, TokenBatch
 
@@ -514,5 +514,39 @@ def test_a_view_refuses_what_its_model_does_not_take(
     arch: str, change: Intervention, tiny: TinyFactory
 ) -> None:
     view = tiny(arch).intervened(change)
-    with pytest.raises(UnsupportedModelError, match=r"relative positions|no decoder"):
+    with pytest.raises(UnsupportedModelError, match=r"nor rotary|no decoder"):
         pad(view, sentence_prompts(view))
+
+
+def test_a_view_has_a_second_moment_of_its_own(tiny: TinyFactory, own_cache: Path) -> None:
+    model = without_bos(tiny, "llama")
+    view = model.intervened(SeesAll(position=0))
+    changed = compute_second_moment(view, layer=2, corpus=SENTENCES)
+    plain = compute_second_moment(model, layer=2, corpus=SENTENCES)
+    assert relative(changed.matrix, plain.matrix) > 1e-4
+    again = compute_second_moment(view, layer=2, corpus=SENTENCES)
+    assert torch.equal(again.matrix, changed.matrix)
+    assert len(list(own_cache.rglob("*.safetensors"))) == 2
+
+
+def test_contexts_are_those_of_the_plain_model(tiny: TinyFactory) -> None:
+    model = without_bos(tiny, "gpt2")
+    view = model.intervened(SECOND2FIRST)
+    assert sample_contexts(view, seed=3).templates == sample_contexts(model, seed=3).templates
+
+
+def test_equal_names_do_not_make_equal_values(tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(without_bos(tiny, "gpt2"), tmp_path)
+    found = set[float]()
+    for like in (2, 5):
+        swap = PositionSwap(name="mine", of=0, like=like)
+        (row,) = measure_facts(swapped_study(study, swap, "editing"), FACTS[:1], [ROME])
+        found.add(row.perplexity)
+    assert len(found) == 2
+
+
+def test_a_probe_of_one_place_needs_a_prefix() -> None:
+    assert CONTEXTS.first_prefix == CONTEXTS.prefixed[0]
+    for templates in (("{}",), ("{}", "Before {} behind")):
+        with pytest.raises(BadInputError, match="no context puts something before"):
+            _ = ContextSet(templates=templates).first_prefix

@@ -110,7 +110,8 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
         assert stem.with_suffix(suffix).stat().st_size > 100
     record = json.loads(stem.with_suffix(".json").read_text("utf-8"))
     provenance = record["provenance"]
-    for key in ("model", "contexts", "second_moment", "hyperparameters", "versions", "seconds"):
+    common = ("model", "contexts", "second_moment", "hyperparameters", "versions", "seconds")
+    for key in (*common, "original_perplexity", "case_list", "seed"):
         assert key in provenance
     assert provenance["command"].startswith(f"python analyses/{name}.py")
     assert str(setting["out"].parent) not in json.dumps(provenance)
@@ -125,6 +126,7 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
             # A verdict may lack cases here, but never a field that the script should have written.
             reason = judge(claim, load_result(stem.parent, name)).reason
             assert "has no number for" not in reason
+            assert "has no row" not in reason
 
 
 def numbers(row: dict[str, Any]) -> list[float]:
@@ -160,6 +162,7 @@ def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) ->
         ("table3_transfer", 8, ["--others", "gpt-9"], "no model is called 'gpt-9'"),
         ("table7_first2second", 6, [], "no fact has a subject that is the second token"),
         ("extra_token_identity", 5, [], "no collapse case is one token without a leading space"),
+        ("table5_prefixed_efficacy", 8, ["--normal", "0"], "--normal is 0; give at least 1"),
     ],
 )
 def test_scripts_say_what_they_cannot_do(

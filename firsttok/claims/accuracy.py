@@ -9,7 +9,7 @@ from firsttok.claims.verdicts import Claim, Verdict, grade, verdict
 __all__ = ["ACCURACY_CLAIMS"]
 
 BARE, PREFIXED, ANCHOR = "table4_efficacy", "table5_prefixed_efficacy", "extra_value_anchor"
-HIGH, HALF = 0.9, 0.5
+HIGH, MOST, HALF = 0.9, 0.8, 0.5
 UNCHANGED = 1.1
 
 
@@ -31,6 +31,20 @@ def prefixed_efficacy(result: ScriptResult) -> Verdict:
 def normal_efficacy(result: ScriptResult) -> Verdict:
     """Table 5 (and Table 4's caption): on normal cases C-ROME writes."""
     return _high(result, "C-ROME", "normal")
+
+
+def leaves_neighbours(result: ScriptResult) -> Verdict:
+    """Table 5: C-ROME leaves the answers about other subjects as they were."""
+    found = {
+        cases: mean(_known(result, "locality", method="C-ROME", cases=cases))
+        for cases in ("collapse", "normal")
+    }
+    kept = [found["collapse"] >= MOST, found["normal"] >= HIGH]
+    return verdict(
+        grade(all(kept), any(kept)),
+        f"C-ROME's mean locality is {found['collapse']:.1%} on collapse cases and "
+        f"{found['normal']:.1%} on normal ones.",
+    )
 
 
 def our_efficacy(result: ScriptResult) -> Verdict:
@@ -120,6 +134,7 @@ ACCURACY_CLAIMS = (
         rule=f"C-ROME's mean efficacy on collapse cases, prompts as they are, is below {HALF:.0%} "
         f"(the paper's highest is 30.59 %). Partly: below the {HIGH:.0%} of normal cases.",
         decide=low_efficacy,
+        on_collapse=True,
     ),
     Claim(
         id="table4-generalization",
@@ -129,6 +144,7 @@ ACCURACY_CLAIMS = (
         rule=f"Its mean generalization is below {HALF:.0%} (the paper's highest is 30.77 %). "
         f"Partly: below {HIGH:.0%}.",
         decide=low_generalization,
+        on_collapse=True,
     ),
     Claim(
         id="table5-efficacy",
@@ -139,6 +155,7 @@ ACCURACY_CLAIMS = (
         rule=f"C-ROME's mean efficacy on collapse cases is at least {HIGH:.0%} (the paper's lowest "
         f"is 91.27 %). Partly: at least {HALF:.0%}.",
         decide=prefixed_efficacy,
+        on_collapse=True,
     ),
     Claim(
         id="table5-normal",
@@ -156,8 +173,19 @@ ACCURACY_CLAIMS = (
         sentence="The prefix raises efficacy much and generalization little.",
         rule="C-ROME's mean generalization on collapse cases is at most half of its efficacy "
         "behind a prefix (a third at most in the paper). Partly: below it. Not judged where the "
-        f"efficacy is below {HALF:.0%}.",
+        f"efficacy is below {HALF:.0%}. The prefix stands before the rewriting prompt only, as in "
+        "the released code, so generalization and locality are those of Table 4.",
         decide=limited_generalization,
+        on_collapse=True,
+    ),
+    Claim(
+        id="table5-locality",
+        script=PREFIXED,
+        place="Tables 4 and 5",
+        sentence="C-ROME leaves the answers about other subjects as they were.",
+        rule=f"Its mean locality is at least {MOST:.0%} on collapse cases (the paper's lowest is "
+        f"82.35 %) and at least {HIGH:.0%} on normal ones (95.61 %). Partly: one of the two.",
+        decide=leaves_neighbours,
     ),
     Claim(
         id="own-prefixed-efficacy",
@@ -167,6 +195,7 @@ ACCURACY_CLAIMS = (
         rule=f"FC-ROME's mean efficacy on collapse cases is at least {HIGH:.0%}. Partly: at least "
         f"{HALF:.0%}.",
         decide=our_efficacy,
+        on_collapse=True,
         own=True,
     ),
     Claim(

@@ -168,6 +168,7 @@ EDIT_CLAIMS = (
         f"both ratios is at least {TWO_ORDERS:g}, which is what two orders of magnitude are (the "
         f"paper's means are 240 to 320 apart). Partly: at least {ONE_ORDER:g}.",
         decide=small_denominators,
+        on_collapse=True,
     ),
     Claim(
         id="table1-numerator",
@@ -177,6 +178,7 @@ EDIT_CLAIMS = (
         rule=f"The mean norms lie within a factor of {SAME_SIZE:g} of each other, in either "
         f"direction. Partly: within one order of magnitude (less than {ONE_ORDER:g}).",
         decide=equal_numerators,
+        on_collapse=True,
     ),
     Claim(
         id="table2-rome",

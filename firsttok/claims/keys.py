@@ -119,16 +119,20 @@ def shrinks(result: ScriptResult) -> Verdict:
     start = next(
         (layer for layer in layers if all(apart[at] for at in layers if at >= layer)), None
     )
-    first = min(layers)
     if start is None:
-        reason = f"At no layer up to {edited} do the first tokens become and stay concentrated"
-    else:
-        reason = f"From layer {start} on, up to the edited layer {edited}, D(F) is below D(S)/2"
-    return verdict(
-        grade(start is not None and start > first, start is not None),
-        f"{reason}; D(F)/D(S) is {fixed(layers[first]['ratio'])} at layer {first} and "
-        f"{fixed(layers[edited]['ratio'])} at layer {edited}.",
-    )
+        reason = f"At no layer up to {edited} do the first tokens become and stay concentrated."
+        return verdict(grade(False, False), reason)
+    below = {layer: row["ratio"] for layer, row in layers.items() if layer < start}
+    diverging = [at for at, ratio in below.items() if not 1 / TWOFOLD <= ratio <= TWOFOLD]
+    together = bool(below) and not diverging
+    reason = f"From layer {start} on, up to the edited layer {edited}, D(F) is below D(S)/2"
+    if below:
+        reason += (
+            f"; below it D(F)/D(S) goes from {fixed(min(below.values()))} to "
+            f"{fixed(max(below.values()))}, and is more than twofold off in {len(diverging)} of "
+            f"{len(below)} layers"
+        )
+    return verdict(grade(together, True), f"{reason}.")
 
 
 def llama_does_not_shrink(result: ScriptResult) -> Verdict:
@@ -226,6 +230,12 @@ def _edited(result: ScriptResult) -> dict[str, Any]:
     layers = _layers(result)
     if layer not in layers:
         raise NotJudgedError(f"{result.script} has no row of the edited layer {layer}.")
+    distinct = min(result.values("distinct_first", least=1))
+    if distinct < LEAST:
+        raise NotJudgedError(
+            f"The first tokens are {distinct:g} different ones, so that D(F) is small by "
+            f"construction; {LEAST} are needed."
+        )
     return layers[layer]
 
 
@@ -254,6 +264,7 @@ KEY_CLAIMS = (
         rule=f"Collapse cases: {_APART}, measured on the vectors and not on the picture. Normal "
         "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
         decide=denominator_parts,
+        on_collapse=True,
     ),
     Claim(
         id="figure2-keys",
@@ -264,6 +275,7 @@ KEY_CLAIMS = (
         rule=f"Collapse cases: {_APART}, measured on the vectors and not on the picture. Normal "
         "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
         decide=keys_part,
+        on_collapse=True,
     ),
     Claim(
         id="figure3-first-tokens",
@@ -272,6 +284,7 @@ KEY_CLAIMS = (
         sentence="First tokens of normal prompts lie where k^u of collapse cases lies.",
         rule=_JOINS.format(joined="collapse", left="normal"),
         decide=first_tokens_alike,
+        on_collapse=True,
     ),
     Claim(
         id="figure3-prefixed",
@@ -280,6 +293,7 @@ KEY_CLAIMS = (
         sentence="Behind a prefix, k^u of collapse cases lies where that of normal cases lies.",
         rule=_JOINS.format(joined="normal", left="collapse"),
         decide=prefix_moves,
+        on_collapse=True,
     ),
     Claim(
         id="figure6-encoder",
@@ -324,8 +338,9 @@ KEY_CLAIMS = (
         sentence="On GPT-2-XL and GPT-J, D(F) and D(S) go together in the lowest layers; then "
         "the first tokens shrink together.",
         rule="There is a layer from which on, up to the edited one, D(F) is at most half of D(S) "
-        "with disjoint 95 % bootstrap intervals, and it is not the lowest layer. Partly: it is. "
-        "Models of other kinds are held to the same rule.",
+        f"with disjoint 95 % bootstrap intervals, and in every layer below it, of which there is "
+        f"at least one, D(F)/D(S) lies between 1/{TWOFOLD:g} and {TWOFOLD:g}. Partly: only the "
+        "former. Models of other kinds are held to the same rule.",
         decide=shrinks,
     ),
     Claim(

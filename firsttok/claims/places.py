@@ -24,9 +24,18 @@ TENFOLD = 10.0
 
 def persists(result: ScriptResult) -> Verdict:
     """Table 6: the second token's position does not end the first token's collapse."""
-    before = result.values("perplexity", stage="none")
-    if max(before) <= COLLAPSE_THRESHOLD:
+    result.values("perplexity", stage="none")
+    result.values("case_id", stage="none")
+    collapsing = {
+        row["case_id"]
+        for row in result.chosen(stage="none")
+        if row["perplexity"] > COLLAPSE_THRESHOLD
+    }
+    if not collapsing:
         raise NotJudgedError("No case collapses without the swap, so there is nothing to end.")
+    rows = tuple(row for row in result.rows if row.get("case_id") in collapsing)
+    result = ScriptResult(script=result.script, rows=rows, provenance=result.provenance)
+    before = result.values("perplexity", stage="none")
     stages = {stage: result.values("perplexity", stage=stage) for stage in SWAPPED}
     notes = ", ".join(f"{_above(values)} ({stage})" for stage, values in stages.items())
     reason = (

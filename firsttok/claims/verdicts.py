@@ -1,6 +1,6 @@
 """Claims, and the verdict a rule comes to on a script's result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -47,6 +47,8 @@ class Claim:
     """The rule: a pure function of rows and provenance."""
     own: bool = False
     """Whether the claim is firsttok's and in no paper."""
+    on_collapse: bool = False
+    """Whether it speaks of collapse cases and its rows do not say that they collapse here."""
 
 
 def verdict(status: Status, reason: str) -> Verdict:
@@ -69,6 +71,8 @@ def judge(claim: Claim, result: ScriptResult | None) -> Verdict:
         )
     try:
         _check_original(result)
+        if claim.on_collapse:
+            _check_list(result)
         return claim.decide(result)
     except NotJudgedError as gap:
         return verdict(Status.NOT_RUN, str(gap))
@@ -83,4 +87,17 @@ def _check_original(result: ScriptResult) -> None:
         raise NotJudgedError(
             f"The unedited model's perplexity is {highest:,.0f}, above {COLLAPSE_THRESHOLD:g} "
             "itself; run the script with --text-bos with."
+        )
+
+
+def _check_list(result: ScriptResult) -> None:
+    """Cases that collapse another model are no collapse cases here."""
+    listed = result.provenance.get("case_list")
+    model = result.provenance.get("model")
+    if not (isinstance(listed, Mapping) and isinstance(model, Mapping)):
+        return
+    if listed.get("fingerprint") != model.get("fingerprint"):
+        raise NotJudgedError(
+            f"The cases are those that collapse {listed.get('model')}; nothing says that they "
+            "collapse this model."
         )

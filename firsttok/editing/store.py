@@ -50,7 +50,8 @@ class ValueStore:
             hyperparameters.as_dict(),
         ]
         if model.interventions or key_source is not ORDINARY_KEYS:
-            key.append([key_source.name, *(change.name for change in model.interventions)])
+            # By their fields, not by their names, which a user gives.
+            key.append([repr(key_source), *map(repr, model.interventions)])
         return self.folder / f"{content_hash(key)[:24]}.safetensors"
 
     def read(self, path: Path, model: Model) -> Value | None:

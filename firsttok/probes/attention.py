@@ -111,8 +111,9 @@ def cosine_with(keys: KeyMatrix, others: KeyMatrix) -> float:
 class MaskedKeys:
     """A key source whose k^u comes from a token that sees more, or less, than it would.
 
-    k_bar is the ordinary one. What is left unchanged is the value optimisation, so an edit shows
-    what this k^u alone does to the update.
+    k_bar is the ordinary one, and so are the prompts of the value optimisation. Its anchor is the
+    MLP's output for this k^u, and with the anchor go the clamp on delta and the weight decay: the
+    numerator changes, too, though far less than the denominator.
     """
 
     later: bool
@@ -135,7 +136,7 @@ class MaskedKeys:
         return replace(ordinary, unprefixed=self._unprefixed(model, fact, contexts, layer))
 
     def _unprefixed(self, model: Model, fact: Fact, contexts: ContextSet, layer: int) -> KeyVector:
-        prompt = fact_prompt(model, fact, contexts.prefixed[0] if self.later else "{}")
+        prompt = fact_prompt(model, fact, contexts.first_prefix if self.later else "{}")
         place = int(positions([prompt])[0])
         change: Intervention = SeesItself(position=place) if self.later else SeesAll(position=place)
         view = model.intervened(change) if self.changed else model

@@ -20,7 +20,10 @@ __all__ = ["IDENTITY_CELLS", "IdentityCell", "distinct_with_space", "identity_pr
 
 @dataclass(frozen=True, kw_only=True)
 class IdentityCell:
-    """One of the four crossings; also a key source whose k^u is read there."""
+    """One of the four crossings; also a key source whose k^u is read there.
+
+    As with :class:`~firsttok.probes.MaskedKeys`, the value's anchor goes with k^u.
+    """
 
     later: bool
     """Whether the subject stands behind a prefix."""
@@ -36,7 +39,7 @@ class IdentityCell:
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
         """Return the ordinary k_bar and the k^u of this cell."""
         ordinary = fact_keys(model, fact, contexts, layer=layer)
-        prompt = identity_prompt(model, fact, self, prefix=contexts.prefixed[0])
+        prompt = identity_prompt(model, fact, self, prefix=contexts.first_prefix)
         place = int(positions([prompt])[0])
         key = keys_at(model, [prompt], [place], layers=[layer]).at(layer)[0]
         return replace(ordinary, unprefixed=key)
