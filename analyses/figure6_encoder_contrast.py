@@ -203,7 +203,7 @@ def plot(
             axis.set_axis_off()
         for axis, (name, projection) in zip(line, own.items(), strict=False):
             scatter(axis, projection, STYLES)
-            axis.set_title(name.partition(" ")[2], fontsize=9)
+            axis.set_title(name.partition(" ")[2].replace(", layer", ",\nlayer"), fontsize=9)
             axis.set_xlabel(captions[name], fontsize=8)
         shown = [row for row in rows if titled(row) == view]
         curves(line[-1], shown)

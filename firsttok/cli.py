@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ SCRIPTS = (
     "extra_value_anchor",
 )
 
+logger = logging.getLogger(__name__)
 BAD_INPUT = 2
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``reproduce`` that go to every script."""
@@ -283,9 +285,11 @@ def _scan(args: argparse.Namespace) -> None:
         study = open_study(args, out, progress)
         original = study.original_perplexity.mean
         if original > COLLAPSE_THRESHOLD:
-            raise BadInputError(
-                f"the unedited {study.model.name} has a perplexity of {original:,.0f} on these "
-                f"sentences, above {COLLAPSE_THRESHOLD:g} itself; try --text-bos with"
+            logger.warning(
+                "the unedited model has a perplexity of %.0f on these sentences, above %g "
+                "itself, so nothing can be said to collapse; try --text-bos with",
+                original,
+                COLLAPSE_THRESHOLD,
             )
         rows = scan(study, facts, progress=progress)
     path = out / "collapse_cases.json"
