@@ -34,6 +34,7 @@ MORE_FACTS = (
     Fact(subject="France", template="a {} the capital", target_new="Berlin", target_true="it"),
 )
 """A one-token subject at the beginning, and subjects that are the second token."""
+GIVEN = ("model", "facts", "texts", "contexts", "out")
 OPTIONS = {"figure6_encoder_contrast": ["encoder"], "table3_transfer": ["others"]}
 """Options of single scripts that name another model."""
 
@@ -67,7 +68,9 @@ def run(
     setting: dict[str, Path], *command: str, expected: int = 0, warning: str = ""
 ) -> subprocess.CompletedProcess[str]:
     options = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
-    for name in ("model", "facts", "texts", "contexts", "out"):
+    # The script on the anchor draws contexts of several seeds, and takes none.
+    drawn = "extra_value_anchor" in command[0]
+    for name in ("model", "facts", "texts", "out") if drawn else GIVEN:
         options += [f"--{name}", str(setting[name])]
     environment = os.environ | {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
