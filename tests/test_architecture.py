@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
     ["errors"],
-    ["storage", "provenance", "tensors"],
+    ["storage", "provenance", "scripts", "tensors"],
     ["hyperparameters", "data"],
     ["models"],
     ["prompts"],

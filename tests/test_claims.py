@@ -142,7 +142,7 @@ def test_rows_are_only_read() -> None:
 
 
 def test_claims_are_complete_and_frozen() -> None:
-    from firsttok.cli import SCRIPTS
+    from firsttok.scripts import SCRIPTS
 
     assert len(BY_ID) == len(CLAIMS)
     assert {claim.script for claim in CLAIMS} == set(SCRIPTS)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny import SENTENCES, build
 
-from firsttok.cli import SCRIPTS, main
+from firsttok.cli import main
 from firsttok.editing import load_edit
 from firsttok.models import CATALOG, load
+from firsttok.scripts import SCRIPTS
 
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
 CONTEXTS = ["{}", "The answer. {}", "I know. {}"]

@@ -14,7 +14,7 @@ from browser import Page, chromium, find_chromium
 from synthetic import BY_SCRIPT
 
 from firsttok.claims import CLAIMS, Status, find_inconsistencies
-from firsttok.cli import SCRIPTS, main
+from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
 from firsttok.output import publish
@@ -27,6 +27,7 @@ from firsttok.report import (
     write_reports,
 )
 from firsttok.report.view import HEADINGS
+from firsttok.scripts import SCRIPTS
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = '<script>alert("x")</script> | *bold* & "quoted"'

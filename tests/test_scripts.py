@@ -16,8 +16,8 @@ from tiny import CONTEXTS, FACTS, SENTENCES, build
 from firsttok.cases import load_collapse_ids
 from firsttok.claims import CLAIMS, Claim, judge, load_result
 from firsttok.claims.results import NotJudgedError
-from firsttok.cli import SCRIPTS
 from firsttok.data import Fact, load_facts
+from firsttok.scripts import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"
