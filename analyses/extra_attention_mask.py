@@ -16,9 +16,9 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import first_token_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import (
@@ -31,6 +31,7 @@ from firsttok.probes import (
     token_states,
 )
 from firsttok.prompts import text_prompt
+from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.study import measure_facts
 from firsttok.tensors import Intervention
 

@@ -14,13 +14,14 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import collapse_cases, spread_evenly
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import IDENTITY_CELLS, distinct_with_space, identity_prompt, token_states
+from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.study import measure_facts
 
 

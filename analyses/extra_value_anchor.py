@@ -15,13 +15,13 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import choose_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
-from firsttok.errors import BadInputError
 from firsttok.evaluation import target_probabilities
-from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
+from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.study import measure_facts
 
 METHODS = (C_ROME, FC_ROME)
@@ -83,9 +83,7 @@ def main() -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     with progress_bar() as progress:
-        options = parse_script(parser, progress)
-        if parser.parse_args().contexts:
-            raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
+        options = parse_script(parser, progress, own_contexts=True)
         rows = measure(options, progress)
         original = options.study.original_perplexity.mean
     seeds = list(range(options.seed, options.seed + SEEDS))

@@ -11,21 +11,22 @@ D and norms are of the vectors as they are. The paper does not say whether it sc
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, load_collapse_ids
+from firsttok.cases import all_listed_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import Fact
 from firsttok.keys import fact_keys
-from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.probes import normalise, project, save_points, scatter, separation, spread
 from firsttok.prompts import fact_prompt
+from firsttok.script_options import parse_script
 from firsttok.study import Study
 
 SOLVED, MEAN, BARE = "C^-1 k_bar", "k_bar", "k^u"
@@ -33,13 +34,6 @@ PANELS = {"a": SOLVED, "b": MEAN}
 SYMBOLS = {SOLVED: r"$C^{-1}\bar{k}$", MEAN: r"$\bar{k}$", BARE: "$k^u$"}
 Groups = dict[str, tuple[Fact, ...]]
 Vectors = dict[tuple[str, str], torch.Tensor]
-
-
-def choose(options: ScriptOptions) -> Groups:
-    listed = len(load_collapse_ids(options.cases, options.facts))
-    wanted = replace(options, collapse=listed, normal=max(listed, options.normal))
-    chosen = choose_cases(wanted)
-    return {"collapse": chosen.collapse, "normal": chosen.normal}
 
 
 def read(study: Study, groups: Groups, progress: Progress) -> Vectors:
@@ -77,7 +71,8 @@ def main() -> None:
     with progress_bar() as progress:
         options = parse_script(parser, progress)
         study = options.study
-        groups = choose(options)
+        chosen = all_listed_cases(options)
+        groups = {"collapse": chosen.collapse, "normal": chosen.normal}
         vectors = read(study, groups, progress)
     first = {
         cases: [fact_prompt(study.model, fact).subject_position == 0 for fact in facts]

@@ -9,20 +9,21 @@ and the distance of the means are of the keys as they are.
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from firsttok.cases import choose_cases, load_collapse_ids
+from firsttok.cases import all_listed_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.efficacy import draw_prefix
 from firsttok.keys import keys_at
-from firsttok.options import ScriptOptions, exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.probes import normalise, project, save_points, scatter, separation, spread
 from firsttok.prompts import Prompt, fact_prompt, positions
+from firsttok.script_options import ScriptOptions, parse_script
 
 FIRST, COLLAPSE, NORMAL = "first token of normal", "k^u of collapse", "k^u of normal"
 PREFIXED = "k^u of prefixed collapse"
@@ -43,8 +44,7 @@ STYLES: dict[str, dict[str, Any]] = {
 def read(options: ScriptOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Keys of each group, and what they were read from."""
     study = options.study
-    listed = len(load_collapse_ids(options.cases, options.facts))
-    chosen = choose_cases(replace(options, collapse=listed, normal=max(listed, options.normal)))
+    chosen = all_listed_cases(options)
     prefixes = [draw_prefix(study, fact, seed=options.seed) for fact in chosen.collapse]
     bare = {
         COLLAPSE: [fact_prompt(study.model, fact) for fact in chosen.collapse],

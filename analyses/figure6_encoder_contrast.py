@@ -13,18 +13,18 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import Progress
 
-from firsttok.cases import CaseSelection, choose_cases, load_collapse_ids
+from firsttok.cases import CaseSelection, all_listed_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.errors import BadInputError
 from firsttok.keys import keys_at
 from firsttok.models import BosPolicy, Model, load
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import (
@@ -39,6 +39,7 @@ from firsttok.probes import (
     spread,
 )
 from firsttok.prompts import fact_prompt
+from firsttok.script_options import parse_script
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,13 +120,11 @@ def main() -> None:
     )
     with progress_bar() as progress:
         options = parse_script(parser, progress)
-        args = parser.parse_args()
+        args = options.args
         encoder = load(args.encoder, dtype=args.dtype, device=args.device)
         if encoder.can_be_edited:
             raise BadInputError(f"{args.encoder} is a decoder; give an encoder to --encoder")
-        listed = len(load_collapse_ids(options.cases, options.facts))
-        wanted = replace(options, collapse=listed, normal=max(listed, options.normal))
-        cases = choose_cases(wanted)
+        cases = all_listed_cases(options)
         models = {"encoder": encoder, "decoder": options.study.model}
         rows, panels, captions = collect(models, cases, options.seed, progress)
     columns = ["layer", "n", "d_first", "d_subsequent", "silhouette", "cosine_of_means"]

@@ -10,17 +10,18 @@ Prompts are those of all listed collapse cases and of at least as many normal on
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from firsttok.cases import choose_cases, load_collapse_ids
+from firsttok.cases import all_listed_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import LayerConcentration, concentration, parts_at
 from firsttok.prompts import fact_prompt
+from firsttok.script_options import parse_script
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +40,9 @@ def main() -> None:
     )
     with progress_bar() as progress:
         options = parse_script(parser, progress)
-        study, place = options.study, parser.parse_args().place
+        study, place = options.study, options.args.place
         place = len(study.model.leading_ids) if place is None else place
-        listed = len(load_collapse_ids(options.cases, options.facts))
-        cases = choose_cases(replace(options, collapse=listed, normal=max(listed, options.normal)))
+        cases = all_listed_cases(options)
         facts = [*cases.collapse, *cases.normal]
         progress.add_task(f"{len(facts)} prompts, all layers", total=None)
         prompts = [fact_prompt(study.model, fact) for fact in facts]

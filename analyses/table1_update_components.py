@@ -9,11 +9,12 @@ import time
 from statistics import mean
 
 from firsttok.cases import choose_cases, measure_selection
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
 from firsttok.editing import C_ROME, ROME, find_method
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure, strip_plot
+from firsttok.script_options import parse_script
 
 METHODS = (ROME, C_ROME)
 GROUPS = ("collapse", "normal")

@@ -14,20 +14,16 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import collapse_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import Fact, paper_values
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.inputs import open_study
 from firsttok.models import BosPolicy, is_pulled
-from firsttok.options import (
-    ScriptOptions,
-    exit_on_error,
-    model_label,
-    open_study,
-    parse_script,
-    progress_bar,
-)
+from firsttok.options import model_label
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
+from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.study import Study, measure_facts
 
 DEFAULT_OTHERS = ("gemma3-270m",)
@@ -54,12 +50,10 @@ def measure(
     ]
 
 
-def other_study(
-    args: argparse.Namespace, name: str, options: ScriptOptions, progress: Progress
-) -> Study:
+def other_study(name: str, options: ScriptOptions, progress: Progress) -> Study:
     own: dict[str, Any] = {"model": name, "layer": None, "bos": "as_tokenizer", "contexts": None}
-    own["second_moment"] = "identity" if args.second_moment == "identity" else None
-    changed = argparse.Namespace(**vars(args) | own)
+    own["second_moment"] = "identity" if options.args.second_moment == "identity" else None
+    changed = argparse.Namespace(**vars(options.args) | own)
     return open_study(changed, options.out.parent / model_label(name), progress)
 
 
@@ -74,14 +68,14 @@ def main() -> None:
     )
     with progress_bar() as progress:
         options = parse_script(parser, progress)
-        args = parser.parse_args()
         facts = collapse_cases(options.halved(), progress=progress)
         rows = measure(options.study, facts, progress, source=True)
-        given = DEFAULT_OTHERS if args.others is None else tuple(args.others)
+        asked: list[str] | None = options.args.others
+        given = DEFAULT_OTHERS if asked is None else tuple(asked)
         given = tuple(name for name in given if name != options.study.model.name)
-        others = [name for name in given if args.others is not None or is_pulled(name)]
+        others = [name for name in given if asked is not None or is_pulled(name)]
         for name in others:
-            study = other_study(args, name, options, progress)
+            study = other_study(name, options, progress)
             rows += measure(study, facts, progress, source=False)
 
     paper = {(value.row, value.model): value.value for value in paper_values("Table 3")}

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from firsttok.cases import collapse_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
 from firsttok.editing import METHODS
 from firsttok.efficacy import accuracy_line, measure_accuracy
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import accuracy_bars, figure, save_figure
+from firsttok.script_options import parse_script
 
 
 def main() -> None:

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 from firsttok.cases import first_token_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, stage_plot
 from firsttok.probes import SECOND2FIRST, first_key_change, measure_stages, stage_lines
 from firsttok.prompts import fact_prompt
+from firsttok.script_options import parse_script
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 from firsttok.cases import second_token_cases
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
-from firsttok.options import exit_on_error, parse_script, progress_bar
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, stage_plot
 from firsttok.probes import FIRST2SECOND, measure_stages, stage_lines
+from firsttok.script_options import parse_script
 
 
 def main() -> None:

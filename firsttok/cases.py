@@ -13,13 +13,14 @@ from firsttok.data import Fact
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.options import ScriptOptions
 from firsttok.prompts import fact_prompt
+from firsttok.script_options import ScriptOptions
 from firsttok.storage import content_hash, read_json, write_json
 from firsttok.study import CaseRow, Study, measure_facts
 
 __all__ = [
     "CaseSelection",
+    "all_listed_cases",
     "choose_cases",
     "collapse_cases",
     "first_token_cases",
@@ -158,6 +159,19 @@ def choose_cases(options: ScriptOptions) -> CaseSelection:
         seed=options.seed,
     )
     return replace(selection, borrowed=fingerprint != options.study.model.fingerprint)
+
+
+def all_listed_cases(options: ScriptOptions) -> CaseSelection:
+    """Choose every listed collapse case and at least as many normal ones.
+
+    This is for scripts that edit nothing: reading keys is cheap, and more cases say more. So
+    ``options.collapse`` does not count, and ``options.normal`` is the least number of normal cases.
+
+    Raises:
+        BadInputError: If the list of collapse cases is unusable.
+    """
+    listed = len(load_collapse_ids(options.cases, options.facts))
+    return choose_cases(replace(options, collapse=listed, normal=max(listed, options.normal)))
 
 
 def collapse_cases(options: ScriptOptions, *, progress: Progress | None = None) -> tuple[Fact, ...]:

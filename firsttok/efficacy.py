@@ -8,9 +8,9 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.data import Fact
-from firsttok.editing import Method, compute_edits
+from firsttok.editing import Method
 from firsttok.errors import BadInputError
-from firsttok.evaluation import edit_accuracy
+from firsttok.evaluation import edit_accuracies
 from firsttok.study import Study
 
 __all__ = ["AccuracyRow", "accuracy_line", "draw_prefix", "measure_accuracy"]
@@ -57,31 +57,23 @@ def measure_accuracy(
     """
     task = None if progress is None else progress.add_task(label, total=len(facts))
     rows: list[AccuracyRow] = []
-    for fact, edits in compute_edits(
-        study.model,
-        facts,
-        methods=methods,
-        contexts=study.contexts,
-        second_moment=study.second_moment,
-        layer=study.layer,
-        hyperparameters=study.hyperparameters,
-        key_source=study.key_source,
-        store=study.store,
-    ):
+    for fact, edits in study.edits(facts, methods):
         prefix = prefix_of(fact)
-        for method in methods:
-            measured = edit_accuracy(study.model, fact, edits[method.name], context=prefix)
-            rows.append(
-                AccuracyRow(
-                    case_id=fact.case_id,
-                    subject=fact.subject,
-                    method=method.label,
-                    prefix=prefix,
-                    efficacy=measured.efficacy,
-                    generalization=measured.generalization,
-                    locality=measured.locality,
-                )
+        found = edit_accuracies(
+            study.model, fact, [edits[method.name] for method in methods], context=prefix
+        )
+        rows += [
+            AccuracyRow(
+                case_id=fact.case_id,
+                subject=fact.subject,
+                method=method.label,
+                prefix=prefix,
+                efficacy=measured.efficacy,
+                generalization=measured.generalization,
+                locality=measured.locality,
             )
+            for method, measured in zip(methods, found, strict=True)
+        ]
         if progress is not None and task is not None:
             progress.advance(task)
     return rows

@@ -87,16 +87,20 @@ def keys_at(
     """
     sites = [model.site(layer, stack=stack) for layer in layers]
     stop = max(site.layer for site in sites) + 1 if sites[0].stack == "blocks" else None
-    values = torch.empty(
-        len(sites), len(prompts), sites[0].d_mlp, dtype=model.dtype, device=model.device
-    )
-    for group in batches(prompts, max_tokens=max_tokens):
+    # At least float32, so that what is computed from bfloat16 keys loses no more than they did.
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    values = torch.empty(len(sites), len(prompts), sites[0].d_mlp, dtype=dtype, device=model.device)
+    read = [position + 1 for position in at] if model.can_be_edited else None
+    for group in batches(prompts, max_tokens=max_tokens, lengths=read):
         batch = pad(model, [prompts[i] for i in group])
         columns = batch.columns(torch.tensor([at[i] for i in group]))
+        if read is not None and batch.visible is None:
+            # In a decoder, nothing behind the token that is read changes its key.
+            batch = batch.first(int(columns.max()) + 1)
         seen = capture(model, batch, [site.key_hook for site in sites], stop_at_layer=stop)
         rows = torch.arange(len(group), device=columns.device)
         for index, site in enumerate(sites):
-            values[index, group] = seen[site.key_hook][rows, columns]
+            values[index, group] = seen[site.key_hook][rows, columns].to(dtype)
     if not bool(torch.isfinite(values).all()):
         raise NonFiniteError(f"a key of {model.name} is NaN or infinite; load the model in float32")
     return Keys(

@@ -258,17 +258,21 @@ def positions(prompts: Sequence[Prompt]) -> Int[Tensor, "prompt"]:
     return torch.tensor(found)
 
 
-def batches(prompts: Sequence[Prompt], *, max_tokens: int = 4096) -> Iterator[list[int]]:
+def batches(
+    prompts: Sequence[Prompt], *, max_tokens: int = 4096, lengths: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Group prompts of similar length; yields lists of indices that cover every prompt once.
 
     Args:
         prompts: The prompts.
         max_tokens: Most tokens of a padded batch (a longer prompt stands alone).
+        lengths: Tokens of each prompt that are run; None for all.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+    sizes = [len(prompt.token_ids) for prompt in prompts] if lengths is None else lengths
+    order = sorted(range(len(prompts)), key=lambda i: sizes[i])
     group: list[int] = []
     for index in order:
-        if group and (len(group) + 1) * len(prompts[index].token_ids) > max_tokens:
+        if group and (len(group) + 1) * sizes[index] > max_tokens:
             yield group
             group = []
         group.append(index)
@@ -302,6 +306,13 @@ def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
         raise UnsupportedModelError(
             f"{model.name} is no decoder, and only a decoder's attention mask is opened or closed "
             f"({names})"
+        )
+    window = model.attention_window
+    if changed.visible is not None and window is not None and changed.tokens.shape[1] > window:
+        # The mask given stands for all layers, and some of this model's see no further than that.
+        raise UnsupportedModelError(
+            f"{model.name} attends no further back than {window} tokens in some layers, so a mask "
+            f"is only opened or closed on prompts of at most as many ({names})"
         )
     return changed
 

@@ -1,22 +1,24 @@
 """The analysis scripts, in the order of the paper; our own come last."""
 
-__all__ = ["SCRIPTS"]
+__all__ = ["HEADINGS", "SCRIPTS"]
 
-SCRIPTS = (
-    "table1_update_components",
-    "table2_perplexity",
-    "table3_transfer",
-    "table4_efficacy",
-    "table5_prefixed_efficacy",
-    "table6_second2first",
-    "table7_first2second",
-    "figure2_keys",
-    "figure3_first_tokens",
-    "figure6_encoder_contrast",
-    "figure7_without_bos",
-    "figure8_concentration",
-    "extra_attention_mask",
-    "extra_token_identity",
-    "extra_value_anchor",
-)
-"""Names of the files in ``analyses/``, without suffix."""
+HEADINGS = {
+    "table1_update_components": "Table 1: numerator and denominator of the update",
+    "table2_perplexity": "Table 2: perplexity after one edit",
+    "table3_transfer": "Table 3: the same cases on other models",
+    "table4_efficacy": "Table 4: does the new target come out?",
+    "table5_prefixed_efficacy": "Table 5: and behind a prefix?",
+    "table6_second2first": "Table 6: the first token at the second one's position",
+    "table7_first2second": "Table 7: the second token at the first one's position",
+    "figure2_keys": "Figures 2, 4 and 5: where the keys lie",
+    "figure3_first_tokens": "Figure 3: first tokens, and prefixed subjects",
+    "figure6_encoder_contrast": "Figure 6: an encoder, whose first token sees the others",
+    "figure7_without_bos": "Figure 7: with and without BOS",
+    "figure8_concentration": "Figure 8 and Equation 4: how concentrated first tokens are",
+    "extra_attention_mask": "Beyond the paper: the attention mask",
+    "extra_token_identity": "Beyond the paper: the place or the token?",
+    "extra_value_anchor": "Beyond the paper: the anchor of the value",
+}
+"""Heading of each file of ``analyses/``, by its name without suffix."""
+SCRIPTS = tuple(HEADINGS)
+"""Names of the files, in order."""

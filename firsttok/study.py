@@ -1,7 +1,7 @@
 """A study: everything that is fixed while many facts are edited and measured."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -116,6 +116,36 @@ class Study:
         """Where optimised values are kept."""
         return ValueStore(self.work / "values")
 
+    def edits(
+        self,
+        facts: Sequence[Fact],
+        methods: Sequence[Method],
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
+        """Compute edits under the study's settings; values that are in its store are read there.
+
+        Args:
+            facts: The facts.
+            methods: The methods.
+            on_step: As for :func:`~firsttok.editing.compute_edits`.
+
+        Yields:
+            Each fact with its edits by method name, in order.
+        """
+        return compute_edits(
+            self.model,
+            facts,
+            methods=methods,
+            contexts=self.contexts,
+            second_moment=self.second_moment,
+            layer=self.layer,
+            hyperparameters=self.hyperparameters,
+            key_source=self.key_source,
+            store=self.store,
+            on_step=on_step,
+        )
+
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the numbers of this study."""
         model, moment = self.model, self.second_moment
@@ -193,23 +223,13 @@ def measure_facts(
         if any((fact.case_id, method.name) not in known for method in methods)
     ]
     done = len(facts) - len(open_facts)
-    edits_of = compute_edits(
-        study.model,
-        open_facts,
-        methods=methods,
-        contexts=study.contexts,
-        second_moment=study.second_moment,
-        layer=study.layer,
-        hyperparameters=study.hyperparameters,
-        key_source=study.key_source,
-        store=study.store,
-        on_step=on_step,
-    )
-    for fact, edits in edits_of:
-        for method in methods:
-            if (fact.case_id, method.name) in known:
-                continue
-            row = _row(study, fact, method, edits[method.name])
+    for fact, edits in study.edits(open_facts, methods, on_step=on_step):
+        missing = [method for method in methods if (fact.case_id, method.name) not in known]
+        measured = study.prepared_texts.measure_edits(
+            study.evaluated, [edits[method.name] for method in missing]
+        )
+        for method, found in zip(missing, measured, strict=True):
+            row = _row(study, fact, method, edits[method.name], found)
             write_json(paths[fact.case_id, method.name], asdict(row))
             known[fact.case_id, method.name] = row
         done += 1
@@ -220,10 +240,10 @@ def measure_facts(
     return [known[fact.case_id, method.name] for fact in facts for method in methods]
 
 
-def _row(study: Study, fact: Fact, method: Method, edit: RankOneEdit) -> CaseRow:
+def _row(
+    study: Study, fact: Fact, method: Method, edit: RankOneEdit, measured: Perplexity
+) -> CaseRow:
     prompt = fact_prompt(study.model, fact)
-    with edit.applied(study.model):
-        measured = study.prepared_texts.measure(study.model)
     return CaseRow(
         case_id=fact.case_id,
         subject=fact.subject,

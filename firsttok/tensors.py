@@ -4,7 +4,7 @@
 ``d_mlp`` the width of a key, ``d_model`` the width of a value, ``vocab`` tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -59,6 +59,40 @@ class TokenBatch:
     def columns(self, positions: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt"]:
         """Turn absolute token positions of each prompt into columns of the padded batch."""
         return self.starts + positions.to(self.starts.device)
+
+    def rows(self, index: Int[Tensor, "row"]) -> "TokenBatch":
+        """Return some of the prompts; one may be taken several times."""
+        return TokenBatch(
+            tokens=self.tokens[index],
+            attention_mask=self.attention_mask[index],
+            position_ids=self.position_ids[index],
+            starts=self.starts[index],
+            visible=None if self.visible is None else self.visible[index],
+        )
+
+    def first(self, columns: int) -> "TokenBatch":
+        """Return the first columns; what they hold does not depend on the rest if it is causal.
+
+        Raises:
+            ValueError: If tokens may see later ones.
+        """
+        if self.visible is not None:
+            raise ValueError("a batch with its own visibility cannot be cut")
+        return replace(
+            self,
+            tokens=self.tokens[:, :columns],
+            attention_mask=self.attention_mask[:, :columns],
+            position_ids=self.position_ids[:, :columns],
+        )
+
+    def places(self, position: int) -> tuple[Int[Tensor, "place"], Int[Tensor, "place"]]:
+        """Rows and columns of the token at a position, in every prompt that is long enough."""
+        columns = self.starts + position
+        rows = torch.arange(len(columns), device=columns.device)
+        inside = columns < self.tokens.shape[1]
+        rows, columns = rows[inside], columns[inside]
+        real = self.attention_mask[rows, columns].bool()
+        return rows[real], columns[real]
 
     def causally_visible(self) -> Bool[Tensor, "prompt query key"]:
         """What a decoder lets each token attend to: itself and all earlier real tokens."""

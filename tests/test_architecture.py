@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
     ["errors"],
-    ["storage", "provenance", "scripts", "tensors"],
+    ["console", "options", "provenance", "scripts", "storage", "tensors"],
     ["hyperparameters", "data"],
     ["models"],
     ["prompts"],
@@ -19,10 +19,12 @@ LAYERS = [
     ["evaluation"],
     ["study"],
     ["efficacy", "probes"],
-    ["options", "output", "plots"],
+    ["inputs", "output", "plots"],
+    ["script_options"],
     ["cases"],
     ["claims"],
     ["report"],
+    ["commands"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,22 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from tiny import (
     ARCHITECTURES,
     DECODERS,
     TinyFactory,
     alone,
     fact_prompts,
-    load_tiny,
     plain_model,
     sentence_prompts,
-    tokenizer,
 )
 
 from firsttok.data import builtin_sentences
@@ -239,32 +235,6 @@ def test_norms_attention_and_shares_equal_those_of_plain_transformers(
         assert row.massive_share == pytest.approx(float(shares[0].max()), rel=1e-5)
         other = float(shares[1][row.massive_dimension])
         assert row.massive_share_subsequent == pytest.approx(other, rel=1e-5)
-
-
-def test_gemma_is_read_as_well(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=8,
-        max_position_embeddings=160,
-    )
-    transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path)
-    tokenizer(begin=True).save_pretrained(tmp_path)
-    model = load_tiny(tmp_path)
-    prompts = sentence_prompts(model)
-    assert max(len(prompt.token_ids) for prompt in prompts) > 8
-    found = [states(model, prompt) for prompt in prompts]
-    for row in concentration(model, prompts, resamples=FEW):
-        first = torch.stack([residuals[row.layer][0] for residuals, _ in found])
-        assert row.residual_first == pytest.approx(float(first.norm(dim=1).mean()), rel=1e-5)
-        paid = torch.cat([patterns[row.layer][:, 1:, 0].mean(0) for _, patterns in found])
-        assert row.attention_to_first == pytest.approx(float(paid.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

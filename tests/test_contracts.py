@@ -153,7 +153,7 @@ def test_objects_of_the_wrong_shape_or_type_are_refused(call: Callable[[], objec
         lambda model: model.site(0).in_layout(torch.zeros(40)),
         lambda model: optimise(model, torch.zeros(24)),
         lambda model: optimise(model, torch.zeros(1, 1, 24)),
-        lambda model: tail(model).run(model, torch.ones(5)),
+        lambda model: tail(model).logits(model, torch.ones(5)),
         lambda model: tail(model).rows(torch.ones(2, 2, dtype=torch.long)),
         lambda model: update(model, torch.zeros(1, 40)),
         lambda model: update(model, torch.zeros(40, dtype=torch.long)),

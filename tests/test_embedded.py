@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 from wheelhouse import copy_wheel, serve, sha256, wheel_path, write_files, write_wheel
 
 from firsttok.cli import main
 from firsttok.errors import BadInputError, DownloadError, UnknownModelError
-from firsttok.models import embedded, is_pulled, recipes
+from firsttok.models import checkpoints, embedded, is_pulled, recipes
+from firsttok.models.libraries import quiet_libraries
 from firsttok.models.recipes import Recipe, find_recipe
 from firsttok.models.wheels import Wheel
 
@@ -256,6 +260,27 @@ def test_an_unknown_name_is_told_the_known_ones(own_cache: Path) -> None:
             call("gpt2-xl")
     assert not is_pulled("gpt2-xl")
     assert not is_pulled("no such model")
+
+
+def test_a_tied_embedding_is_loaded_without_being_made_up_first(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    whole: Any = transformers.LlamaForCausalLM(config)
+    checkpoints._save(whole, tmp_path, "tiny")
+    expected: dict[str, torch.Tensor] = whole.state_dict()
+    assert set(expected) - set(load_file(tmp_path / "model.safetensors")) == {"lm_head.weight"}
+    before = torch.random.get_rng_state()
+    with quiet_libraries():
+        again: Any = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, weight in again.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def pip_from(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tiny import (
 
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME, Method, RankOneEdit, compute_edit
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
     CounterfactScores,
@@ -111,22 +112,51 @@ def test_prepared_texts_measure_what_perplexity_does(
     model = tiny(arch)
     prepared = prepare_texts(model, SENTENCES, layer=layer, bos=bos)
     before = perplexity(model, SENTENCES, bos=bos)
-    assert prepared.measure(model).per_sentence == pytest.approx(before.per_sentence, rel=1e-5)
-    with strong_edit(model, layer=layer).applied(model):
-        expected = perplexity(model, SENTENCES, bos=bos)
-        found = prepared.measure(model)
-    assert expected.mean != pytest.approx(before.mean, rel=1e-3)
-    assert found.per_sentence == pytest.approx(expected.per_sentence, rel=1e-5)
-    assert found.corpus == pytest.approx(expected.corpus, rel=1e-5)
-    assert prepared.measure(model).mean == pytest.approx(before.mean, rel=1e-5)
+    edits = [strong_edit(model, layer=layer), strong_edit(model, FACTS[3], layer=layer)]
+    found = prepared.measure_edits(model, edits)
+    assert len({measured.mean for measured in found}) == 2
+    for edit, measured in zip(edits, found, strict=True):
+        with edit.applied(model):
+            expected = perplexity(model, SENTENCES, bos=bos)
+        assert expected.mean != pytest.approx(before.mean, rel=1e-3)
+        assert measured.per_sentence == pytest.approx(expected.per_sentence, rel=1e-5)
+        assert measured.corpus == pytest.approx(expected.corpus, rel=1e-5)
 
 
-def test_texts_prepared_above_the_edit_do_not_see_it(tiny: TinyFactory) -> None:
+@pytest.mark.parametrize("most", [1, 100_000])
+def test_edits_side_by_side_or_one_by_one_measure_the_same(
+    tiny: TinyFactory, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    prepared = prepare_texts(model, SENTENCES, layer=1)
+    edits = [strong_edit(model, fact) for fact in FACTS]
+    monkeypatch.setattr(import_module("firsttok.evaluation.perplexity"), "_MAX_TOKENS", most)
+    found = prepared.measure_edits(model, edits)
+    for edit, measured in zip(edits, found, strict=True):
+        (alone,) = prepared.measure_edits(model, [edit])
+        assert measured.per_sentence == pytest.approx(alone.per_sentence, rel=1e-6)
+
+
+def test_prepared_texts_refuse_an_edited_layer_and_an_edit_of_another(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
-    prepared = prepare_texts(model, SENTENCES, layer=2)
-    before = prepared.measure(model)
-    with strong_edit(model, layer=1).applied(model):
-        assert prepared.measure(model) == before
+    prepared = prepare_texts(model, SENTENCES, layer=1)
+    edit = strong_edit(model, layer=1)
+    with edit.applied(model), pytest.raises(EditMismatchError, match="undo that edit"):
+        prepared.measure_edits(model, [edit])
+    with pytest.raises(BadInputError, match="layer 2 cannot be measured"):
+        prepared.measure_edits(model, [strong_edit(model, layer=2)])
+    assert prepared.measure_edits(model, []) == []
+
+
+def test_an_edit_above_that_stands_in_the_weights_is_measured_along(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    prepared = prepare_texts(model, SENTENCES, layer=1)
+    edit, above = strong_edit(model, layer=1), strong_edit(model, layer=2)
+    with above.applied(model):
+        (found,) = prepared.measure_edits(model, [edit])
+        with edit.applied(model):
+            expected = perplexity(model, SENTENCES)
+    assert found.mean == pytest.approx(expected.mean, rel=1e-5)
 
 
 def test_sentences_that_cannot_be_scored_are_named(tiny: TinyFactory) -> None:

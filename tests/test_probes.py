@@ -96,6 +96,10 @@ def hand_rotated(vectors: torch.Tensor, ids: torch.Tensor, arch: str) -> torch.T
     return result
 
 
+HAND_WRITTEN = tuple(arch for arch in DECODERS if arch != "gemma3")
+"""Architectures whose attention is written out below; Gemma norms queries and keys besides."""
+
+
 def hand_attention(
     arch: str, module: Any, hidden: torch.Tensor, ids: torch.Tensor, visible: torch.Tensor
 ) -> torch.Tensor:
@@ -147,7 +151,7 @@ def test_learned_swap_is_a_position_table_edited_by_hand(
         assert relative(usual, expected) > 1e-3
 
 
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize("arch", HAND_WRITTEN)
 @pytest.mark.parametrize(
     "change", [*SWAPS[:2], *MASKS], ids=lambda change: change.name.replace(" ", "-")
 )

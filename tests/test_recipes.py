@@ -29,7 +29,7 @@ from firsttok.models import (
     recipes,
 )
 from firsttok.models.checkpoints import from_encoder
-from firsttok.models.loading import quiet_libraries
+from firsttok.models.libraries import quiet_libraries
 from firsttok.models.recipes import RECIPES, find_recipe
 from firsttok.prompts import fact_prompt, pad, text_prompt
 

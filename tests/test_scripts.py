@@ -1,5 +1,6 @@
 """Every analysis script, run as a user runs it, on a tiny model."""
 
+import argparse
 import json
 import math
 import os
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
-from firsttok.cases import load_collapse_ids
+from firsttok.cases import all_listed_cases, load_collapse_ids
 from firsttok.claims import CLAIMS, Claim, judge, load_result
 from firsttok.claims.results import NotJudgedError
+from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
+from firsttok.script_options import parse_script
 from firsttok.scripts import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +173,47 @@ def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) ->
     assert result.returncode == 2
     assert "firsttok scan" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_contexts_that_a_script_cannot_use_are_refused_before_a_model_is_loaded() -> None:
+    script = str(ANALYSES / "extra_value_anchor.py")
+    command = [sys.executable, script, "--model", "no-such-model", "--contexts", "contexts.json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 2
+    assert "leave --contexts out" in result.stderr
+    assert "no-such-model" not in result.stderr
+
+
+def test_options_are_parsed_once_and_all_listed_cases_are_taken(
+    setting: dict[str, Path], cases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--second-moment", "identity", "--cases", str(cases), "--collapse", "1"]
+    for name in GIVEN:
+        given += [f"--{name}", str(setting[name])]
+    monkeypatch.setattr(sys, "argv", ["script.py", *given, "--normal", "2", "--own", "7"])
+    parsed: list[argparse.Namespace] = []
+
+    class Parser(argparse.ArgumentParser):
+        def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().parse_known_args(*args, **kwargs)
+            parsed.append(found[0])
+            return found
+
+    parser = Parser()
+    parser.add_argument("--own", type=int)
+    options = parse_script(parser, progress_bar())
+    assert parsed == [options.args]
+    assert options.args.own == 7
+    listed = load_collapse_ids(cases, options.facts)
+    assert (options.collapse, options.normal) == (1, 2)
+    assert len(listed) > 2
+    chosen = all_listed_cases(options)
+    assert [fact.case_id for fact in chosen.collapse] == listed
+    others = len(options.facts) - len(listed)
+    assert len(chosen.normal) == min(len(listed), others)
+    assert not {fact.case_id for fact in chosen.normal} & set(listed)
+    many = all_listed_cases(replace(options, normal=len(options.facts)))
+    assert len(many.normal) == others
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,21 @@
 """A replay of the upper blocks is the full pass, with and without a cut."""
 
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import DECODERS, LAYERS, TinyFactory, fact_prompts, relative, sentence_prompts
+from tiny import DECODERS, LAYERS, TinyFactory, build, fact_prompts, relative, sentence_prompts
 
 from firsttok.errors import UnsupportedModelError
-from firsttok.models import Model, capture_tail, logits
+from firsttok.models import Model, Replay, capture_tail, find_replay, load, logits
 from firsttok.models.forward import call_arguments
+from firsttok.probes import SeesAll
 from firsttok.prompts import Prompt, pad, positions
 from firsttok.tensors import TokenBatch
 
-Hook = Callable[[torch.Tensor, object], torch.Tensor]
+SHORTCUTS = dict.fromkeys(DECODERS, (Replay.ABOVE, Replay.FROM)) | {"gemma3": (Replay.FROM,)}
+"""What gives the same as a whole pass."""
 
 
 def batch_with_cut(model: Model, prompts: list[Prompt]) -> tuple[TokenBatch, int]:
@@ -33,7 +35,7 @@ def test_replay_equals_the_full_pass(tiny: TinyFactory, arch: str, layer: int) -
     batch = pad(model, sentence_prompts(model))
     where = batch.attention_mask.bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=layer).run(model, where)
+        found = capture_tail(model, batch, layer=layer).logits(model, where)
     assert relative(found, logits(model, batch)[where]) < 1e-5
 
 
@@ -46,7 +48,7 @@ def test_replay_behind_a_cut_equals_the_full_pass(tiny: TinyFactory, arch: str, 
     assert int(batch.starts.max()) in (cut, cut - len(model.leading_ids))
     where = batch.attention_mask[:, cut:].bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=layer, cut=cut).run(model, where)
+        found = capture_tail(model, batch, layer=layer, cut=cut).logits(model, where)
     assert relative(found, logits(model, batch)[:, cut:][where]) < 1e-5
 
 
@@ -63,7 +65,7 @@ def test_replay_of_some_rows_equals_the_full_pass(
     where = batch.attention_mask[rows, cut:].bool()
     with torch.no_grad():
         tail = capture_tail(model, batch, layer=1, cut=cut)
-        found = tail.rows(rows).run(model, where)
+        found = tail.rows(rows).logits(model, where)
     assert relative(found, logits(model, batch)[rows, cut:][where]) < 1e-5
 
 
@@ -78,7 +80,7 @@ def test_rows_are_told_from_columns_when_there_are_as_many(tiny: TinyFactory, ar
     rows = torch.tensor([1, 4, 2])
     where = batch.attention_mask[rows].bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=1).rows(rows).run(model, where)
+        found = capture_tail(model, batch, layer=1).rows(rows).logits(model, where)
     assert relative(found, logits(model, batch)[rows][where]) < 1e-5
 
 
@@ -89,7 +91,7 @@ def test_a_tail_of_one_row_can_be_narrowed(tiny: TinyFactory, arch: str) -> None
     rows = torch.tensor([0])
     where = batch.attention_mask.bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=2).rows(rows).run(model, where)
+        found = capture_tail(model, batch, layer=2).rows(rows).logits(model, where)
     assert relative(found, logits(model, batch)[where]) < 1e-5
 
 
@@ -101,27 +103,76 @@ def test_replay_follows_a_hook_at_the_cut(tiny: TinyFactory, arch: str, layer: i
     site = model.site(layer)
     delta = torch.linspace(-2, 2, site.d_model)
 
-    def at(column: int) -> Hook:
-        def add(output: torch.Tensor, hook: object) -> torch.Tensor:
-            output = output.clone()
-            output[:, column] += delta
-            return output
-
-        return add
+    def add(output: torch.Tensor, hook: object) -> torch.Tensor:
+        output = output.clone()
+        output[:, cut] += delta
+        return output
 
     where = batch.attention_mask[:, cut:].bool()
     bridge: Any = model.bridge
     with torch.no_grad():
         full = bridge.run_with_hooks(
-            batch.tokens,
-            fwd_hooks=[(site.value_hook, at(cut))],
-            **call_arguments(model, batch),
+            batch.tokens, fwd_hooks=[(site.value_hook, add)], **call_arguments(model, batch)
         )[:, cut:][where]
-        tail = capture_tail(model, batch, layer=layer, cut=cut)
-        found = tail.run(model, where, [(site.value_hook, at(0))])
-        without = tail.run(model, where)
-    assert relative(found, full) < 1e-5
-    assert relative(without, full) > 1e-3
+        for replay in SHORTCUTS[arch]:
+            tail = capture_tail(model, batch, layer=layer, cut=cut, replay=replay)
+            change = torch.zeros_like(tail.residual)
+            change[:, 0] = delta
+            found = tail.logits(model, where, change)
+            assert relative(found, full) < 1e-5
+            assert relative(tail.logits(model, where), full) > 1e-3
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_a_whole_pass_gives_the_same(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch)
+    batch = pad(model, sentence_prompts(model))
+    where = batch.attention_mask.bool()
+    with torch.no_grad():
+        found = [
+            capture_tail(model, batch, layer=1, replay=replay)
+            for replay in (Replay.WHOLE, *SHORTCUTS[arch])
+        ]
+        generator = torch.Generator().manual_seed(0)
+        change = torch.randn(found[0].residual.shape, generator=generator)
+        whole, *others = (tail.logits(model, where, change) for tail in found)
+    assert all(relative(other, whole) < 1e-5 for other in others)
+    assert all(torch.allclose(tail.keys, found[0].keys, atol=1e-5) for tail in found)
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_a_rank_one_change_is_that_of_the_weights(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch)
+    batch = pad(model, sentence_prompts(model))
+    where = batch.attention_mask.bool()
+    site = model.site(1)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(site.d_mlp, generator=generator)
+    right = torch.randn(site.d_model, generator=generator)
+    tail = capture_tail(model, batch, layer=1)
+    before = site.weight.detach().clone()
+    with torch.no_grad():
+        found = tail.logits(model, where, tail.rank_one(left, right))
+        site.weight.add_(site.in_layout(torch.outer(left, right)))
+        try:
+            expected = logits(model, batch)[where]
+        finally:
+            site.weight.copy_(before)
+    assert relative(found, expected) < 1e-4
+    assert relative(logits(model, batch)[where], expected) > 1e-2
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_logits_come_in_chunks_of_any_size(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch)
+    batch = pad(model, sentence_prompts(model))
+    where = batch.attention_mask.bool()
+    with torch.no_grad():
+        for replay in Replay:
+            tail = capture_tail(model, batch, layer=1, replay=replay)
+            chunks = list(tail.logit_chunks(model, where, size=7))
+            assert {len(chunk) for chunk in chunks[:-1]} == {7}
+            assert relative(torch.cat(chunks), tail.logits(model, where)) < 1e-5
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -131,37 +182,27 @@ def test_a_tail_can_be_replayed_again(tiny: TinyFactory, arch: str) -> None:
     where = batch.attention_mask[:, cut:].bool()
     with torch.no_grad():
         tail = capture_tail(model, batch, layer=1, cut=cut)
-        first = tail.run(model, where)
-        second = tail.run(model, where)
+        first = tail.logits(model, where)
+        second = tail.logits(model, where)
     assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("arch", DECODERS)
-def test_replay_follows_a_changed_weight(tiny: TinyFactory, arch: str) -> None:
-    model = tiny(arch)
-    batch = pad(model, sentence_prompts(model))
-    where = batch.attention_mask.bool()
-    weight = model.site(2).weight
-    before = weight.detach().clone()
-    with torch.no_grad():
-        tail = capture_tail(model, batch, layer=2)
-        weight.mul_(-1.5)
-        try:
-            found = tail.run(model, where)
-            expected = logits(model, batch)[where]
-        finally:
-            weight.copy_(before)
-    assert relative(found, expected) < 1e-5
-    assert relative(logits(model, batch)[where], expected) > 1e-2
 
 
 @pytest.mark.parametrize("arch", DECODERS)
 def test_capture_leaves_no_hook_behind(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)
     bridge: Any = model.bridge
-    before = [len(block._forward_pre_hooks) for block in bridge.blocks]
-    capture_tail(model, pad(model, sentence_prompts(model)), layer=0)
-    assert [len(block._forward_pre_hooks) for block in bridge.blocks] == before
+
+    def state() -> list[object]:
+        parts = [*bridge.blocks, bridge.ln_final]
+        hooks = [(len(part._forward_pre_hooks), len(part._forward_hooks)) for part in parts]
+        return [hooks, ["forward" in vars(part) for part in parts]]
+
+    before = state()
+    batch, cut = batch_with_cut(model, some_prompts(model))
+    for replay in (Replay.ABOVE, Replay.FROM):
+        capture_tail(model, batch, layer=0, cut=cut, replay=replay)
+    capture_tail(model, pad(model, sentence_prompts(model)), layer=0, replay=Replay.WHOLE)
+    assert state() == before
 
 
 def test_an_encoder_decoder_has_no_tail(tiny: TinyFactory) -> None:
@@ -176,3 +217,60 @@ def test_a_tail_keeps_no_graph(tiny: TinyFactory) -> None:
     tail = capture_tail(model, batch, layer=1, cut=cut)
     assert not tail.residual.requires_grad
     assert not any(part.requires_grad for pair in tail.past for part in pair)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("arch", DECODERS)
+def test_a_trial_finds_what_has_to_run_again(tiny: TinyFactory, arch: str, dtype: str) -> None:
+    # Gemma has a norm behind the MLP.
+    expected = Replay.FROM if arch == "gemma3" else Replay.ABOVE
+    assert find_replay(tiny(arch, dtype)) is expected
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_the_trial_is_made_once(
+    tiny: TinyFactory, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(arch)
+    found = model.replay
+    monkeypatch.setattr("firsttok.models.replay.find_replay", None)
+    assert model.replay is found
+
+
+def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("llama")
+    bridge: Any = model.bridge
+    # The logits are scaled behind the unembedding, where a replay does not see it.
+    plain = bridge.original_model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    monkeypatch.setattr(bridge.original_model, "forward", scaled)
+    with caplog.at_level("WARNING"):
+        assert find_replay(model) is Replay.WHOLE
+    assert "runs the whole model" in caplog.text
+
+
+def test_a_replay_keeps_to_a_sliding_window(tmp_path: Path) -> None:
+    build("gemma3", tmp_path, window=8)
+    model = load(str(tmp_path))
+    batch, cut = batch_with_cut(model, some_prompts(model))
+    assert batch.tokens.shape[1] > 2 * 8
+    where = batch.attention_mask[:, cut:].bool()
+    with torch.no_grad():
+        found = capture_tail(model, batch, layer=1, cut=cut).logits(model, where)
+    assert relative(found, logits(model, batch)[:, cut:][where]) < 1e-5
+
+
+def test_a_mask_is_not_changed_beyond_a_sliding_window(tmp_path: Path) -> None:
+    build("gemma3", tmp_path, window=8)
+    model = load(str(tmp_path)).intervened(SeesAll())
+    short, *_, long = sorted(sentence_prompts(model), key=lambda prompt: len(prompt.token_ids))
+    assert pad(model, [short]).visible is not None
+    with pytest.raises(UnsupportedModelError, match="no further back than 8 tokens"):
+        pad(model, [long])

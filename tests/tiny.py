@@ -12,15 +12,15 @@ from tokenizers.models import BPE
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.models import EditSite, Model, load
-from firsttok.models.loading import quiet_libraries
+from firsttok.models.libraries import quiet_libraries
 from firsttok.prompts import Prompt, fact_prompt, positions, text_prompt
 from firsttok.tensors import TokenBatch
 
-DECODERS = ("gpt2", "gptj", "llama", "mistral")
+DECODERS = ("gpt2", "gptj", "llama", "mistral", "gemma3")
 """Architectures that are edited."""
 ARCHITECTURES = (*DECODERS, "t5", "bert")
 """Architectures whose keys are read."""
-BEGINS_WITH_BOS = ("llama", "mistral", "bert")
+BEGINS_WITH_BOS = ("llama", "mistral", "gemma3", "bert")
 """Architectures whose tiny tokenizer puts a BOS token before every text by itself."""
 LAYERS = 4
 VOCABULARY = 400
@@ -85,11 +85,11 @@ class TinyFactory(Protocol):
         ...
 
 
-def build(arch: str, folder: Path, *, seed: int = 0) -> None:
-    """Write a randomly initialised model with its tokenizer."""
+def build(arch: str, folder: Path, *, seed: int = 0, **changes: Any) -> None:
+    """Write a randomly initialised model with its tokenizer; ``changes`` go to its config."""
     torch.manual_seed(seed)
     with quiet_libraries():
-        model = _MODELS[arch]()
+        model = _MODELS[arch](**changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -323,11 +323,27 @@ def _bert() -> Any:
     )
 
 
-_MODELS: dict[str, Callable[[], Any]] = {
+def _gemma3(window: int = 64) -> Any:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=window,
+        max_position_embeddings=160,
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+_MODELS: dict[str, Callable[..., Any]] = {
     "gpt2": _gpt2,
     "gptj": _gptj,
     "llama": _llama,
     "mistral": _mistral,
+    "gemma3": _gemma3,
     "t5": _t5,
     "bert": _bert,
 }

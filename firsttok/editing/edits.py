@@ -11,7 +11,7 @@ from firsttok.editing.methods import Method, Slot
 from firsttok.editing.patch import RankOneEdit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
-from firsttok.editing.value import FACTS_PER_BATCH, Value, optimise_values
+from firsttok.editing.value import Value, optimise_values
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource
 from firsttok.models import Model
@@ -19,6 +19,9 @@ from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
 
 __all__ = ["compute_edit", "compute_edits"]
+
+WINDOW = 24
+"""Facts looked at together, to find those that fit into one batch; no more are in memory."""
 
 
 def compute_edit(
@@ -67,10 +70,10 @@ def compute_edits(
     store: ValueStore | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
-    """Compute the edits of many facts by several methods, a few facts at a time.
+    """Compute the edits of many facts by several methods, a window of facts at a time.
 
     Methods whose values are anchored alike share the optimisation. With a store, values that are
-    there already are read and not computed again.
+    there already are read and not computed again, and each new one is kept as soon as it is there.
 
     The values are optimised on ``model`` with the interventions of its view; the keys come from
     ``key_source``, which may intervene otherwise.
@@ -81,8 +84,8 @@ def compute_edits(
     site = model.site(layer)
     settings = hyperparameters or model.hyperparameters
     slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
-    for start in range(0, len(facts), FACTS_PER_BATCH):
-        chunk = facts[start : start + FACTS_PER_BATCH]
+    for start in range(0, len(facts), WINDOW):
+        chunk = facts[start : start + WINDOW]
         keys = [key_source.keys(model, fact, contexts, layer=site.layer) for fact in chunk]
         values = {
             slot: _values(
@@ -157,7 +160,15 @@ def _values(
     missing = [index for index in range(len(facts)) if index not in found]
     if missing:
         anchors = site.values_of(torch.stack([slot.pick(keys[index]) for index in missing]))
-        computed = optimise_values(
+
+        def keep(number: int, value: Value) -> None:
+            index = missing[number]
+            found[index] = value
+            path = paths[index]
+            if store and path:
+                store.write(path, value)
+
+        optimise_values(
             model,
             [facts[index] for index in missing],
             anchors,
@@ -166,12 +177,8 @@ def _values(
             layer=layer,
             hyperparameters=hyperparameters,
             on_step=on_step,
+            on_value=keep,
         )
-        for index, value in zip(missing, computed, strict=True):
-            found[index] = value
-            path = paths[index]
-            if store and path:
-                store.write(path, value)
     return [found[index] for index in range(len(facts))]
 
 

@@ -1,7 +1,7 @@
 """v*, the value that makes the model answer the new target (Meng et al. 2022, Section 3.1).
 
-What does not depend on delta runs once: the blocks below the edited layer, and the tokens before
-the subject's last one. Only the rest is run in every step, for several facts side by side.
+What does not depend on delta runs once: the blocks up to the edited one, and the tokens before the
+subject's last one. Only the rest is run in every step, for several facts side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,19 @@ from firsttok.data import Fact
 from firsttok.editing.methods import Slot
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model, Tail, capture_tail
+from firsttok.models import Model, Replay, Tail, capture_tail
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, subject_prompt, with_target
 from firsttok.tensors import ValueMatrix, ValueVector
 
 __all__ = ["Value", "optimise_values"]
 
-FACTS_PER_BATCH = 4
+CPU_BUDGET = 768 * 2**20
+"""Bytes of activations of one batch on a CPU; on a GPU it is half of what is free."""
+BATCH_COST = {"cpu": 54, "cuda": 4096}
+"""What one more batch costs in every step, in tokens: small matrices are slow to multiply.
+
+On a CPU from ``benchmarks/trials.py`` (132 tokens against 528), on a GPU a guess.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +84,26 @@ class _Problem:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _FactRows:
+    """The rows of one fact: every context with the target, then the KL prompt."""
+
+    prompts: tuple[Prompt, ...]
+    """The last target token is predicted but never read, so it is not among the tokens."""
+    targets: tuple[tuple[int, ...], ...]
+    """Tokens to be predicted behind each row; none behind the KL prompt."""
+
+    @property
+    def width(self) -> int:
+        """Columns from the subject's last token to the end of the longest row."""
+        return max(len(row.token_ids) - (row.subject_position or 0) for row in self.prompts)
+
+    @property
+    def places(self) -> int:
+        """Places whose logits enter the loss."""
+        return sum(max(len(target), 1) for target in self.targets)
+
+
 def optimise_values(
     model: Model,
     facts: Sequence[Fact],
@@ -88,6 +114,7 @@ def optimise_values(
     layer: int,
     hyperparameters: Hyperparameters,
     on_step: Callable[[int], None] | None = None,
+    on_value: Callable[[int, Value], None] | None = None,
 ) -> list[Value]:
     """Optimise v* for some facts; each has its own delta, clamp, Adam state and early stop.
 
@@ -95,6 +122,9 @@ def optimise_values(
     divergence KL(after || before) at the subject's last token of ``"{subject} is a"``, plus
     ``weight_decay * ||delta|| / ||anchor||^2``. The direction of the divergence is the released
     code's: it calls ``kl_div(before, after)``, whose expectation runs over *after*.
+
+    Facts whose rows are about as wide share a batch, as many as the memory budget holds. Delta, its
+    optimiser and the losses are in float32 at least, whatever the type of the weights.
 
     Args:
         model: The model, unedited.
@@ -105,6 +135,7 @@ def optimise_values(
         layer: Layer to edit.
         hyperparameters: Settings.
         on_step: Called with the number of loss evaluations just made.
+        on_value: Called with the index of a fact and its value when its batch is done.
 
     Raises:
         NonFiniteError: If a loss is NaN or infinite.
@@ -112,46 +143,95 @@ def optimise_values(
     """
     if len(facts) != len(anchors):
         raise BadInputError(f"{len(facts)} facts need as many anchors, not {len(anchors)}")
-    values: list[Value] = []
-    for start in range(0, len(facts), FACTS_PER_BATCH):
-        chunk = facts[start : start + FACTS_PER_BATCH]
-        values += _optimise(
+    anchors = anchors.to(torch.promote_types(anchors.dtype, torch.float32))
+    rows = [_fact_rows(model, fact, contexts) for fact in facts]
+    values: dict[int, Value] = {}
+    for group in _groups(model, rows, layer):
+        computed = _optimise(
             model,
-            _problem(model, chunk, contexts, layer),
-            anchors[start : start + FACTS_PER_BATCH],
-            [fact.prompt for fact in chunk],
+            _problem(model, [rows[i] for i in group], layer),
+            anchors[group],
+            [facts[i].prompt for i in group],
             slot=slot,
             hyperparameters=hyperparameters,
             on_step=on_step,
         )
-    return values
+        for index, value in zip(group, computed, strict=True):
+            values[index] = value
+            if on_value is not None:
+                on_value(index, value)
+    return [values[index] for index in range(len(facts))]
 
 
-def _problem(model: Model, facts: Sequence[Fact], contexts: ContextSet, layer: int) -> _Problem:
-    rows: list[Prompt] = []
+def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
+    prompts: list[Prompt] = []
     targets: list[tuple[int, ...]] = []
-    owners: list[int] = []
-    for owner, fact in enumerate(facts):
-        for template in contexts.templates:
-            prompt = fact_prompt(model, fact, template)
-            full = with_target(model, prompt, fact.target_new)
-            # The last target token is predicted but never read.
-            rows.append(
-                Prompt(
-                    text=full.text,
-                    token_ids=full.token_ids[:-1],
-                    subject_position=full.subject_position,
-                )
+    for template in contexts.templates:
+        full = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        prompts.append(
+            Prompt(
+                text=full.text,
+                token_ids=full.token_ids[:-1],
+                subject_position=full.subject_position,
             )
-            targets.append(full.target_ids)
-            owners.append(owner)
-        rows.append(subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject))))
-        targets.append(())
-        owners.append(owner)
+        )
+        targets.append(full.target_ids)
+    kl_prompt = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
+    return _FactRows(prompts=(*prompts, kl_prompt), targets=(*targets, ()))
+
+
+def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int]]:
+    """Facts that share a batch: the split with the fewest tokens, padding and batches counted."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].width)
+    sizes = [_bytes_of(model, rows[i], layer) for i in order]
+    on_cpu = model.device.type == "cpu"
+    budget = CPU_BUDGET if on_cpu else torch.cuda.mem_get_info(model.device)[0] // 2
+    extra = BATCH_COST["cpu" if on_cpu else "cuda"]
+    # The least cost of the first so many facts, and where the last batch of that split starts.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(order) + 1):
+        width = rows[order[end - 1]].width
+        found: list[tuple[float, int]] = []
+        count = held = 0
+        for start in reversed(range(end)):
+            count += len(rows[order[start]].prompts)
+            held += sizes[start]
+            if found and held > budget:
+                break
+            found.append((best[start][0] + count * width + extra, start))
+        best.append(min(found))
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+def _bytes_of(model: Model, fact: _FactRows, layer: int) -> int:
+    """What autograd keeps of one fact's rows.
+
+    About a dozen vectors of the residual stream's width and four of the MLP's for each token and
+    block, and the logits with their softmax and gradients.
+    """
+    config = model.bridge.cfg
+    size = torch.finfo(model.dtype).bits // 8
+    blocks = model.n_layers - layer
+    per_token = size * blocks * (12 * int(config.d_model) + 4 * model.site(layer).d_mlp)
+    per_place = 4 * max(size, 4) * int(config.d_vocab)
+    return per_token * fact.width * len(fact.prompts) + per_place * fact.places
+
+
+def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
+    rows = [row for fact in facts for row in fact.prompts]
+    targets = [target for fact in facts for target in fact.targets]
+    owners = [owner for owner, fact in enumerate(facts) for _ in fact.prompts]
+    contexts = [sum(map(bool, fact.targets)) for fact in facts]
     batch = pad(model, rows, side="subject")
     column = int(positions(rows).max())
     # Where a token may see later ones, no column is out of delta's reach.
-    cut = column if batch.visible is None else 0
+    cut = 0 if batch.visible is not None or model.replay is Replay.WHOLE else column
     where = torch.zeros(len(rows), batch.tokens.shape[1] - cut, dtype=torch.bool)
     labels: list[int] = []
     weights: list[float] = []
@@ -162,7 +242,7 @@ def _problem(model: Model, facts: Sequence[Fact], contexts: ContextSet, layer: i
             end = start + len(prompt.token_ids) - cut
             where[row, end - len(target) : end] = True
             labels += target
-            weights += [1 / (len(target) * len(contexts.templates))] * len(target)
+            weights += [1 / (len(target) * contexts[owner])] * len(target)
         else:
             where[row, column - cut] = True
             labels.append(-1)
@@ -174,7 +254,7 @@ def _problem(model: Model, facts: Sequence[Fact], contexts: ContextSet, layer: i
         subject=column - cut,
         where=where.to(device),
         labels=torch.tensor(labels, device=device),
-        weights=torch.tensor(weights, device=device, dtype=model.dtype),
+        weights=torch.tensor(weights, device=device, dtype=torch.float64),
         row_owner=torch.tensor(owners, device=device),
         place_owner=torch.tensor(place_owner, device=device),
     )
@@ -190,7 +270,6 @@ def _optimise(
     hyperparameters: Hyperparameters,
     on_step: Callable[[int], None] | None,
 ) -> list[Value]:
-    site = model.site(problem.tail.layer)
     delta = torch.zeros_like(anchors, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hyperparameters.learning_rate)
     anchor_norms = anchors.norm(dim=1)
@@ -200,7 +279,7 @@ def _optimise(
     for step in range(hyperparameters.steps):
         with torch.enable_grad():
             optimiser.zero_grad()
-            log_probs = _log_probs(model, problem, site.value_hook, delta)
+            log_probs = _log_probs(model, problem, delta)
             is_kl = problem.labels < 0
             kl_owner = problem.place_owner[is_kl]
             if before is None:
@@ -208,7 +287,7 @@ def _optimise(
                 before[kl_owner] = log_probs[is_kl].detach()
             nll = -log_probs.gather(1, problem.labels.clamp_min(0)[:, None])[:, 0]
             loss = torch.zeros_like(anchor_norms).index_add(
-                0, problem.place_owner, nll * problem.weights
+                0, problem.place_owner, nll * problem.weights.to(nll)
             )
             after = log_probs[is_kl]
             divergence = (after.exp() * (after - before[kl_owner])).sum(1)
@@ -248,14 +327,11 @@ def _optimise(
     ]
 
 
-def _log_probs(
-    model: Model, problem: _Problem, hook_name: str, delta: ValueMatrix
-) -> Float[Tensor, "place vocab"]:
-    def add_delta(output: Tensor, hook: object) -> Tensor:  # noqa: ARG001
-        before, chosen, after = output.split(
-            [problem.subject, 1, output.shape[1] - problem.subject - 1], dim=1
-        )
-        return torch.cat([before, chosen + delta[problem.row_owner][:, None], after], dim=1)
-
-    logits = problem.tail.run(model, problem.where, [(hook_name, add_delta)])
-    return logits.log_softmax(-1)
+def _log_probs(model: Model, problem: _Problem, delta: ValueMatrix) -> Float[Tensor, "place vocab"]:
+    behind = problem.where.shape[1] - problem.subject - 1
+    # Zero everywhere but at the subjects' column.
+    change = torch.nn.functional.pad(
+        delta[problem.row_owner][:, None], (0, 0, problem.subject, behind)
+    )
+    logits = problem.tail.logits(model, problem.where, change)
+    return logits.to(delta.dtype).log_softmax(-1)

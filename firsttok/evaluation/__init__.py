@@ -1,6 +1,6 @@
 """What an edit did: perplexity, accuracy, COUNTERFACT's scores, generation."""
 
-from firsttok.evaluation.accuracy import Accuracy, edit_accuracy
+from firsttok.evaluation.accuracy import Accuracy, edit_accuracies, edit_accuracy
 from firsttok.evaluation.counterfact import CounterfactScores, counterfact_scores
 from firsttok.evaluation.generation import continuation, top_predictions
 from firsttok.evaluation.perplexity import (
@@ -21,6 +21,7 @@ __all__ = [
     "TargetScore",
     "continuation",
     "counterfact_scores",
+    "edit_accuracies",
     "edit_accuracy",
     "perplexity",
     "prepare_texts",

@@ -1,14 +1,18 @@
 """Efficacy, generalization and locality as "The Fall of ROME" reports them (Tables 4 and 5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from firsttok.data import Fact
 from firsttok.editing import RankOneEdit
-from firsttok.evaluation.targets import score_targets
-from firsttok.models import Model
-from firsttok.prompts import fact_prompt, text_prompt, with_target
+from firsttok.errors import BadInputError
+from firsttok.evaluation.targets import TargetScore, scores_from, target_places
+from firsttok.models import Model, capture_tail
+from firsttok.prompts import fact_prompt, pad, text_prompt, with_target
 
-__all__ = ["Accuracy", "edit_accuracy"]
+__all__ = ["Accuracy", "edit_accuracies", "edit_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Accuracy:
 
 
 def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}") -> Accuracy:
-    """Measure one edit.
+    """Measure one edit: efficacy, generalization and locality of Section 4.
 
     Args:
         model: The model, unedited.
@@ -32,21 +36,55 @@ def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str =
         edit: The edit.
         context: Put before the rewriting prompt only, as in Table 5; ``"{}"`` for Table 4.
     """
+    return edit_accuracies(model, fact, [edit], context=context)[0]
+
+
+@torch.no_grad()
+def edit_accuracies(
+    model: Model, fact: Fact, edits: Sequence[RankOneEdit], *, context: str = "{}"
+) -> list[Accuracy]:
+    """As :func:`edit_accuracy`, for several edits of one layer that share their passes.
+
+    Args:
+        model: The model, unedited.
+        fact: The fact the edits wrote.
+        edits: The edits, all of one layer.
+        context: As for :func:`edit_accuracy`.
+
+    Raises:
+        BadInputError: If the edits are of several layers.
+    """
+    layers = {edit.site_in(model).layer for edit in edits}
+    if len(layers) != 1:
+        raise BadInputError(
+            f"edits of layers {sorted(layers)} cannot share a pass; measure them layer by layer"
+        )
     prompts = [with_target(model, fact_prompt(model, fact, context), fact.target_new)]
     if fact.paraphrases:
         paraphrase = text_prompt(model, fact.paraphrases[0])
         prompts.append(with_target(model, paraphrase, fact.target_new))
-    neighbours = [
+    prompts += [
         with_target(model, text_prompt(model, text), fact.target_true)
         for text in fact.neighbours[:1]
     ]
-    before = score_targets(model, neighbours)
-    with edit.applied(model):
-        after = score_targets(model, [*prompts, *neighbours])
+    batch = pad(model, prompts)
+    tail = capture_tail(model, batch, layer=layers.pop())
+    changes = [torch.zeros_like(tail.residual)]
+    changes += [tail.rank_one(edit.left, edit.right) for edit in edits]
+    count = len(changes)
+    rows = torch.arange(len(prompts), device=model.device).repeat(count)
+    where = target_places(batch, prompts).repeat(count, 1)
+    found = scores_from(prompts * count, tail.rows(rows).logits(model, where, torch.cat(changes)))
+    size = len(prompts)
+    before, *after = (found[start : start + size] for start in range(0, len(found), size))
+    return [_accuracy(fact, before, scores) for scores in after]
+
+
+def _accuracy(fact: Fact, before: Sequence[TargetScore], after: Sequence[TargetScore]) -> Accuracy:
     locality = None
-    if neighbours:
-        pairs = zip(before[0].predicted_ids, after[-1].predicted_ids, strict=True)
-        locality = sum(a == b for a, b in pairs) / len(before[0].predicted_ids)
+    if fact.neighbours:
+        pairs = zip(before[-1].predicted_ids, after[-1].predicted_ids, strict=True)
+        locality = sum(a == b for a, b in pairs) / len(before[-1].predicted_ids)
     return Accuracy(
         efficacy=after[0].accuracy,
         generalization=after[1].accuracy if fact.paraphrases else None,

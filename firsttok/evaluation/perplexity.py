@@ -1,7 +1,7 @@
 """ME-PPL perplexity: exp of the mean token NLL per sentence, then the mean over sentences."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from firsttok.data import builtin_sentences
-from firsttok.errors import BadInputError
+from firsttok.editing import RankOneEdit
+from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
 from firsttok.prompts import Prompt, batches, pad, text_prompt
 
@@ -18,6 +19,9 @@ __all__ = ["COLLAPSE_THRESHOLD", "Perplexity", "PreparedTexts", "perplexity", "p
 COLLAPSE_THRESHOLD = 1000.0
 """An edit that lifts the perplexity above this has destroyed the model (Butterfly Effect)."""
 _MAX_TOKENS = 1024
+_MAX_TOKENS_CUDA = 16_384
+_PLACES = 256
+"""Places whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +48,64 @@ class _Group:
     labels: Int[Tensor, "place"]
     tail: Tail
 
+    def nlls(self, model: Model, edits: Sequence[RankOneEdit]) -> list[dict[int, Tensor]]:
+        """NLLs of each sentence's tokens under each edit."""
+        count = len(edits)
+        tail = self.tail
+        if count > 1:
+            tail = tail.rows(torch.arange(len(self.indices), device=model.device).repeat(count))
+        change = torch.cat([self.tail.rank_one(edit.left, edit.right) for edit in edits])
+        where = self.where.repeat(count, 1)
+        chunks = tail.logit_chunks(model, where, change, size=_PLACES)
+        nll = _nlls(chunks, self.labels.repeat(count)).split(len(self.labels))
+        return [_by_sentence(each, self.where, self.indices) for each in nll]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedTexts:
-    """Sentences whose pass below one layer is done, for measuring many edits of that layer."""
+    """Sentences whose pass up to one layer is done, for measuring many edits of that layer."""
 
     layer: int
-    """The first layer that runs in every measurement."""
+    """The layer that edits change."""
     groups: tuple[_Group, ...]
     """The batches."""
+    weight: Tensor
+    """The layer's weight as it was."""
 
     @torch.no_grad()
-    def measure(self, model: Model) -> Perplexity:
-        """Measure the model these texts were prepared on, as it is now (an edit may be applied)."""
-        nlls: dict[int, Tensor] = {}
+    def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
+        """Measure the model under each edit alone, as if it stood in the weights.
+
+        An edit enters as ``(k . u) r``, added to the output of the edited layer's MLP; no weight is
+        touched. As many edits share a batch as the device takes.
+
+        Args:
+            model: The model these texts were prepared on, unedited.
+            edits: Edits of the layer they were prepared for.
+
+        Raises:
+            EditMismatchError: If an edit was made for another model, or stands in the weight.
+            BadInputError: If an edit is of another layer.
+        """
+        if not torch.equal(model.site(self.layer).weight, self.weight):
+            raise EditMismatchError(
+                f"layer {self.layer} of {model.name} was changed since the sentences were "
+                "prepared; undo that edit first, or measure with perplexity(model)"
+            )
+        for edit in edits:
+            if edit.site_in(model).layer != self.layer:
+                raise BadInputError(
+                    f"an edit of layer {edit.layer} cannot be measured on sentences prepared for "
+                    f"layer {self.layer}; prepare them for that layer"
+                )
+        nlls: list[dict[int, Tensor]] = [{} for _ in edits]
+        most = _MAX_TOKENS if model.device.type == "cpu" else _MAX_TOKENS_CUDA
         for group in self.groups:
-            output = group.tail.run(model, group.where)
-            nlls |= _sentence_nlls(output, group.labels, group.where, group.indices)
-        return _perplexity(nlls)
+            together = max(1, most // group.where.numel())
+            for start in range(0, len(edits), together):
+                for offset, found in enumerate(group.nlls(model, edits[start : start + together])):
+                    nlls[start + offset] |= found
+        return [_perplexity(found) for found in nlls]
 
 
 def perplexity(
@@ -90,7 +134,7 @@ def perplexity(
         where = _scored(batch.attention_mask, skip)
         output = logits(model, batch)[where]
         labels = batch.tokens[:, 1:][where[:, :-1]]
-        nlls |= _sentence_nlls(output, labels, where, indices)
+        nlls |= _by_sentence(_nlls([output], labels), where, indices)
     return _perplexity(nlls)
 
 
@@ -101,12 +145,12 @@ def prepare_texts(
     layer: int,
     bos: BosPolicy = BosPolicy.WITHOUT,
 ) -> PreparedTexts:
-    """Run the layers below ``layer`` once, so that edits at or above it are measured faster.
+    """Run the layers up to ``layer`` once, so that edits of it are measured faster.
 
     Args:
-        model: The model, unedited below ``layer``.
+        model: The model, unedited.
         texts: Sentences; None for the built-in fifty.
-        layer: The lowest layer that edits will change.
+        layer: The layer that edits will change.
         bos: BOS policy of the sentences.
     """
     prompts = _prompts(model.with_bos(bos), texts)
@@ -123,7 +167,8 @@ def prepare_texts(
                 tail=capture_tail(model, batch, layer=layer),
             )
         )
-    return PreparedTexts(layer=layer, groups=tuple(groups))
+    weight = model.site(layer).weight.detach().clone()
+    return PreparedTexts(layer=layer, groups=tuple(groups), weight=weight)
 
 
 def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:
@@ -146,15 +191,23 @@ def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt 
     return (mask * following).bool()
 
 
-def _sentence_nlls(
-    output: Float[Tensor, "place vocab"],
-    labels: Int[Tensor, "place"],
-    where: Bool[Tensor, "prompt pos"],
-    indices: list[int],
+def _nlls(
+    chunks: Iterable[Float[Tensor, "place vocab"]], labels: Int[Tensor, "place"]
+) -> Float[Tensor, "place"]:
+    """NLL of each label, in float64, over logits that come a few places at a time."""
+    found: list[Tensor] = []
+    start = 0
+    for chunk in chunks:
+        wanted = labels[start : start + len(chunk)]
+        found.append(torch.nn.functional.cross_entropy(chunk.float(), wanted, reduction="none"))
+        start += len(chunk)
+    return torch.cat(found).double()
+
+
+def _by_sentence(
+    nll: Float[Tensor, "place"], where: Bool[Tensor, "prompt pos"], indices: list[int]
 ) -> dict[int, Tensor]:
-    nll = torch.nn.functional.cross_entropy(output.float(), labels, reduction="none").double()
-    pieces = nll.split(where.sum(1).tolist())
-    return dict(zip(indices, pieces, strict=True))
+    return dict(zip(indices, nll.split(where.sum(1).tolist()), strict=True))
 
 
 def _perplexity(nlls: dict[int, Tensor]) -> Perplexity:

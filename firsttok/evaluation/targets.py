@@ -5,13 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.models import Model, logits
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
+from firsttok.tensors import TokenBatch, TokenMask
 
-__all__ = ["TargetScore", "score_targets", "target_probabilities"]
+__all__ = [
+    "TargetScore",
+    "score_targets",
+    "scores_from",
+    "target_places",
+    "target_probabilities",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +50,39 @@ def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
     """Score prompts that end in a target (see :func:`firsttok.prompts.with_target`)."""
     scores: dict[int, TargetScore] = {}
     for group in batches(prompts, max_tokens=1024):
-        batch = pad(model, [prompts[i] for i in group])
-        where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-        for row, index in enumerate(group):
-            end = len(prompts[index].token_ids) - 1
-            where[row, end - prompts[index].target_length : end] = True
-        chosen = logits(model, batch)[where].float()
-        labels = batch.tokens[:, 1:][where[:, :-1]]
-        nll = torch.nn.functional.cross_entropy(chosen, labels, reduction="none")
-        lengths = [prompts[i].target_length for i in group]
-        for index, loss, predicted in zip(
-            group, nll.split(lengths), chosen.argmax(-1).split(lengths), strict=True
-        ):
-            scores[index] = TargetScore(
-                nll=float(loss.double().mean()),
-                target_ids=prompts[index].target_ids,
-                predicted_ids=tuple(predicted.tolist()),
-            )
+        chosen = [prompts[i] for i in group]
+        batch = pad(model, chosen)
+        found = scores_from(chosen, logits(model, batch)[target_places(batch, chosen)])
+        scores |= dict(zip(group, found, strict=True))
     return [scores[index] for index in range(len(prompts))]
+
+
+def target_places(batch: TokenBatch, prompts: Sequence[Prompt]) -> TokenMask:
+    """Where a right-padded batch predicts the tokens of its prompts' targets."""
+    where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        end = len(prompt.token_ids) - 1
+        where[row, end - prompt.target_length : end] = True
+    return where
+
+
+def scores_from(
+    prompts: Sequence[Prompt], logits_there: Float[Tensor, "place vocab"]
+) -> list[TargetScore]:
+    """Score prompts by the logits at their targets' places, in row-major order."""
+    chosen = logits_there.float()
+    labels = torch.tensor([i for prompt in prompts for i in prompt.target_ids])
+    nll = torch.nn.functional.cross_entropy(chosen, labels.to(chosen.device), reduction="none")
+    lengths = [prompt.target_length for prompt in prompts]
+    pieces = zip(prompts, nll.split(lengths), chosen.argmax(-1).split(lengths), strict=True)
+    return [
+        TargetScore(
+            nll=float(loss.double().mean()),
+            target_ids=prompt.target_ids,
+            predicted_ids=tuple(predicted.tolist()),
+        )
+        for prompt, loss, predicted in pieces
+    ]
 
 
 def target_probabilities(

@@ -3,12 +3,15 @@
 The only package that knows architectures.
 """
 
+from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
 from firsttok.models.embedded import embedded_folder, is_pulled, pull
 from firsttok.models.forward import capture, logits
-from firsttok.models.loading import BosPolicy, Model, load
+from firsttok.models.loading import load
+from firsttok.models.model import Model
+from firsttok.models.replay import capture_tail, find_replay
 from firsttok.models.sites import EditSite, find_sites
-from firsttok.models.tail import Tail, capture_tail
+from firsttok.models.tail import Replay, Tail
 
 __all__ = [
     "CATALOG",
@@ -16,10 +19,12 @@ __all__ = [
     "EditSite",
     "Model",
     "ModelSpec",
+    "Replay",
     "Tail",
     "capture",
     "capture_tail",
     "embedded_folder",
+    "find_replay",
     "find_sites",
     "find_spec",
     "is_pulled",

@@ -22,7 +22,7 @@ def from_gguf(weights: Path, folder: Path, title: str) -> None:
     """
     import transformers
 
-    from firsttok.models.loading import quiet_libraries
+    from firsttok.models.libraries import quiet_libraries
 
     with quiet_libraries():
         options: dict[str, Any] = {"gguf_file": weights.name, "local_files_only": True}
@@ -50,7 +50,7 @@ def from_encoder(weights: Path, folder: Path, title: str) -> None:
     import torch
     import transformers
 
-    from firsttok.models.loading import quiet_libraries
+    from firsttok.models.libraries import quiet_libraries
 
     with quiet_libraries():
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
@@ -79,9 +79,15 @@ def _load(auto: Any, weights: Path, title: str, options: dict[str, Any], *, head
 
 
 def _save(model: Any, folder: Path, title: str) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # A tied weight is written once, and under the name that is not tied: under the other one
+    # transformers would find it too, but fill the embedding with random numbers first.
+    tied: dict[str, str] = model.all_tied_weights_keys
+    weights = {
+        name: weight.contiguous() for name, weight in model.state_dict().items() if name not in tied
+    }
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     config: dict[str, Any] = model.config.to_dict()
     config.pop("quantization_config", None)
     config["_name_or_path"] = title

@@ -9,7 +9,7 @@ from torch import Tensor
 from firsttok.tensors import Logits, TokenBatch
 
 if TYPE_CHECKING:
-    from firsttok.models.loading import Model
+    from firsttok.models.model import Model
 
 __all__ = ["capture", "logits"]
 

@@ -71,9 +71,9 @@ class EditSite:
         return matrix if self.in_out else matrix.T
 
     def values_of(self, keys: Float[Tensor, "prompt d_mlp"]) -> ValueMatrix:
-        """Apply the layer: ``W k + b`` (the paper's ``W k``; the bias is part of the value)."""
-        values = keys @ self.matrix
-        return values if self.bias is None else values + self.bias.detach()
+        """Apply the layer in the keys' type: ``W k + b`` (the bias is part of the value)."""
+        values = keys @ self.matrix.to(keys.dtype)
+        return values if self.bias is None else values + self.bias.detach().to(keys.dtype)
 
 
 def find_sites(bridge: "TransformerBridge") -> tuple[EditSite, ...]:

@@ -1,48 +1,67 @@
-"""The upper part of a decoder, replayed from one block on.
+"""The upper part of a decoder, run again with a change to one MLP's output.
 
-An edit at layer L changes nothing below L, and a causal model changes nothing before the edited
-token. So the blocks below L run once, the keys and values of the tokens before the first changed
-column are kept, and only the rest is run again, with the very arguments the model itself passed.
+An edit at layer L changes nothing below L but the output of L's own MLP, and a causal model
+changes nothing before the edited token. So only the blocks above run again, on the tokens from the
+edited one on, with the very arguments the model itself passed (see :mod:`firsttok.models.replay`).
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from firsttok.errors import UnsupportedModelError
 from firsttok.models.forward import call_arguments
-from firsttok.tensors import TokenBatch
+from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
 if TYPE_CHECKING:
     from firsttok.models.loading import Model
 
-__all__ = ["Tail", "capture_tail"]
+__all__ = ["CACHE_NAMES", "Replay", "Tail", "new_cache"]
 
-_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What blocks call the cache they are given."""
+
+
+class Replay(str, Enum):
+    """What has to run again after a change to the output of layer L's MLP."""
+
+    ABOVE = "above"
+    """The blocks above L: the MLP's output is added to the residual stream as it is."""
+    FROM = "from"
+    """Block L and those above: something in L follows the MLP, such as Gemma's second norm."""
+    WHOLE = "whole"
+    """The whole model: it is no plain stack of blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tail:
-    """What it takes to run blocks ``layer`` and up again on the columns from ``cut`` on."""
+    """What it takes to run the model again on the columns from ``cut`` on, layer L changed."""
 
+    replay: Replay
+    """What is run."""
     layer: int
-    """The first block that runs."""
+    """L, the layer whose MLP's output is changed."""
     cut: int
     """Columns before this one are not run again; their keys and values are kept."""
+    batch: TokenBatch
+    """The prompts, all columns."""
+    keys: Float[Tensor, "prompt suffix d_mlp"]
+    """Keys at layer L, unchanged by what happens above."""
     residual: Float[Tensor, "prompt suffix d_model"]
-    """Input of block ``layer``."""
+    """The residual stream behind layer L, or before it where block L runs, too."""
     arguments: tuple[dict[str, Any], ...]
-    """Keyword arguments of each block from ``layer`` on, without the cache."""
+    """Keyword arguments of each block that runs, without the cache."""
     past: tuple[tuple[Tensor, Tensor], ...]
-    """Keys and values of each block's kept columns; empty if ``cut`` is 0."""
+    """Keys and values of each such block's kept columns; empty if ``cut`` is 0."""
 
     def rows(self, index: Int[Tensor, "row"]) -> "Tail":
-        """Return the tail of some prompts only."""
+        """Return the tail of some prompts only; one may be taken several times."""
         count = self.residual.shape[0]
 
         def pick(value: Any) -> Any:
@@ -54,122 +73,98 @@ class Tail:
 
         return replace(
             self,
+            batch=self.batch.rows(index),
+            keys=self.keys[index],
             residual=self.residual[index],
             arguments=tuple({k: pick(v) for k, v in block.items()} for block in self.arguments),
             past=cast(tuple[tuple[Tensor, Tensor], ...], pick(self.past)),
         )
 
-    def run(
+    def rank_one(
+        self, left: KeyVector, right: ValueVector
+    ) -> Float[Tensor, "prompt suffix d_model"]:
+        """The change that ``W + outer(left, right)`` makes to the MLP's output: ``(k . u) r``."""
+        keys = self.keys.to(torch.promote_types(self.keys.dtype, left.dtype))
+        return (keys @ left.to(keys))[..., None] * right.to(keys)
+
+    def logits(
         self,
         model: "Model",
         where: Bool[Tensor, "prompt suffix"],
-        hooks: Sequence[tuple[str, Any]] = (),
+        change: Float[Tensor, "prompt suffix d_model"] | None = None,
     ) -> Float[Tensor, "place vocab"]:
-        """Run the upper blocks and return logits at chosen places.
+        """Run what has to be run and return logits at chosen places.
 
         Args:
-            model: The model the tail was captured on, possibly with an edit applied.
+            model: The model the tail was captured on.
             where: The places whose logits are wanted, in row-major order.
-            hooks: TransformerLens hooks, as for ``run_with_hooks``.
+            change: What is added to the MLP's output at layer L.
         """
+        return torch.cat(list(self.logit_chunks(model, where, change, size=int(where.sum()))))
+
+    def logit_chunks(
+        self,
+        model: "Model",
+        where: Bool[Tensor, "prompt suffix"],
+        change: Float[Tensor, "prompt suffix d_model"] | None = None,
+        *,
+        size: int,
+    ) -> Iterator[Float[Tensor, "place vocab"]]:
+        """As :meth:`logits`, a few places at a time, so that they need not all be in memory."""
+        bridge: Any = model.bridge
+        if self.replay is Replay.WHOLE:
+            with _changed(model, self.layer, change):
+                whole: Tensor = bridge(self.batch.tokens, **call_arguments(model, self.batch))
+            yield from whole[where].split(size)
+            return
         hidden = self.residual
+        above = self.replay is Replay.ABOVE
+        if change is not None and above:
+            hidden = hidden + change.to(hidden.dtype)
         cache = self._cache()
-        with model.bridge.hooks(fwd_hooks=list(hooks)):
-            for offset, arguments in enumerate(self.arguments):
-                block: Any = model.bridge.blocks[self.layer + offset]
+        with _changed(model, self.layer, None if above else change):
+            for layer, arguments in enumerate(self.arguments, self._first):
+                block: Any = bridge.blocks[layer]
                 with_cache = {} if cache is None else {_cache_name(block): cache}
                 output = block(hidden, **arguments, **with_cache)
                 hidden = output[0] if isinstance(output, tuple) else output
-            bridge: Any = model.bridge
-            result: Tensor = bridge.unembed(bridge.ln_final(hidden[where]))
-        return result
+        for chunk in bridge.ln_final(hidden[where]).split(size):
+            yield bridge.unembed(chunk)
+
+    @property
+    def _first(self) -> int:
+        return self.layer + (self.replay is Replay.ABOVE)
 
     def _cache(self) -> Any:
-        if not self.past:
-            return None
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for offset, (keys, values) in enumerate(self.past):
-            cache.update(keys, values, self.layer + offset)
-        return cache
+        return new_cache(self.past, self._first) if self.past else None
 
 
-def capture_tail(model: "Model", batch: TokenBatch, *, layer: int, cut: int = 0) -> Tail:
-    """Run a batch once and keep what is needed to replay it from ``layer`` and ``cut`` on.
+@contextlib.contextmanager
+def _changed(
+    model: "Model", layer: int, change: Float[Tensor, "prompt suffix d_model"] | None
+) -> Generator[None, None, None]:
+    """Add something to the MLP's output at a layer."""
+    if change is None:
+        yield
+        return
 
-    Args:
-        model: A decoder.
-        batch: The prompts, padded so that no column before ``cut`` depends on what will change.
-        layer: The first block to be replayed.
-        cut: The first column to be replayed.
+    def add(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return output + change.to(output.dtype)
 
-    Raises:
-        UnsupportedModelError: If the model is no plain stack of decoder blocks.
-        ValueError: If columns are cut off a batch whose tokens may see later ones.
-    """
-    if cut and batch.visible is not None:
-        raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
-    bridge: Any = model.bridge
-    if not model.can_be_edited:
-        raise UnsupportedModelError(
-            f"{model.name} is not a decoder with a final norm and an unembedding; "
-            "only such models can be edited"
-        )
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with model.bridge.hooks(fwd_hooks=[(model.site(layer).value_hook, add)]):
+        yield
 
-    def remember(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, dict(kwargs)))
 
+def new_cache(entries: Sequence[tuple[Tensor, Tensor]], first: int) -> Any:
+    """A cache of keys and values that holds these entries from layer ``first`` on."""
     from transformers import DynamicCache
 
-    arguments = call_arguments(model, batch)
-    cache = DynamicCache() if cut else None
-    past: tuple[tuple[Tensor, Tensor], ...] = ()
-    with torch.no_grad():
-        if cache is not None:
-            bridge(
-                batch.tokens[:, :cut],
-                attention_mask=batch.attention_mask[:, :cut],
-                position_ids=batch.position_ids[:, :cut],
-                past_key_values=cache,
-            )
-            entries: list[Any] = cast(Any, cache).layers
-            past = tuple((entry.keys, entry.values) for entry in entries[layer:])
-            arguments |= {
-                "position_ids": batch.position_ids[:, cut:],
-                "past_key_values": cache,
-            }
-        handles = [
-            block.register_forward_pre_hook(remember, with_kwargs=True)
-            for block in bridge.blocks[layer:]
-        ]
-        try:
-            bridge(batch.tokens[:, cut:], **arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-    residual = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
-    return Tail(
-        layer=layer,
-        cut=cut,
-        residual=residual,
-        arguments=tuple(
-            _by_name(block, args, kwargs)
-            for block, (args, kwargs) in zip(bridge.blocks[layer:], calls, strict=True)
-        ),
-        past=past,
-    )
-
-
-def _by_name(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments by name, less the hidden states and the model's own cache."""
-    bound = inspect.signature(block.original_component.forward).bind_partial(*args, **kwargs)
-    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-    dropped = {"hidden_states", "kwargs", "use_cache", *_CACHE_NAMES}
-    return {name: value for name, value in named.items() if name not in dropped}
+    cache = DynamicCache()
+    for offset, (keys, values) in enumerate(entries):
+        cache.update(keys, values, first + offset)
+    return cache
 
 
 def _cache_name(block: Any) -> str:
     parameters = inspect.signature(block.original_component.forward).parameters
-    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[0])

@@ -42,7 +42,7 @@ class SeesAll:
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Open the token's row of the mask."""
-        rows, columns = _places(batch, self.position)
+        rows, columns = batch.places(self.position)
         visible = _visible(batch)
         visible[rows, columns] = batch.attention_mask[rows].bool()
         return replace(batch, visible=visible)
@@ -62,7 +62,7 @@ class SeesItself:
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Close the token's row of the mask but for itself."""
-        rows, columns = _places(batch, self.position)
+        rows, columns = batch.places(self.position)
         visible = _visible(batch)
         visible[rows, columns] = False
         visible[rows, columns, columns] = True
@@ -146,13 +146,3 @@ class MaskedKeys:
 def _visible(batch: TokenBatch) -> Tensor:
     given = batch.visible
     return batch.causally_visible() if given is None else given.clone()
-
-
-def _places(batch: TokenBatch, position: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the token in every prompt that is long enough."""
-    columns = batch.starts + position
-    rows = torch.arange(len(columns), device=columns.device)
-    inside = columns < batch.tokens.shape[1]
-    rows, columns = rows[inside], columns[inside]
-    real = batch.attention_mask[rows, columns].bool()
-    return rows[real], columns[real]

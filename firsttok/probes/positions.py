@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from rich.progress import Progress
 
 from firsttok.data import Fact, PaperValue
@@ -59,12 +58,7 @@ class PositionSwap:
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Change the position ids of every prompt that is long enough."""
         ids = batch.position_ids.clone()
-        columns = batch.starts + self.of
-        rows = torch.arange(len(columns), device=columns.device)
-        inside = columns < batch.tokens.shape[1]
-        rows, columns = rows[inside], columns[inside]
-        real = batch.attention_mask[rows, columns].bool()
-        ids[rows[real], columns[real]] = self.like
+        ids[batch.places(self.of)] = self.like
         return replace(batch, position_ids=ids)
 
 

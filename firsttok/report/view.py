@@ -19,9 +19,9 @@ from firsttok.claims import (
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
 from firsttok.report.provenance import common_facts, script_facts
+from firsttok.scripts import HEADINGS, SCRIPTS
 
 __all__ = [
-    "HEADINGS",
     "Judged",
     "ModelReport",
     "PrintedTable",
@@ -30,24 +30,6 @@ __all__ = [
     "result_folders",
 ]
 
-HEADINGS = {
-    "table1_update_components": "Table 1: numerator and denominator of the update",
-    "table2_perplexity": "Table 2: perplexity after one edit",
-    "table3_transfer": "Table 3: the same cases on other models",
-    "table4_efficacy": "Table 4: does the new target come out?",
-    "table5_prefixed_efficacy": "Table 5: and behind a prefix?",
-    "table6_second2first": "Table 6: the first token at the second one's position",
-    "table7_first2second": "Table 7: the second token at the first one's position",
-    "figure2_keys": "Figures 2, 4 and 5: where the keys lie",
-    "figure3_first_tokens": "Figure 3: first tokens, and prefixed subjects",
-    "figure6_encoder_contrast": "Figure 6: an encoder, whose first token sees the others",
-    "figure7_without_bos": "Figure 7: with and without BOS",
-    "figure8_concentration": "Figure 8 and Equation 4: how concentrated first tokens are",
-    "extra_attention_mask": "Beyond the paper: the attention mask",
-    "extra_token_identity": "Beyond the paper: the place or the token?",
-    "extra_value_anchor": "Beyond the paper: the anchor of the value",
-}
-"""Heading of each script's section, in the order of the report."""
 PRINTED = {
     "table1_update_components": "Table 1",
     "table2_perplexity": "Table 2",
@@ -150,7 +132,7 @@ def result_folders(out: Path) -> list[Path]:
     return [
         folder
         for folder in sorted(out.iterdir())
-        if folder.is_dir() and any((folder / f"{name}.json").is_file() for name in HEADINGS)
+        if folder.is_dir() and any((folder / f"{name}.json").is_file() for name in SCRIPTS)
     ]
 
 
@@ -164,7 +146,7 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
     Raises:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
-    results = {name: load_result(folder, name) for name in HEADINGS}
+    results = {name: load_result(folder, name) for name in SCRIPTS}
     ran = [result for result in results.values() if result is not None]
     if not ran:
         raise BadInputError(
@@ -174,12 +156,12 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
     across = {folder.name: _verdicts(results)}
     for other in others:
         if other.name != folder.name:
-            across[other.name] = _verdicts({name: load_result(other, name) for name in HEADINGS})
+            across[other.name] = _verdicts({name: load_result(other, name) for name in SCRIPTS})
     return ModelReport(
         model=folder.name,
         folder=folder,
         sections=tuple(
-            _section(folder, name, results[name], across[folder.name], facts) for name in HEADINGS
+            _section(folder, name, results[name], across[folder.name], facts) for name in SCRIPTS
         ),
         facts=facts,
         mixed=mixed,

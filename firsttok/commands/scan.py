@@ -1,0 +1,67 @@
+"""``firsttok scan``: edit every fact with ROME, and list the facts that collapse the model."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from firsttok.cases import save_scan, scan
+from firsttok.console import progress_bar
+from firsttok.data import builtin_facts, load_facts
+from firsttok.errors import BadInputError
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.inputs import open_study
+from firsttok.options import model_label
+from firsttok.output import print_table
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scan the facts, leave the list in the model's folder, and print a summary.
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    facts = load_facts(args.facts) if args.facts else builtin_facts()
+    if args.limit is not None:
+        if args.limit < 1:
+            raise BadInputError(f"--limit is {args.limit}; give at least 1")
+        facts = facts[: args.limit]
+    out = Path(args.out) / model_label(args.model)
+    with progress_bar() as progress:
+        study = open_study(args, out, progress)
+        original = study.original_perplexity.mean
+        if original > COLLAPSE_THRESHOLD:
+            logger.warning(
+                "the unedited model has a perplexity of %.0f on these sentences, above %g "
+                "itself, so nothing can be said to collapse; try --text-bos with",
+                original,
+                COLLAPSE_THRESHOLD,
+            )
+        rows = scan(study, facts, progress=progress)
+    path = out / "collapse_cases.json"
+    save_scan(path, study, facts, rows)
+    groups = {
+        "first token, one token": [row for row in rows if row.first_token],
+        "not the first token": [row for row in rows if not row.first_token],
+    }
+    lines = [
+        [
+            name,
+            len(chosen),
+            sum(row.collapsed for row in chosen),
+            max((row.perplexity for row in chosen), default=None),
+            min((abs(row.denominator) for row in chosen), default=None),
+            max((abs(row.denominator) for row in chosen), default=None),
+        ]
+        for name, chosen in groups.items()
+    ]
+    print_table(
+        f"ROME on {len(rows)} facts (original perplexity {study.original_perplexity.mean:.2f})",
+        ["subject is", "facts", "collapsed", "max perplexity", "min |denominator|", "max"],
+        lines,
+    )
+    sys.stdout.write(f"{path}\n")

@@ -1,0 +1,20 @@
+"""``firsttok tokens``: show a prompt's tokens, and which one is looked up."""
+
+import argparse
+import sys
+
+from firsttok.data import Fact
+from firsttok.inputs import model_from
+from firsttok.prompts import show_tokens
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tokens.
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    fact = Fact(subject=args.subject, template=args.template, target_new="new", target_true="true")
+    sys.stdout.write(show_tokens(model_from(args), fact) + "\n")

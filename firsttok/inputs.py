@@ -1,0 +1,149 @@
+"""What options name, read and opened: a model, its settings, contexts, a study."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from firsttok.contexts import ContextSet, load_contexts, sample_contexts
+from firsttok.data import builtin_sentences, load_texts
+from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import BosPolicy, EditSite, Model, load
+from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+from firsttok.study import Study
+
+__all__ = ["hyperparameters_from", "kept_contexts", "model_from", "open_study"]
+
+
+def model_from(args: argparse.Namespace) -> Model:
+    """Load the model the options name."""
+    return load(args.model, bos=args.bos, dtype=args.dtype, device=args.device)
+
+
+def hyperparameters_from(args: argparse.Namespace, model: Model) -> Hyperparameters:
+    """Return the model's settings with what the options change."""
+    given = {
+        "steps": args.steps,
+        "learning_rate": args.lr,
+        "weight_decay": args.weight_decay,
+        "clamp": args.clamp,
+        "kl": args.kl,
+    }
+    changed = {name: value for name, value in given.items() if value is not None}
+    return replace(model.hyperparameters, **changed)
+
+
+def open_study(
+    args: argparse.Namespace,
+    folder: Path,
+    progress: Progress | None,
+    *,
+    contexts_folder: Path | None = None,
+    without_bos: bool = False,
+) -> Study:
+    """Read every input file first, then load the model, then compute what is missing.
+
+    Args:
+        args: Parsed options of :func:`add_model_options` and :func:`add_edit_options`.
+        folder: Where contexts and finished parts are kept.
+        progress: Where to show progress.
+        contexts_folder: Where contexts may lie already; they are not sampled again then.
+        without_bos: Take BOS away where the tokenizer puts one by itself and no policy is asked
+            for, so that the first token is a word (Appendices A.2 and A.4).
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    contexts: ContextSet | None = load_contexts(args.contexts) if args.contexts else None
+    texts = load_texts(args.texts) if args.texts else builtin_sentences()
+    corpus = _corpus(args.corpus)
+    given = args.second_moment not in (None, "identity")
+    if given and not Path(args.second_moment).is_file():
+        raise BadInputError(f"no second moment at {args.second_moment}; check the path")
+    model = model_from(args)
+    if not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is not a decoder with a final norm and an unembedding; "
+            "its keys can be read, but only decoders can be edited"
+        )
+    if without_bos and args.bos == BosPolicy.AS_TOKENIZER.value and model.leading_ids:
+        model = model.with_bos(BosPolicy.WITHOUT)
+    site = model.site(args.layer)
+    settings = hyperparameters_from(args, model)
+    moment = _second_moment(args, model, site, corpus, progress)
+    if contexts is None:
+        contexts = kept_contexts(model, args.seed, kept=contexts_folder or folder, folder=folder)
+    return Study(
+        model=model,
+        contexts=contexts,
+        second_moment=moment,
+        layer=site.layer,
+        hyperparameters=settings,
+        texts=tuple(texts),
+        work=folder / ".work",
+        text_bos=BosPolicy(args.text_bos),
+    )
+
+
+def kept_contexts(model: Model, seed: int, *, kept: Path, folder: Path) -> ContextSet:
+    """Contexts of a seed: those that were kept for this model, or else sampled and kept.
+
+    Args:
+        model: The model.
+        seed: The seed.
+        kept: Folder in which they may lie.
+        folder: Folder they are kept in if they do not.
+    """
+    bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
+    name = f"contexts-seed{seed}{bos}.json"
+    path = folder / name
+    if (kept / name).is_file():
+        saved = load_contexts(kept / name)
+        wanted = (seed, model.fingerprint, model.leading_ids)
+        if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
+            path = kept / name
+    return sample_contexts(model, seed=seed, path=path)
+
+
+def _second_moment(
+    args: argparse.Namespace,
+    model: Model,
+    site: EditSite,
+    corpus: tuple[str, ...] | None,
+    progress: Progress | None,
+) -> SecondMoment:
+    if args.second_moment == "identity":
+        return SecondMoment.identity(site.d_mlp)
+    if args.second_moment is None:
+        return compute_second_moment(
+            model,
+            layer=site.layer,
+            corpus=corpus,
+            corpus_name=Path(args.corpus).name if args.corpus else None,
+            progress=progress,
+        )
+    moment = load_second_moment(args.second_moment, d_mlp=site.d_mlp)
+    made_for = (moment.model_fingerprint, moment.layer)
+    if made_for not in ((None, None), (model.fingerprint, site.layer)):
+        raise BadInputError(
+            f"{args.second_moment} was computed for layer {moment.layer} of another model or "
+            f"another layer than {site.layer} of {model.name}; compute it for this one"
+        )
+    return moment
+
+
+def _corpus(path: str | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text("utf-8")
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise BadInputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    documents = tuple(part for part in text.split("\n\n") if part.strip())
+    if not documents:
+        raise BadInputError(f"{path} holds no text; give at least one sentence")
+    return documents

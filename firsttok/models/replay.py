@@ -1,0 +1,271 @@
+"""Capture what a replay needs, and find out by trial how much of a model has to run again."""
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from firsttok.errors import UnsupportedModelError
+from firsttok.models.forward import call_arguments
+from firsttok.models.tail import CACHE_NAMES, Replay, Tail, new_cache
+from firsttok.tensors import TokenBatch
+
+if TYPE_CHECKING:
+    from firsttok.models.loading import Model
+
+__all__ = ["capture_tail", "find_replay"]
+
+logger = logging.getLogger(__name__)
+_OWN_ARGUMENTS = frozenset({"hidden_states", "kwargs", "use_cache", *CACHE_NAMES})
+"""Arguments that a replay gives a block itself."""
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def capture_tail(
+    model: "Model", batch: TokenBatch, *, layer: int, cut: int = 0, replay: Replay | None = None
+) -> Tail:
+    """Run a batch once and keep what is needed to replay it with a change at ``layer``.
+
+    Args:
+        model: A decoder.
+        batch: The prompts, padded so that no column before ``cut`` depends on what will change.
+        layer: The layer whose MLP's output will be changed.
+        cut: The first column to be replayed.
+        replay: What is to be run again; None for the least that is right for this model.
+
+    Raises:
+        UnsupportedModelError: If the model is no decoder with a final norm and an unembedding.
+        ValueError: If columns are cut off a batch whose tokens may see later ones.
+    """
+    if cut and batch.visible is not None:
+        raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
+    if not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is not a decoder with a final norm and an unembedding; "
+            "only such models can be edited"
+        )
+    mode = model.replay if replay is None else replay
+    if mode is Replay.WHOLE:
+        return _whole(model, batch, layer, cut)
+    first = layer + (mode is Replay.ABOVE)
+    arguments = call_arguments(model, batch)
+    past: tuple[tuple[Tensor, Tensor], ...] = ()
+    if cut:
+        past = _prefix_pass(model, batch, cut)
+        arguments |= {
+            "position_ids": batch.position_ids[:, cut:],
+            "past_key_values": new_cache(past, 0),
+        }
+    seen: dict[str, Tensor] = {}
+    calls: list[dict[str, Any]] = []
+    with torch.no_grad(), _observed(model, layer, first, seen, calls):
+        _run_blocks(model, batch.tokens[:, cut:], arguments)
+    return Tail(
+        replay=mode,
+        layer=layer,
+        cut=cut,
+        batch=batch,
+        keys=seen["keys"],
+        residual=seen["residual"],
+        arguments=tuple(calls),
+        past=past[first:],
+    )
+
+
+def find_replay(model: "Model") -> Replay:
+    """Find the least that has to run again on this model, by trial against whole passes.
+
+    A model that none of the shortcuts is right for runs whole, with a warning that says so.
+    """
+    if not model.can_be_edited:
+        return Replay.WHOLE
+    tokens = (torch.arange(12, device=model.device).view(2, 6) * 7 + 11) % model.bridge.cfg.d_vocab
+    ones = torch.ones_like(tokens)
+    batch = TokenBatch(
+        tokens=tokens,
+        attention_mask=ones,
+        position_ids=ones.cumsum(1) - 1,
+        starts=torch.zeros(2, dtype=torch.long, device=model.device),
+    )
+    layer, cut = (model.n_layers - 1) // 2, 2
+    width = model.site(layer).d_model
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 6, width, generator=generator).to(model.device)
+    noise[:, :cut] = 0
+    for mode in (Replay.ABOVE, Replay.FROM):
+        try:
+            right = _agrees(model, batch, noise, layer=layer, cut=cut, mode=mode)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            logger.debug("%s: replay %s failed: %s", model.name, mode.value, error)
+            right = False
+        if right:
+            return mode
+    logger.warning(
+        "%s cannot be replayed from a layer on, so every step runs the whole model: the results "
+        "are the same, only slower",
+        model.label,
+    )
+    return Replay.WHOLE
+
+
+@torch.no_grad()
+def _agrees(
+    model: "Model", batch: TokenBatch, noise: Tensor, *, layer: int, cut: int, mode: Replay
+) -> bool:
+    """Whether a replay gives the logits of a whole pass, for a small and a large change.
+
+    Two sizes, since a norm behind the MLP can be mistaken for none at one size only.
+    """
+    everywhere = torch.ones_like(batch.tokens, dtype=torch.bool)
+    whole = capture_tail(model, batch, layer=layer, replay=Replay.WHOLE)
+    tail = capture_tail(model, batch, layer=layer, cut=cut, replay=mode)
+    before = whole.logits(model, everywhere).double()
+    scale = float(whole.residual.double().norm(dim=-1).median() / noise.shape[-1] ** 0.5)
+    tolerance = 1e-2 if torch.finfo(model.dtype).bits >= 32 else 0.3
+    for size in (scale, 8 * scale):
+        change = size * noise
+        expected = whole.logits(model, everywhere, change).double()
+        found = tail.logits(model, everywhere[:, cut:], change[:, cut:]).double()
+        kept = expected.view(*everywhere.shape, -1)[:, cut:].flatten(0, 1)
+        effect = (expected - before).norm()
+        if not bool((found - kept).norm() <= tolerance * effect):
+            return False
+    return True
+
+
+def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
+    """A tail of a model that has to run whole; its prompts are not cut."""
+    if cut:
+        raise ValueError("a model that runs whole cannot be cut: cut must be 0")
+    site = model.site(layer)
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
+
+    names = [site.key_hook, site.residual_hook]
+    with torch.no_grad():
+        model.bridge.run_with_hooks(
+            batch.tokens,
+            fwd_hooks=[(name, keep) for name in names],
+            **call_arguments(model, batch),
+        )
+    return Tail(
+        replay=Replay.WHOLE,
+        layer=layer,
+        cut=0,
+        batch=batch,
+        keys=seen[site.key_hook],
+        residual=seen[site.residual_hook],
+        arguments=(),
+        past=(),
+    )
+
+
+def _prefix_pass(model: "Model", batch: TokenBatch, cut: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Every block's keys and values of the columns before ``cut``; equal prefixes run once."""
+    columns = torch.cat([batch.tokens, batch.attention_mask, batch.position_ids], dim=1)
+    width = batch.tokens.shape[1]
+    chosen = torch.cat([columns[:, start : start + cut] for start in (0, width, 2 * width)], dim=1)
+    distinct, inverse = torch.unique(chosen, dim=0, return_inverse=True)
+    tokens, mask, position_ids = distinct.split(cut, dim=1)
+    cache = new_cache((), 0)
+    with torch.no_grad(), _until_final_norm(model):
+        _run_blocks(
+            model,
+            tokens,
+            {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache},
+        )
+    return tuple((entry.keys[inverse], entry.values[inverse]) for entry in cache.layers)
+
+
+def _run_blocks(model: "Model", tokens: Tensor, arguments: dict[str, Any]) -> None:
+    bridge: Any = model.bridge
+    with contextlib.suppress(_Stop):
+        bridge(tokens, **arguments)
+
+
+@contextlib.contextmanager
+def _until_final_norm(model: "Model") -> Generator[None, None, None]:
+    """End forward passes before the final norm and the unembedding."""
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    bridge: Any = model.bridge
+    handle = bridge.ln_final.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _observed(
+    model: "Model",
+    layer: int,
+    first: int,
+    seen: dict[str, Tensor],
+    calls: list[dict[str, Any]],
+) -> Generator[None, None, None]:
+    """Keep keys, the residual stream and the arguments of the blocks from ``first`` on.
+
+    Those above ``layer`` are passed by: only what they are called with is of interest.
+    """
+    bridge: Any = model.bridge
+    as_tuple: list[bool] = []
+
+    def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_by_name(block, args, kwargs))
+
+    def enter(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["residual"] = args[0] if args else kwargs["hidden_states"]
+
+    def leave(_block: Any, _args: Any, output: Any) -> None:
+        as_tuple.append(isinstance(output, tuple))
+        if first > layer:
+            seen["residual"] = output[0] if isinstance(output, tuple) else output
+
+    def passer(block: Any) -> Callable[..., Any]:
+        def pass_by(*args: Any, **kwargs: Any) -> Any:
+            remember(block, args, kwargs)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if as_tuple[0] else hidden
+
+        return pass_by
+
+    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen["keys"] = activation
+
+    edited: Any = bridge.blocks[layer]
+    handles = [edited.register_forward_hook(leave)]
+    if first == layer:
+        handles += [
+            edited.register_forward_pre_hook(enter, with_kwargs=True),
+            edited.register_forward_pre_hook(remember, with_kwargs=True),
+        ]
+    above = list(bridge.blocks[layer + 1 :])
+    with _until_final_norm(model), bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]):
+        try:
+            for block in above:
+                vars(block)["forward"] = passer(block)
+            yield
+        finally:
+            for block in above:
+                vars(block).pop("forward", None)
+            for handle in handles:
+                handle.remove()
+
+
+def _by_name(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name, less the hidden states and the model's own cache."""
+    bound = inspect.signature(block.original_component.forward).bind_partial(*args, **kwargs)
+    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    return {name: value for name, value in named.items() if name not in _OWN_ARGUMENTS}

@@ -1,0 +1,123 @@
+"""What an analysis script was asked for: its options, parsed once, and the study they open."""
+
+import argparse
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from rich.progress import Progress
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact, builtin_facts, load_facts
+from firsttok.errors import BadInputError
+from firsttok.inputs import kept_contexts, open_study
+from firsttok.options import add_script_options, model_label
+from firsttok.storage import read_json
+from firsttok.study import Study
+
+__all__ = ["ScriptOptions", "parse_script"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptOptions:
+    """What an analysis script was asked for."""
+
+    study: Study
+    """The study."""
+    facts: tuple[Fact, ...]
+    """The facts to choose from."""
+    cases: Path
+    """List of collapse cases."""
+    out: Path
+    """Folder the script leaves its files in."""
+    collapse: int
+    """Most collapse cases."""
+    normal: int
+    """Number of normal cases."""
+    seed: int
+    """Seed of contexts and of the draw of normal cases."""
+    command: str
+    """The command that repeats the run, without machine paths."""
+    args: argparse.Namespace
+    """Every option as it was parsed, the script's own among them."""
+
+    def halved(self) -> "ScriptOptions":
+        """Half as many cases, for a script that optimises each of them several times."""
+        return replace(self, collapse=(self.collapse + 1) // 2, normal=(self.normal + 1) // 2)
+
+    def provenance(self) -> dict[str, Any]:
+        """What determines the numbers of a script that works on this study."""
+        return self.study.provenance() | {
+            "seed": self.seed,
+            "command": self.command,
+            "original_perplexity": self.study.original_perplexity.mean,
+            "case_list": _made_on(self.cases),
+        }
+
+    def sample_contexts(self, seed: int) -> ContextSet:
+        """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
+        return kept_contexts(self.study.model, seed, kept=self.cases.parent, folder=self.out)
+
+
+def parse_script(
+    parser: argparse.ArgumentParser,
+    progress: Progress,
+    *,
+    without_bos: bool = False,
+    own_contexts: bool = False,
+) -> ScriptOptions:
+    """Parse a script's options, refuse what is unusable, and then open its study.
+
+    Args:
+        parser: The script's parser, with its own options.
+        progress: Where to show progress.
+        without_bos: As for :func:`open_study`.
+        own_contexts: Whether the script samples contexts of several seeds, so that none can be
+            given.
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    add_script_options(parser)
+    args = parser.parse_args()
+    if own_contexts and args.contexts:
+        raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
+    facts = load_facts(args.facts) if args.facts else builtin_facts()
+    label = model_label(args.model)
+    out = Path(args.out) / label
+    cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
+    if not cases.is_file():
+        raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
+    for name in ("collapse", "normal"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInputError(f"--{name} is {value}; give at least 1")
+    count = 8 if args.profile == "quick" else 24
+    return ScriptOptions(
+        study=open_study(
+            args, out, progress, contexts_folder=cases.parent, without_bos=without_bos
+        ),
+        facts=facts,
+        cases=cases,
+        out=out,
+        collapse=count if args.collapse is None else args.collapse,
+        normal=count if args.normal is None else args.normal,
+        seed=args.seed,
+        command=_command(),
+        args=args,
+    )
+
+
+def _made_on(cases: Path) -> dict[str, Any]:
+    """The model that a list of collapse cases was made on."""
+    record = cast(dict[str, Any], read_json(cases, "collapse cases"))
+    model = record["provenance"]["model"]
+    return {"model": model["name"], "fingerprint": model["fingerprint"]}
+
+
+def _command() -> str:
+    """The command line, with the names of absolute paths only."""
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"analyses/{Path(sys.argv[0]).name}", *given])
