@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce reproduce-full scan test lint types setup clean
+.PHONY: reproduce reproduce-full scan bench test lint types setup clean
 
 reproduce: setup
 	$(BIN)/firsttok reproduce --profile quick
@@ -14,6 +14,9 @@ reproduce-full: setup
 
 scan: setup
 	$(BIN)/firsttok scan
+
+bench: setup
+	$(BIN)/python benchmarks/bench.py
 
 test: setup lint types
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85

@@ -1,0 +1,161 @@
+"""Benchmarks of edits: many, one, and where the time goes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from edit_checks import agreement, share
+from measuring import Extras, Plan, Side, Table
+from naive import NaiveEdit, naive_edit
+from setting import Setting
+
+from firsttok.data import Fact
+from firsttok.editing import ROME, RankOneEdit, compute_edits
+from firsttok.hyperparameters import Hyperparameters
+
+__all__ = ["edit_sides", "fast_edits", "fixed_steps", "many_edits", "one_edit", "profile", "warm"]
+
+OPERATIONS = 12
+"""Operations the profile names."""
+
+
+def many_edits(setting: Setting) -> Plan:
+    """A list of facts in one call, against one naive edit after another."""
+    setting.prepare()
+    slow = setting.naive_facts
+
+    def check(results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> Extras:
+        edits: list[RankOneEdit] = results["fast"]
+        by_case = dict(zip([fact.case_id for fact in setting.facts], edits, strict=True))
+        agreed = agreement(setting, slow, [by_case[f.case_id] for f in slow], results["naive"])
+        shared = share(
+            setting,
+            edits,
+            median(seconds["fast"]),
+            lambda: fast_edits(setting, setting.facts, setting.hyperparameters),
+        )
+        steps = fmean(len(edit.losses) for edit in edits)
+        plain = fmean(len(by_case[fact.case_id].losses) for fact in slow)
+        note = (
+            f"The fast side edits all {len(edits)} facts ({steps:.1f} losses each on average), the "
+            f"naive side {len(slow)} of them, spread evenly ({plain:.1f} losses each); the ratio "
+            "is that of their throughputs."
+        )
+        return Extras(tables=(agreed, shared), notes=(note,))
+
+    return Plan(
+        sides=edit_sides(setting, setting.facts, slow, setting.hyperparameters),
+        pairs=(("edits of a list of facts", "fast", "naive"),),
+        warm=lambda: warm(setting),
+        check=check,
+    )
+
+
+def one_edit(setting: Setting) -> Plan:
+    """One fact alone: what a user waits for."""
+    setting.prepare()
+    chosen = [setting.facts[len(setting.facts) // 2]]
+
+    def check(results: Mapping[str, Any], _seconds: Mapping[str, Sequence[float]]) -> Extras:
+        losses = len(results["fast"][0].losses)
+        note = f"Losses on the fast side: {losses}."
+        agreed = agreement(setting, chosen, results["fast"], results["naive"])
+        return Extras(tables=(agreed,), notes=(note,))
+
+    return Plan(
+        sides=edit_sides(setting, chosen, chosen, setting.hyperparameters),
+        pairs=(("one edit", "fast", "naive"),),
+        warm=lambda: warm(setting),
+        check=check,
+    )
+
+
+def profile(setting: Setting) -> Plan:
+    """Where the fast side's CPU time goes, by operation."""
+    setting.prepare()
+    settings = fixed_steps(setting)
+    facts = setting.facts[: min(setting.amounts.growth_facts)]
+
+    def check(_results: Mapping[str, Any], _seconds: Mapping[str, Sequence[float]]) -> Extras:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if setting.model.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profiler:
+            fast_edits(setting, facts, settings)
+        events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in events)
+        rows = tuple(
+            (e.key, f"{100 * e.self_cpu_time_total / total:.1f} %", e.count)
+            for e in events[:OPERATIONS]
+        )
+        title = f"Self CPU time (facts: {len(facts)}, losses of each: {settings.steps})"
+        return Extras(
+            tables=(Table(title=title, columns=("operation", "share", "calls"), rows=rows),)
+        )
+
+    return Plan(warm=lambda: warm(setting), check=check)
+
+
+def fast_edits(
+    setting: Setting, facts: Sequence[Fact], settings: Hyperparameters
+) -> list[RankOneEdit]:
+    found = compute_edits(
+        setting.model,
+        facts,
+        methods=[ROME],
+        contexts=setting.contexts,
+        second_moment=setting.moment,
+        layer=setting.layer,
+        hyperparameters=settings,
+    )
+    return [edits[ROME.name] for _, edits in found]
+
+
+def _naive(setting: Setting, facts: Sequence[Fact], settings: Hyperparameters) -> list[NaiveEdit]:
+    return [
+        naive_edit(
+            setting.naive,
+            fact,
+            ROME,
+            contexts=setting.contexts,
+            second_moment=setting.naive_moment,
+            hyperparameters=settings,
+        )
+        for fact in facts
+    ]
+
+
+def edit_sides(
+    setting: Setting,
+    facts: Sequence[Fact],
+    slow: Sequence[Fact],
+    settings: Hyperparameters,
+    *,
+    suffix: str = "",
+) -> tuple[Side, Side]:
+    fast = Side(
+        label=f"fast{suffix}",
+        run=lambda: fast_edits(setting, facts, settings),
+        items=len(facts),
+        unit="fact",
+    )
+    naive = Side(
+        label=f"naive{suffix}",
+        run=lambda: _naive(setting, slow, settings),
+        items=len(slow),
+        unit="fact",
+    )
+    return fast, naive
+
+
+def warm(setting: Setting) -> None:
+    settings = replace(setting.hyperparameters, steps=2)
+    fast_edits(setting, setting.facts[:1], settings)
+    _naive(setting, setting.facts[:1], replace(settings, steps=1))
+
+
+def fixed_steps(setting: Setting) -> Hyperparameters:
+    """Settings under which every fact takes the same number of losses."""
+    return replace(setting.hyperparameters, steps=setting.amounts.growth_steps, stop_below=0.0)

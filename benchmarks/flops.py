@@ -1,0 +1,112 @@
+"""How many floating-point operations the products of an edit need, counted from the weights.
+
+With ``p_b`` the number of elements of block b's matrices, ``a = n_heads * d_head``, L the edited
+layer, and S losses (so S - 1 updates), one fact needs
+
+- once, for every token of its prompts: ``2 p_b`` in the blocks up to L, and ``4 a`` for every token
+  it attends to; for those before the subject's last one, also in the blocks above L;
+- per loss, for every token from the subject's last one on (in the KL prompt that one alone): the
+  same in the blocks above L; and ``2 d_model vocab`` for every place whose logits are read;
+- per update, backward: as much as forward for the frozen matrices, twice as much in attention.
+
+Padding, norms, activations and softmax are not in it: this is what cannot be left out of ROME once
+nothing is done twice that does not depend on delta.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.models import Model
+from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
+
+__all__ = ["count_executed", "needed", "replayed_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    length: int
+    """Tokens that run."""
+    subject: int
+    """Position of the subject's last one."""
+    places: int
+    """Logits that are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Blocks:
+    """Some blocks of a model."""
+
+    elements: int
+    """Elements of their matrices."""
+    attention: int
+    """``4 a`` in all of them."""
+
+    def forward(self, tokens: range) -> float:
+        """FLOPs of some tokens of one prompt."""
+        return sum(self._one(position, 1) for position in tokens)
+
+    def backward(self, tokens: range) -> float:
+        """FLOPs of their backward pass."""
+        return sum(self._one(position, 2) for position in tokens)
+
+    def _one(self, position: int, times: int) -> float:
+        return 2 * self.elements + times * self.attention * (position + 1)
+
+
+def needed(model: Model, fact: Fact, contexts: ContextSet, *, layer: int, losses: int) -> float:
+    """FLOPs of one fact whose optimisation took so many losses."""
+    lower = _blocks(model, range(layer + 1))
+    upper = _blocks(model, range(layer + 1, model.n_layers))
+    bridge: Any = model.bridge
+    unembed = 2 * model.site(layer).d_model * int(bridge.cfg.d_vocab)
+    once = step = update = 0.0
+    for row in _rows(model, fact, contexts):
+        replayed = range(row.subject, row.length)
+        once += lower.forward(range(row.length)) + upper.forward(range(row.subject))
+        step += upper.forward(replayed) + unembed * row.places
+        update += upper.backward(replayed) + unembed * row.places
+    return once + losses * step + (losses - 1) * update
+
+
+def replayed_tokens(model: Model, fact: Fact, contexts: ContextSet) -> int:
+    """Tokens of one fact that run in every step."""
+    return sum(row.length - row.subject for row in _rows(model, fact, contexts))
+
+
+def count_executed(run: Callable[[], Any]) -> float:
+    """FLOPs of the products that are really executed, padding and all."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def _rows(model: Model, fact: Fact, contexts: ContextSet) -> list[_Row]:
+    rows: list[_Row] = []
+    for template in contexts.templates:
+        full: Prompt = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        rows.append(
+            _Row(
+                length=len(full.token_ids) - 1,
+                subject=full.subject_position or 0,
+                places=full.target_length,
+            )
+        )
+    subject = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
+    position = subject.subject_position or 0
+    return [*rows, _Row(length=position + 1, subject=position, places=1)]
+
+
+def _blocks(model: Model, layers: range) -> _Blocks:
+    bridge: Any = model.bridge
+    elements = 0
+    for layer in layers:
+        # By address: TransformerLens knows the same matrix by several names.
+        found = {p.data_ptr(): p.numel() for p in bridge.blocks[layer].parameters() if p.ndim > 1}
+        elements += sum(found.values())
+    heads = int(bridge.cfg.n_heads) * int(bridge.cfg.d_head)
+    return _Blocks(elements=elements, attention=4 * heads * len(layers))

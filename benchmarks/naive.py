@@ -1,0 +1,364 @@
+"""ROME written down plainly: the oracle of the fast path, and the other side of every ratio.
+
+This is what the released code does, one edit after another: every pass runs the whole model over
+every token of every prompt and makes logits everywhere, in each step of the optimisation too. It
+runs on a Hugging Face model that TransformerLens never touched, on the same weights. Only data
+classes and prompts come from firsttok; keys, value, closed form, perplexity and second moment are
+written here once more.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.editing import Method, Slot
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import BosPolicy, Model
+from firsttok.prompts import (
+    Prompt,
+    batches,
+    fact_prompt,
+    pad,
+    positions,
+    subject_prompt,
+    text_prompt,
+    with_target,
+)
+from firsttok.tensors import TokenBatch
+
+__all__ = [
+    "NaiveEdit",
+    "NaiveKeys",
+    "NaiveModel",
+    "NaiveValue",
+    "naive_edit",
+    "naive_fact_keys",
+    "naive_keys",
+    "naive_model",
+    "naive_perplexities",
+    "naive_second_moment",
+    "naive_value",
+]
+
+WINDOW = 128
+MAX_TOKENS = 4096
+MAX_SENTENCE_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NaiveModel:
+    """A plain Hugging Face model on the weights of a loaded one, and the layer that is edited."""
+
+    model: Model
+    """The loaded model, for prompts and padding."""
+    network: Any
+    """The Hugging Face model; it holds the very parameters of ``model``."""
+    mlp: torch.nn.Module
+    """The MLP of the edited layer."""
+    projection: torch.nn.Module
+    """The MLP's second matrix: a key goes in, a value comes out."""
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """Run the whole model; logits ``[prompt, pos, vocab]``, in float32 at least."""
+        output = self.network(
+            input_ids=batch.tokens,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        logits: Tensor = output.logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @contextlib.contextmanager
+    def edited(self, left: Tensor, right: Tensor) -> Generator[None, None, None]:
+        """Write ``W + outer(left, right)`` into the weight, and the old weight back at the end."""
+        weight = self.projection.get_parameter("weight")
+        before = weight.detach().clone()
+        outer = torch.outer(left, right)
+        try:
+            with torch.no_grad():
+                # A linear layer keeps its matrix transposed; GPT-2's layers do not.
+                weight += outer.T if isinstance(self.projection, torch.nn.Linear) else outer
+            yield
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NaiveKeys:
+    """Keys and MLP outputs of one fact's prompts at the subject's last token."""
+
+    keys: dict[Slot, Tensor]
+    """k_bar and k^u."""
+    values: dict[Slot, Tensor]
+    """``W k + b`` of both, as the MLP puts it out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NaiveValue:
+    """v* and the loss of every step."""
+
+    target: Tensor
+    """v*."""
+    losses: tuple[float, ...]
+    """The losses, each before its update."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NaiveEdit:
+    """One edit ``W + outer(left, right)`` with what it was made of."""
+
+    left: Tensor
+    """Unit left vector."""
+    right: Tensor
+    """Right vector."""
+    value: NaiveValue
+    """v* and its losses."""
+    numerator: float
+    """``||v* - W k||``."""
+    denominator: float
+    """``u . k``."""
+
+
+def naive_model(model: Model, layer: int) -> NaiveModel:
+    """Build the plain Hugging Face model of a decoder on the same weights."""
+    wrapped: Any = model.bridge.original_model
+    tensors: dict[str, Tensor] = {}
+    for part in (wrapped.named_parameters, wrapped.named_buffers):
+        for name, tensor in part(remove_duplicate=False):
+            tensors[name.replace("._original_component", "")] = tensor
+    with torch.device("meta"):
+        network: Any = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(wrapped.config), attn_implementation="eager", dtype=model.dtype
+        )
+    network.load_state_dict({name: tensors[name] for name in network.state_dict()}, assign=True)
+    for name, _ in list(network.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        network.get_submodule(owner).register_buffer(leaf, tensors[name], persistent=False)
+    address = model.site(layer).weight.data_ptr()
+    (path,) = [
+        name.removesuffix(".weight")
+        for name, parameter in network.named_parameters()
+        if parameter.data_ptr() == address
+    ]
+    return NaiveModel(
+        model=model,
+        network=network.eval().requires_grad_(False),
+        mlp=network.get_submodule(path.rpartition(".")[0]),
+        projection=network.get_submodule(path),
+    )
+
+
+@torch.no_grad()
+def naive_keys(
+    naive: NaiveModel, prompts: Sequence[Prompt], at: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Keys ``[prompt, d_mlp]`` and values ``[prompt, d_model]`` at one token of each prompt."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((args[0], output))
+
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
+    with _hook(naive.projection, keep):
+        for group in batches(prompts, max_tokens=MAX_TOKENS):
+            naive.logits(pad(naive.model, [prompts[index] for index in group]))
+            into, out_of = seen.pop()
+            for row, index in enumerate(group):
+                keys[index], values[index] = into[row, at[index]], out_of[row, at[index]]
+    order = range(len(prompts))
+    return torch.stack([keys[i] for i in order]), torch.stack([values[i] for i in order])
+
+
+def naive_fact_keys(naive: NaiveModel, fact: Fact, contexts: ContextSet) -> NaiveKeys:
+    """k_bar and k^u of one fact, and the MLP's outputs that go with them."""
+    templates = (*contexts.templates, "{}")
+    prompts = [fact_prompt(naive.model, fact, template) for template in templates]
+    keys, values = naive_keys(naive, prompts, positions(prompts).tolist())
+    return NaiveKeys(
+        keys={Slot.PREFIXED_MEAN: keys[:-1].mean(0), Slot.UNPREFIXED: keys[-1]},
+        values={Slot.PREFIXED_MEAN: values[:-1].mean(0), Slot.UNPREFIXED: values[-1]},
+    )
+
+
+def naive_value(
+    naive: NaiveModel,
+    fact: Fact,
+    anchor: Tensor,
+    *,
+    contexts: ContextSet,
+    hyperparameters: Hyperparameters,
+) -> NaiveValue:
+    """Optimise v* from one anchor, with a whole pass over all prompts in every step."""
+    settings = hyperparameters
+    batch, columns, labels = _rewriting(naive.model, fact, contexts)
+    anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
+    rows = torch.arange(len(columns), device=anchor.device)
+    wanted = labels >= 0
+    delta = torch.zeros_like(anchor, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
+
+    def shift(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        shifted = output.clone()
+        shifted[rows, columns] += delta.to(output.dtype)
+        return shifted
+
+    before: Tensor | None = None
+    losses: list[float] = []
+    for step in range(settings.steps):
+        adam.zero_grad()
+        with torch.enable_grad():
+            with _hook(naive.mlp, shift):
+                log_probs = naive.logits(batch).log_softmax(-1)
+            after = log_probs[-1, columns[-1]]
+            if before is None:
+                before = after.detach().clone()
+            # The released code's direction: what kl_div takes second is what the mean runs over.
+            divergence = torch.nn.functional.kl_div(before, after, log_target=True, reduction="sum")
+            chosen = log_probs.gather(2, labels.clamp_min(0)[..., None])[..., 0]
+            each = (chosen * wanted).sum(1)[:-1] / wanted.sum(1)[:-1]
+            loss = settings.kl * divergence - each.mean()
+            loss = loss + settings.weight_decay * delta.norm() / anchor.norm() ** 2
+        losses.append(float(loss.detach()))
+        if losses[-1] < settings.stop_below or step == settings.steps - 1:
+            break
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            most = settings.clamp * anchor.norm()
+            if delta.norm() > most:
+                delta *= most / delta.norm()
+    return NaiveValue(target=(anchor + delta).detach(), losses=tuple(losses))
+
+
+def naive_edit(
+    naive: NaiveModel,
+    fact: Fact,
+    method: Method,
+    *,
+    contexts: ContextSet,
+    second_moment: Tensor,
+    hyperparameters: Hyperparameters,
+) -> NaiveEdit:
+    """Compute one edit from C ``[d_mlp, d_mlp]``, every slot of the closed form by the method."""
+    found = naive_fact_keys(naive, fact, contexts)
+    value = naive_value(
+        naive,
+        fact,
+        found.values[method.anchor],
+        contexts=contexts,
+        hyperparameters=hyperparameters,
+    )
+    key = found.keys[method.direction]
+    left = torch.linalg.solve(second_moment, key.to(second_moment)).to(key)
+    left = left / left.norm()
+    numerator = value.target - found.values[method.residual]
+    denominator = left @ found.keys[method.denominator]
+    return NaiveEdit(
+        left=left,
+        right=numerator / denominator,
+        value=value,
+        numerator=float(numerator.norm()),
+        denominator=float(denominator),
+    )
+
+
+@torch.no_grad()
+def naive_perplexities(
+    naive: NaiveModel, texts: Sequence[str], *, one_by_one: bool = False
+) -> list[float]:
+    """Perplexity of each sentence, without BOS and without its first token.
+
+    Args:
+        naive: The model, possibly inside ``edited``.
+        texts: The sentences; the papers' ME-PPL is the mean over them.
+        one_by_one: One pass for each sentence, as the released code; else padded batches.
+    """
+    model = naive.model.with_bos(BosPolicy.WITHOUT)
+    prompts = [text_prompt(model, text) for text in texts]
+    found = [0.0] * len(prompts)
+    most = 1 if one_by_one else MAX_SENTENCE_TOKENS
+    for group in batches(prompts, max_tokens=most):
+        batch = pad(model, [prompts[index] for index in group])
+        log_probs = naive.logits(batch)[:, :-1].log_softmax(-1)
+        chosen = log_probs.gather(2, batch.tokens[:, 1:, None])[..., 0]
+        scored = batch.attention_mask[:, 1:]
+        nlls = -(chosen * scored).sum(1, dtype=torch.float64) / scored.sum(1)
+        for index, nll in zip(group, nlls.tolist(), strict=True):
+            found[index] = float(torch.tensor(nll, dtype=torch.float64).exp())
+    return found
+
+
+@torch.no_grad()
+def naive_second_moment(
+    naive: NaiveModel, documents: Sequence[str], *, max_tokens: int
+) -> tuple[Tensor, int]:
+    """C in float64 over windows of 128 tokens, and the number of tokens; logits are made too."""
+    windows = _windows(naive.model, documents, max_tokens)
+    seen: list[Tensor] = []
+
+    def keep(_module: Any, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        seen.append(args[0])
+
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    with _hook(naive.projection, keep):
+        for group in batches(windows, max_tokens=MAX_TOKENS):
+            batch = pad(naive.model, [windows[index] for index in group])
+            naive.logits(batch)
+            keys = seen.pop()[batch.attention_mask.bool()].double()
+            total = total + (keys.T @ keys).cpu()
+            tokens += len(keys)
+    return total / tokens, tokens
+
+
+def _rewriting(model: Model, fact: Fact, contexts: ContextSet) -> tuple[TokenBatch, Tensor, Tensor]:
+    """All rewriting prompts and the KL prompt; subject columns; labels, -1 where none is."""
+    rows: list[Prompt] = []
+    targets: list[tuple[int, ...]] = []
+    for template in contexts.templates:
+        full = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        # All of the target but its last token stands in the prompt.
+        rows.append(replace(full, token_ids=full.token_ids[:-1]))
+        targets.append(full.target_ids)
+    rows.append(subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject))))
+    batch = pad(model, rows)
+    labels = torch.full_like(batch.tokens, -1)
+    for row, target in enumerate(targets):
+        end = len(rows[row].token_ids)
+        labels[row, end - len(target) : end] = torch.tensor(target)
+    return batch, positions(rows).to(model.device), labels
+
+
+def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Prompt]:
+    windows: list[Prompt] = []
+    tokens = 0
+    room = WINDOW - len(model.leading_ids)
+    for text in documents:
+        if text.strip():
+            ids = text_prompt(model, text).token_ids[len(model.leading_ids) :]
+            for start in range(0, len(ids), room):
+                window = (*model.leading_ids, *ids[start : start + room])
+                windows.append(Prompt(text="", token_ids=window))
+                tokens += len(window)
+                if tokens >= max_tokens:
+                    return windows
+    return windows
+
+
+@contextlib.contextmanager
+def _hook(module: torch.nn.Module, function: Callable[..., Any]) -> Generator[None, None, None]:
+    handle = module.register_forward_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()
