@@ -25,6 +25,7 @@ __all__ = [
     "collapse_cases",
     "first_token_cases",
     "load_collapse_ids",
+    "load_scan",
     "measure_selection",
     "save_scan",
     "scan",
@@ -80,6 +81,22 @@ def save_scan(path: Path, study: Study, facts: Sequence[Fact], rows: Sequence[Ca
             "rows": [asdict(row) for row in rows],
         },
     )
+
+
+def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], str]:
+    """Read every scanned row of a list, and the fingerprint of the model it was made on.
+
+    Raises:
+        BadInputError: If the file is missing or malformed.
+    """
+    path = Path(path)
+    content = read_json(path, "collapse cases")
+    try:
+        record = cast(dict[str, Any], content)
+        rows = tuple(CaseRow(**row) for row in record["rows"])
+        return rows, str(record["provenance"]["model"]["fingerprint"])
+    except (KeyError, TypeError, ValueError):
+        raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
 
 
 def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The ``firsttok`` command: models, tokens, edit, scan, reproduce, report."""
+"""The ``firsttok`` command: models, tokens, edit, scan, screen, reproduce, report."""
 
 import argparse
 from importlib import import_module
@@ -55,6 +55,25 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--facts", metavar="FILE", help="facts in COUNTERFACT's schema")
     scan.add_argument("--limit", type=int, help="only the first so many facts")
     scan.add_argument("--out", metavar="DIR", default="figures", help="folder for the list")
+
+    screen = commands.add_parser("screen", help="tell collapse cases from their keys, unedited")
+    add_model_options(screen)
+    add_edit_options(screen)
+    screen.add_argument("--facts", metavar="FILE", help="facts in COUNTERFACT's schema")
+    screen.add_argument("--limit", type=int, help="only the first so many facts")
+    screen.add_argument("--out", metavar="DIR", default="figures", help="folder for the ranking")
+    screen.add_argument(
+        "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
+    )
+    screen.add_argument(
+        "--measure", action="store_true", help="edit and evaluate every fact, too, and time both"
+    )
+    screen.add_argument(
+        "--threshold", type=float, help="|denominator| below which a fact is taken for a case"
+    )
+    screen.add_argument(
+        "--build-hard", metavar="FILE", help="write those facts as a list in COUNTERFACT's schema"
+    )
 
     reproduce = commands.add_parser("reproduce", help="run every analysis script")
     reproduce.add_argument("--model", default="smollm2-135m")

@@ -25,6 +25,7 @@ __all__ = [
     "capture_keys",
     "fact_keys",
     "keys_at",
+    "keys_of_facts",
 ]
 
 
@@ -60,6 +61,17 @@ class FactKeys:
     """k_bar: mean over the context set (Equation 1)."""
     unprefixed: KeyVector
     """k^u: key of the bare prompt."""
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of k_bar and k^u."""
+        mean, bare = self.prefixed_mean.double(), self.unprefixed.double()
+        return float(mean @ bare / (mean.norm() * bare.norm()))
+
+    @property
+    def norm_ratio(self) -> float:
+        """``||k^u|| / ||k_bar||``."""
+        return float(self.unprefixed.double().norm() / self.prefixed_mean.double().norm())
 
 
 def keys_at(
@@ -129,10 +141,20 @@ def capture_keys(
 
 def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
     """Capture k_bar and k^u of one fact (Equation 1 and Section 3.1)."""
+    return keys_of_facts(model, [fact], contexts, layer=layer)[0]
+
+
+def keys_of_facts(
+    model: Model, facts: Sequence[Fact], contexts: ContextSet, *, layer: int
+) -> list[FactKeys]:
+    """As :func:`fact_keys`, for several facts whose prompts share their batches."""
     templates = (*contexts.templates, "{}")
-    prompts = [fact_prompt(model, fact, template) for template in templates]
+    prompts = [fact_prompt(model, fact, template) for fact in facts for template in templates]
     keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
-    return FactKeys(prefixed_mean=keys[:-1].mean(0), unprefixed=keys[-1])
+    return [
+        FactKeys(prefixed_mean=own[:-1].mean(0), unprefixed=own[-1])
+        for own in keys.split(len(templates))
+    ]
 
 
 @runtime_checkable

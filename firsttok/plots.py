@@ -17,6 +17,7 @@ __all__ = [
     "accuracy_bars",
     "figure",
     "save_figure",
+    "screen_curves",
     "stage_plot",
     "strip_plot",
 ]
@@ -122,3 +123,25 @@ def stage_plot(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("the swap acts on")
     axis.set_ylabel("perplexity after ROME")
+
+
+def screen_curves(axes: "Sequence[Axes]", rows: Sequence[Mapping[str, Any]]) -> None:
+    """Receiver operating characteristic, and denominators by what the edit did."""
+    import pandas as pd
+    import seaborn as sns
+    from sklearn.metrics import RocCurveDisplay
+
+    edited = [row for row in rows if row["collapsed"] is not None]
+    truth = [bool(row["collapsed"]) for row in edited]
+    sizes = [abs(float(row["denominator"])) for row in edited]
+    RocCurveDisplay.from_predictions(truth, [-size for size in sizes], ax=axes[0], name="screen")
+    axes[0].set_xlabel("share of normal cases taken for collapse cases")
+    axes[0].set_ylabel("share of collapse cases found")
+    frame = pd.DataFrame(
+        {"edit": ["collapse" if flag else "normal" for flag in truth], "|denominator|": sizes}
+    )
+    sns.stripplot(
+        data=frame, x="edit", y="|denominator|", hue="edit", palette=PALETTE, alpha=0.7, ax=axes[1]
+    )
+    axes[1].set_yscale("log")
+    axes[1].set_xlabel("what ROME's edit did")

@@ -18,7 +18,7 @@ LAYERS = [
     ["editing"],
     ["evaluation"],
     ["study"],
-    ["efficacy", "probes"],
+    ["efficacy", "probes", "screening"],
     ["inputs", "output", "plots"],
     ["script_options"],
     ["cases"],

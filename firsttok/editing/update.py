@@ -68,7 +68,6 @@ def solve_update(
             f"the {method.label} update is not finite (denominator {float(denominator)}); "
             "the key is zero or orthogonal to the left vector"
         )
-    mean, bare = keys.prefixed_mean.double(), keys.unprefixed.double()
     size = float(right.double().norm())
     report = UpdateReport(
         numerator=float(residual.norm()),
@@ -77,7 +76,7 @@ def solve_update(
         raw_numerator=float(residual.norm() * scale),
         raw_denominator=float(denominator * scale),
         mean_delta=size / (left.numel() * right.numel()),
-        key_cosine=float(mean @ bare / (mean.norm() * bare.norm())),
-        key_norm_ratio=float(bare.norm() / mean.norm()),
+        key_cosine=keys.cosine,
+        key_norm_ratio=keys.norm_ratio,
     )
     return left, right, report
