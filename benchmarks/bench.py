@@ -1,7 +1,8 @@
 """Time firsttok against the plain algorithm, and write RESULTS.md and results.json.
 
 Every benchmark runs in a process of its own, and so does every measurement of memory. What is
-finished is kept when the rest is interrupted, and ``--only`` replaces only what it runs.
+finished is kept when the rest is interrupted, and ``--only`` replaces only what it runs. A record
+of another model or of other amounts is kept beside the usual one.
 """
 
 import argparse
@@ -29,15 +30,23 @@ __all__ = ["main"]
 
 FOLDER = Path(__file__).resolve().parent
 USUAL = Setting(amounts=Amounts(), folder=Path())
+OPTIONS = ("repeats", "facts", "naive_facts", "steps")
+"""Amounts that the command line may change; a record of others has a name of its own."""
+_DESCRIPTION = """Time firsttok against the plain algorithm, and write RESULTS.md and results.json.
+All of it takes about 25 minutes on two quiet CPU cores. Exit code 1: a benchmark failed, or the two
+sides differ by more than the weights' type allows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; returns 1 if one of them failed, 130 if interrupted."""
-    args = _parser().parse_args(argv)
+    """Run the benchmarks; returns 1 if one failed or disagreed, 130 if interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.child:
         return child_main(args.child)
+    if args.quick and args.out is None:
+        parser.error("--quick measures nothing worth keeping; give it a folder with --out")
     names = args.only or [name for name, case in CASES.items() if not case.only_if_asked]
-    out = Path(args.out)
+    out = Path(args.out or FOLDER)
     failed = False
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with (
@@ -50,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             part = progress.add_task(name)
             try:
                 record = _measure(name, setting, progress, part)
-                _keep(out, _key(name, setting), record | {"command": _command(args)})
+                key = _key(name, setting, quick=args.quick)
+                _keep(out, key, record | {"command": _command(args)})
+                for failure in record["extras"]["failures"]:
+                    progress.console.print(f"{name}: {failure}", markup=False, highlight=False)
+                    failed = True
             except ChildFailedError as error:
                 progress.console.print(f"{name} failed:\n{error}", markup=False, highlight=False)
                 failed = True
@@ -75,7 +88,7 @@ def _measure(name: str, setting: Setting, progress: Progress, part: TaskID) -> d
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=_DESCRIPTION)
     usual = Amounts()
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", choices=list(CASES), help=f"of: {', '.join(CASES)}"
@@ -90,8 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default=USUAL.dtype, help=f"of weights (default: {USUAL.dtype})")
     parser.add_argument("--model", default=USUAL.name, help="name, hub id or folder")
     parser.add_argument("--size", choices=list(SIZES), help="a randomly initialised model instead")
-    parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    parser.add_argument("--out", default=str(FOLDER), metavar="DIR", help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="only see that all runs; needs --out")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the results (default: this script's)"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 
@@ -105,11 +120,7 @@ def _count(text: str) -> int:
 
 def _setting(args: argparse.Namespace, folder: Path) -> Setting:
     amounts = Amounts.quick() if args.quick else Amounts()
-    given = {
-        name: getattr(args, name)
-        for name in ("repeats", "facts", "naive_facts", "steps")
-        if getattr(args, name) is not None
-    }
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     amounts = replace(amounts, **given)
     return Setting(
         amounts=replace(amounts, naive_facts=min(amounts.naive_facts, amounts.facts)),
@@ -136,8 +147,8 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _key(name: str, setting: Setting) -> str:
-    """Where a record is kept: the usual model's by name, any other's beside it."""
+def _key(name: str, setting: Setting, *, quick: bool) -> str:
+    """Where a record is kept: the usual one by name, any other beside it."""
     other = [
         str(found)
         for found, usual in (
@@ -146,6 +157,13 @@ def _key(name: str, setting: Setting) -> str:
             (setting.dtype, USUAL.dtype),
         )
         if found != usual
+    ]
+    base = Amounts.quick() if quick else Amounts()
+    other += ["quick"] if quick else []
+    other += [
+        f"{option.replace('_', '-')} {getattr(setting.amounts, option)}"
+        for option in OPTIONS
+        if getattr(setting.amounts, option) != getattr(base, option)
     ]
     return f"{name}: {', '.join(other)}" if other else name
 

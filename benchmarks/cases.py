@@ -36,7 +36,11 @@ CASES: dict[str, Case] = {
         memory=("with preparation", "batched", "one by one"),
     ),
     "keys": Case(title="Keys", plan=keys, memory=("bare", "naive bare")),
-    "second-moment": Case(title="Second moment", plan=second_moment, memory=("fast", "naive")),
+    "second-moment": Case(
+        title="Second moment, against a full forward pass",
+        plan=second_moment,
+        memory=("fast", "naive"),
+    ),
     "processes": Case(title="Start, help, load", plan=processes),
     "growth-facts": Case(title="Growth with the number of facts", plan=growth_in_facts),
     "growth-length": Case(title="Growth with the length of the prompt", plan=growth_in_length),

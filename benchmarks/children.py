@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from cases import CASES
 from measuring import Report, environment, measure_memory, run_plan
+from naive import MAX_TOKENS
 from setting import Amounts, Setting
 
 __all__ = ["ChildFailedError", "child_main", "run_child"]
@@ -71,11 +72,14 @@ def child_main(told: str) -> int:
         size=asked["size"],
         device=asked["device"],
         dtype=asked["dtype"],
+        for_memory=asked["side"] is not None,
     )
     case, device = CASES[asked["name"]], torch.device(asked["device"])
     if asked["side"] is not None:
-        # One naive fact needs as much memory as many, one after another, and two steps as many.
-        few = replace(setting.amounts, naive_facts=1, naive_edits=1, steps=2)
+        # The longest naive fact needs as much memory as all of them, one after another; two steps
+        # as much as many, and two batches of the second moment, too.
+        tokens = min(setting.amounts.moment_tokens, 2 * MAX_TOKENS)
+        few = replace(setting.amounts, naive_edits=1, steps=2, moment_tokens=tokens)
         plan = case.plan(replace(setting, amounts=few))
         (side,) = [side for side in plan.sides if side.label == asked["side"]]
         _say({"result": measure_memory(side, device)})

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
 
-__all__ = ["count_executed", "needed", "replayed_tokens"]
+__all__ = ["Blocks", "blocks_of", "count_executed", "needed", "replayed_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class _Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Blocks:
+class Blocks:
     """Some blocks of a model."""
 
     elements: int
@@ -56,10 +58,40 @@ class _Blocks:
         return 2 * self.elements + times * self.attention * (position + 1)
 
 
-def needed(model: Model, fact: Fact, contexts: ContextSet, *, layer: int, losses: int) -> float:
-    """FLOPs of one fact whose optimisation took so many losses."""
-    lower = _blocks(model, range(layer + 1))
-    upper = _blocks(model, range(layer + 1, model.n_layers))
+def blocks_of(model: Model, network: nn.ModuleList, layers: range) -> Blocks:
+    """Count some blocks of the plain network; TransformerLens has a matrix under several names."""
+    elements = sum(
+        parameter.numel()
+        for layer in layers
+        for parameter in network[layer].parameters()
+        if parameter.ndim > 1
+    )
+    bridge: Any = model.bridge
+    heads = int(bridge.cfg.n_heads) * int(bridge.cfg.d_head)
+    return Blocks(elements=elements, attention=4 * heads * len(layers))
+
+
+def needed(
+    model: Model,
+    network: nn.ModuleList,
+    fact: Fact,
+    contexts: ContextSet,
+    *,
+    layer: int,
+    losses: int,
+) -> float:
+    """FLOPs of one fact whose optimisation took so many losses.
+
+    Args:
+        model: The model.
+        network: The blocks of the plain network on the same weights.
+        fact: The fact.
+        contexts: The contexts of its prompts.
+        layer: The edited layer.
+        losses: How many losses were taken.
+    """
+    lower = blocks_of(model, network, range(layer + 1))
+    upper = blocks_of(model, network, range(layer + 1, model.n_layers))
     bridge: Any = model.bridge
     unembed = 2 * model.site(layer).d_model * int(bridge.cfg.d_vocab)
     once = step = update = 0.0
@@ -99,14 +131,3 @@ def _rows(model: Model, fact: Fact, contexts: ContextSet) -> list[_Row]:
     subject = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
     position = subject.subject_position or 0
     return [*rows, _Row(length=position + 1, subject=position, places=1)]
-
-
-def _blocks(model: Model, layers: range) -> _Blocks:
-    bridge: Any = model.bridge
-    elements = 0
-    for layer in layers:
-        # By address: TransformerLens knows the same matrix by several names.
-        found = {p.data_ptr(): p.numel() for p in bridge.blocks[layer].parameters() if p.ndim > 1}
-        elements += sum(found.values())
-    heads = int(bridge.cfg.n_heads) * int(bridge.cfg.d_head)
-    return _Blocks(elements=elements, attention=4 * heads * len(layers))

@@ -9,7 +9,7 @@ from setting import Setting
 
 __all__ = ["growth_in_facts", "growth_in_length", "growth_in_size"]
 
-LENGTHS = (0, 24, 72)
+LENGTHS = (0, 16, 48)
 """Words put before a prompt to make it longer."""
 FILLER = "It was a long day, and they had talked about many other things before this one came up. "
 
@@ -35,33 +35,32 @@ def growth_in_facts(setting: Setting) -> Plan:
 
 
 def growth_in_length(setting: Setting) -> Plan:
-    """Time of both sides against the length of the prompt before the subject."""
+    """Time of both sides, on the same facts, against the length of the prompt up to the subject."""
     setting.prepare()
     settings = fixed_steps(setting)
-    count = min(setting.amounts.growth_facts)
     sides: list[Side] = []
     pairs: list[tuple[str, str, str]] = []
     words = (FILLER * 8).split()
     for length in LENGTHS:
         filler = "".join(f"{word} " for word in words[:length])
-        facts = [replace(f, template=filler + f.template) for f in setting.facts[:count]]
+        some = setting.facts[: setting.amounts.growth_pairs]
+        facts = [replace(fact, template=filler + fact.template) for fact in some]
         name = f"{length} more words"
-        sides += edit_sides(setting, facts, facts[:1], settings, suffix=f", {name}")
+        sides += edit_sides(setting, facts, facts, settings, suffix=f", {name}")
         pairs.append((name, f"fast, {name}", f"naive, {name}"))
     return Plan(sides=tuple(sides), pairs=tuple(pairs), warm=lambda: warm(setting))
 
 
 def growth_in_size(setting: Setting) -> Plan:
-    """Time of both sides against the size of randomly initialised models."""
+    """Time of both sides, on the same facts, against the size of random models."""
     sides: list[Side] = []
     pairs: list[tuple[str, str, str]] = []
     sized = [setting.of_size(size.name) for size in GROWTH[: setting.amounts.sizes]]
-    count = min(setting.amounts.growth_facts)
     rows: list[tuple[str | float | int, ...]] = []
     for one in sized:
         one.prepare()
-        few = one.facts[:count]
-        sides += edit_sides(one, few, few[:1], fixed_steps(one), suffix=f", {one.label}")
+        few = one.facts[: setting.amounts.growth_pairs]
+        sides += edit_sides(one, few, few, fixed_steps(one), suffix=f", {one.label}")
         pairs.append((one.label, f"fast, {one.label}", f"naive, {one.label}"))
         site = one.model.site(one.layer)
         parameters = sum(p.numel() for p in one.naive.network.parameters())

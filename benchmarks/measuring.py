@@ -34,6 +34,8 @@ __all__ = [
 Report = Callable[[int, int, str], None]
 """Told how many steps are done, of how many, and what runs now."""
 MIB = 2**20
+_RESET_SLACK = 8 * MIB
+"""How far a record that was just set back may lie above what is held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class Extras:
     """More tables."""
     notes: tuple[str, ...] = ()
     """Sentences."""
+    failures: tuple[str, ...] = ()
+    """What was to hold and does not."""
 
 
 def _nothing(_results: Mapping[str, Any], _seconds: Mapping[str, Sequence[float]]) -> Extras:
@@ -170,16 +174,25 @@ def run_plan(plan: Plan, *, repeats: int, device: torch.device, report: Report) 
     )
 
 
-def measure_memory(side: Side, device: torch.device) -> dict[str, float]:
-    """Run a side once in this process; peaks in MiB, and what was held before."""
+def measure_memory(side: Side, device: torch.device) -> dict[str, float | None]:
+    """Run a side once in this process; MiB held before and at most, None where not measured.
+
+    Loading a model may take more than the run, so the kernel's record is first set back. Where it
+    cannot be, it tells of the run only if the run raised it.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    # Where the kernel lets us, the peak starts anew here: loading a model may need more.
+    # A refusal to reset shows in what is read next.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "utf-8")
-    before = _peak_rss()
+    before, resident = _peak_rss(), _status("VmRSS")
     side.run()
-    found = {"rss_before": before / MIB, "rss_peak": _peak_rss() / MIB}
+    after = _peak_rss()
+    reset = resident is not None and before <= resident + _RESET_SLACK
+    found: dict[str, float | None] = {
+        "rss_before": None if resident is None else resident / MIB,
+        "rss_peak": after / MIB if reset or after > before else None,
+    }
     if device.type == "cuda":
         found["cuda_peak"] = torch.cuda.max_memory_allocated(device) / MIB
     return found
@@ -226,6 +239,19 @@ def _settle(device: torch.device) -> None:
 
 
 def _peak_rss() -> int:
-    # Kibibytes on Linux, bytes on macOS.
+    known = _status("VmHWM")
+    if known is not None:
+        return known
+    # Kibibytes on Linux, where it can never be set back; bytes on macOS.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status(name: str) -> int | None:
+    """A size that Linux tells of this process, in bytes; None where it does not."""
+    try:
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(sizes[0]) * 1024 if sizes else None

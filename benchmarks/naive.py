@@ -1,17 +1,18 @@
 """ROME written down plainly: the oracle of the fast path, and the other side of every ratio.
 
-This is what the released code does, one edit after another: every pass runs the whole model over
-every token of every prompt and makes logits everywhere, in each step of the optimisation too. It
-runs on a Hugging Face model that TransformerLens never touched, on the same weights. Only data
-classes and prompts come from firsttok; keys, value, closed form, perplexity and second moment are
-written here once more.
+This is how the released code edits, one fact after another: every pass runs the whole model over
+every token of every prompt and makes logits everywhere, in each step of the optimisation too; C is
+inverted once for all facts. The second moment is no copy of the released code, which stops at the
+edited layer: here it is taken from full forward passes. All of it runs on a Hugging Face model that
+TransformerLens never touched, on the same weights. Only data classes and prompts come from
+firsttok; keys, value, closed form, perplexity and second moment are written here once more.
 """
 
 import contextlib
 import copy
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -35,12 +36,14 @@ from firsttok.prompts import (
 from firsttok.tensors import TokenBatch
 
 __all__ = [
+    "MAX_TOKENS",
     "NaiveEdit",
     "NaiveKeys",
     "NaiveModel",
     "NaiveValue",
     "naive_edit",
     "naive_fact_keys",
+    "naive_inverse",
     "naive_keys",
     "naive_model",
     "naive_perplexities",
@@ -61,6 +64,8 @@ class NaiveModel:
     """The loaded model, for prompts and padding."""
     network: Any
     """The Hugging Face model; it holds the very parameters of ``model``."""
+    blocks: torch.nn.ModuleList
+    """Its blocks, each weight in them once."""
     mlp: torch.nn.Module
     """The MLP of the edited layer."""
     projection: torch.nn.Module
@@ -150,9 +155,12 @@ def naive_model(model: Model, layer: int) -> NaiveModel:
         for name, parameter in network.named_parameters()
         if parameter.data_ptr() == address
     ]
+    # As in transformer.h.17.mlp.c_proj.
+    stack, _, _ = path.partition(f".{layer}.")
     return NaiveModel(
         model=model,
         network=network.eval().requires_grad_(False),
+        blocks=cast("torch.nn.ModuleList", network.get_submodule(stack)),
         mlp=network.get_submodule(path.rpartition(".")[0]),
         projection=network.get_submodule(path),
     )
@@ -241,16 +249,21 @@ def naive_value(
     return NaiveValue(target=(anchor + delta).detach(), losses=tuple(losses))
 
 
+def naive_inverse(second_moment: Tensor) -> Tensor:
+    """Invert C ``[d_mlp, d_mlp]``, once for all facts."""
+    return torch.linalg.inv(second_moment)
+
+
 def naive_edit(
     naive: NaiveModel,
     fact: Fact,
     method: Method,
     *,
     contexts: ContextSet,
-    second_moment: Tensor,
+    inverse: Tensor,
     hyperparameters: Hyperparameters,
 ) -> NaiveEdit:
-    """Compute one edit from C ``[d_mlp, d_mlp]``, every slot of the closed form by the method."""
+    """Compute one edit from C^-1 ``[d_mlp, d_mlp]``, each slot of the closed form by the method."""
     found = naive_fact_keys(naive, fact, contexts)
     value = naive_value(
         naive,
@@ -260,7 +273,7 @@ def naive_edit(
         hyperparameters=hyperparameters,
     )
     key = found.keys[method.direction]
-    left = torch.linalg.solve(second_moment, key.to(second_moment)).to(key)
+    left = (inverse @ key.to(inverse)).to(key)
     left = left / left.norm()
     numerator = value.target - found.values[method.residual]
     denominator = left @ found.keys[method.denominator]
@@ -303,7 +316,10 @@ def naive_perplexities(
 def naive_second_moment(
     naive: NaiveModel, documents: Sequence[str], *, max_tokens: int
 ) -> tuple[Tensor, int]:
-    """C in float64 over windows of 128 tokens, and the number of tokens; logits are made too."""
+    """C in float64 over windows of 128 tokens, and the number of tokens, by full forward passes.
+
+    All layers run and logits are made, which C does not need: the released code stops at the layer.
+    """
     windows = _windows(naive.model, documents, max_tokens)
     seen: list[Tensor] = []
 

@@ -10,9 +10,11 @@ _HEAD = """# Benchmarks
 
 Rendered from [results.json](results.json), which `make bench` writes. "Naive" is
 [naive.py](naive.py): the released algorithm written down plainly, on a Hugging Face model that
-TransformerLens never touched, with the same weights, threads and numbers. Both sides run in turn in
-one process. A time is the median over the repeats, with the smallest and largest in brackets; a
-ratio is that of the throughputs within one repeat, naive time over fast time.
+TransformerLens never touched, with the same weights, threads and numbers; only for the second
+moment it is a full forward pass, where the released code stops at the edited layer. Both sides run
+in turn in one process, warmed up before. A time is the median over the repeats, with the smallest
+and largest in brackets; a ratio is that of the throughputs within one repeat, naive time over fast
+time.
 """
 
 
@@ -95,9 +97,13 @@ def _memory(record: Mapping[str, Any]) -> str:
     columns = ["side", "resident before, MiB", "resident at most, MiB"]
     rows: list[list[str]] = []
     for label, found in record["memory"].items():
-        row = [label, f"{found['rss_before']:,.0f}", f"{found['rss_peak']:,.0f}"]
+        row = [label, _mebibytes(found["rss_before"]), _mebibytes(found["rss_peak"])]
         rows.append(row + ([f"{found['cuda_peak']:,.0f}"] if cuda else []))
     return _table(columns + (["GPU at most, MiB"] if cuda else []), rows)
+
+
+def _mebibytes(size: float | None) -> str:
+    return "not measured" if size is None else f"{size:,.0f}"
 
 
 def _ratio(pair: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from naive import NaiveModel, naive_model
+from naive import NaiveModel, naive_inverse, naive_model
 from random_models import SIZES, random_folder
 
 from firsttok.cases import spread_evenly
@@ -13,6 +13,7 @@ from firsttok.contexts import ContextSet, load_contexts
 from firsttok.data import Fact, builtin_facts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, find_spec, load
+from firsttok.prompts import fact_prompt, with_target
 from firsttok.second_moment import SecondMoment
 
 __all__ = ["REPOSITORY", "Amounts", "Setting"]
@@ -26,22 +27,24 @@ _CONTEXTS = REPOSITORY / "figures" / "smollm2-135m" / "contexts-seed0.json"
 class Amounts:
     """How much work the benchmarks do."""
 
-    repeats: int = 3
+    repeats: int = 2
     """Times every side is run."""
     facts: int = 24
     """Facts of the fast side."""
-    naive_facts: int = 6
+    naive_facts: int = 4
     """Facts of the naive side, spread over the same list."""
     edits: int = 8
     """Edits whose perplexity the fast side measures."""
     naive_edits: int = 2
     """Edits whose perplexity the naive side measures."""
-    moment_tokens: int = 8192
+    moment_tokens: int = 16384
     """Tokens of the second moment."""
-    growth_steps: int = 6
+    growth_steps: int = 4
     """Losses of each fact while the growth is measured."""
     growth_facts: tuple[int, ...] = (4, 8, 16)
     """Numbers of facts between which the time grows."""
+    growth_pairs: int = 2
+    """Facts that both sides edit while the growth in length and in size is measured."""
     sentences: int = 50
     """Sentences of the perplexity."""
     sizes: int = 3
@@ -63,6 +66,7 @@ class Amounts:
             moment_tokens=1024,
             growth_steps=2,
             growth_facts=(1, 2),
+            growth_pairs=1,
             sentences=8,
             sizes=2,
             memory_sides=1,
@@ -86,6 +90,8 @@ class Setting:
     """Where the model runs."""
     dtype: str = "float32"
     """Type of its weights."""
+    for_memory: bool = False
+    """Whether a side runs once for its peak memory: the naive one then takes the longest fact."""
 
     @property
     def label(self) -> str:
@@ -115,7 +121,9 @@ class Setting:
 
     @cached_property
     def naive_facts(self) -> list[Fact]:
-        """Those of them that the naive side does."""
+        """Those of them that the naive side does, one after another."""
+        if self.for_memory:
+            return [max(self.facts, key=self._length)]
         return spread_evenly(self.facts, self.amounts.naive_facts)
 
     @cached_property
@@ -129,9 +137,9 @@ class Setting:
         return SecondMoment.identity(self.model.site(self.layer).d_mlp)
 
     @cached_property
-    def naive_moment(self) -> torch.Tensor:
-        """The same matrix for the naive side, where the model is."""
-        return self.moment.matrix.to(self.model.device)
+    def naive_inverse(self) -> torch.Tensor:
+        """Its inverse for the naive side, where the model is."""
+        return naive_inverse(self.moment.matrix.to(self.model.device))
 
     @cached_property
     def hyperparameters(self) -> Hyperparameters:
@@ -143,10 +151,14 @@ class Setting:
 
     def prepare(self) -> None:
         """Load what every side needs, so that neither time nor peak memory counts it."""
-        _ = self.naive, self.contexts, self.naive_moment, self.facts
-        # Its factor is made once for all edits.
+        _ = self.naive, self.contexts, self.naive_inverse, self.facts
+        # As the inverse, the factor is made once for all edits.
         self.moment.solve(torch.ones(self.moment.matrix.shape[0]))
 
     def of_size(self, size: str) -> "Setting":
         """The same amounts on a randomly initialised model."""
         return replace(self, size=size)
+
+    def _length(self, fact: Fact) -> int:
+        prompt = with_target(self.model, fact_prompt(self.model, fact), fact.target_new)
+        return len(prompt.token_ids)

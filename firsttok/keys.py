@@ -102,12 +102,14 @@ def keys_at(
     # At least float32, so that what is computed from bfloat16 keys loses no more than they did.
     dtype = torch.promote_types(model.dtype, torch.float32)
     values = torch.empty(len(sites), len(prompts), sites[0].d_mlp, dtype=dtype, device=model.device)
-    read = [position + 1 for position in at] if model.can_be_edited else None
+    opened = bool(prompts) and pad(model, prompts[:1]).visible is not None
+    causal = model.can_be_edited and not opened
+    # In a decoder, nothing behind the token that is read changes its key.
+    read = [position + 1 for position in at] if causal else None
     for group in batches(prompts, max_tokens=max_tokens, lengths=read):
         batch = pad(model, [prompts[i] for i in group])
         columns = batch.columns(torch.tensor([at[i] for i in group]))
-        if read is not None and batch.visible is None:
-            # In a decoder, nothing behind the token that is read changes its key.
+        if causal:
             batch = batch.first(int(columns.max()) + 1)
         seen = capture(model, batch, [site.key_hook for site in sites], stop_at_layer=stop)
         rows = torch.arange(len(group), device=columns.device)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from firsttok.contexts import ContextSet
@@ -265,6 +266,8 @@ def _row_path(study: Study, fact: Fact, method: Method) -> Path:
     settings = {key: value for key, value in study.provenance().items() if key != "versions"}
     # Its condition number is computed anew in every run, and its last digits hang on the machine.
     settings["second_moment"] = study.second_moment.content_hash
+    if study.model.dtype not in (torch.float32, torch.float64):
+        settings["precision"] = "keys, deltas and changes in float32"
     if "stages" in settings:
         # By their fields, not by their names, which a user gives.
         views = (study.model.interventions, study.evaluated.interventions)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import (
     FACTS,
     SENTENCES,
     TinyFactory,
+    build,
     naive_logits,
     naive_nlls,
 )
@@ -27,6 +29,7 @@ from firsttok.evaluation import (
     Perplexity,
     continuation,
     counterfact_scores,
+    edit_accuracies,
     edit_accuracy,
     perplexity,
     prepare_texts,
@@ -35,7 +38,7 @@ from firsttok.evaluation import (
     top_predictions,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model
+from firsttok.models import BosPolicy, Model, Replay, load
 from firsttok.prompts import fact_prompt, text_prompt, with_target
 from firsttok.second_moment import SecondMoment
 
@@ -130,11 +133,26 @@ def test_edits_side_by_side_or_one_by_one_measure_the_same(
     model = tiny("llama")
     prepared = prepare_texts(model, SENTENCES, layer=1)
     edits = [strong_edit(model, fact) for fact in FACTS]
-    monkeypatch.setattr(import_module("firsttok.evaluation.perplexity"), "_MAX_TOKENS", most)
-    found = prepared.measure_edits(model, edits)
-    for edit, measured in zip(edits, found, strict=True):
-        (alone,) = prepared.measure_edits(model, [edit])
-        assert measured.per_sentence == pytest.approx(alone.per_sentence, rel=1e-6)
+    alone = [prepared.measure_edits(model, [edit])[0] for edit in edits]
+    module = import_module("firsttok.evaluation.perplexity")
+    monkeypatch.setattr(module, "_MAX_TOKENS", most)
+    monkeypatch.setattr(module, "_PLACES", 5)
+    for measured, other in zip(prepared.measure_edits(model, edits), alone, strict=True):
+        assert measured.per_sentence == pytest.approx(other.per_sentence, rel=1e-5)
+
+
+def test_a_model_that_runs_whole_is_measured_as_well(tmp_path: Path) -> None:
+    build("gemma2", tmp_path)
+    model = load(str(tmp_path))
+    assert model.replay is Replay.WHOLE
+    edits = [strong_edit(model, FACTS[0], method=method) for method in (ROME, C_ROME)]
+    found = prepare_texts(model, SENTENCES, layer=1).measure_edits(model, edits)
+    accuracies = edit_accuracies(model, FACTS[3], edits)
+    for edit, measured, accuracy in zip(edits, found, accuracies, strict=True):
+        with edit.applied(model):
+            expected = perplexity(model, SENTENCES)
+        assert measured.per_sentence == pytest.approx(expected.per_sentence, rel=1e-4)
+        assert accuracy == edit_accuracy(model, FACTS[3], edit)
 
 
 def test_prepared_texts_refuse_an_edited_layer_and_an_edit_of_another(tiny: TinyFactory) -> None:

@@ -20,10 +20,12 @@ from tiny import (
     weights,
 )
 
+from benchmarks.flops import blocks_of, count_executed
 from benchmarks.naive import (
     NaiveEdit,
     naive_edit,
     naive_fact_keys,
+    naive_inverse,
     naive_keys,
     naive_model,
     naive_perplexities,
@@ -98,6 +100,7 @@ def compare(
     """Hold the edits of a list of facts against naive ones; returns those of the first method."""
     naive = naive_model(model, layer)
     moment = moment_of(model.site(layer).d_mlp)
+    inverse = naive_inverse(moment.matrix)
     of_loss, of_value = tolerances
     firsts: list[NaiveEdit] = []
     found = compute_edits(
@@ -118,7 +121,7 @@ def compare(
                 fact,
                 method,
                 contexts=contexts,
-                second_moment=moment.matrix,
+                inverse=inverse,
                 hyperparameters=settings,
             )
             assert edit.losses == pytest.approx(plain.value.losses, rel=of_loss)
@@ -150,6 +153,27 @@ def test_the_naive_model_is_the_plain_one_on_the_same_weights(tiny: TinyFactory,
     with naive.edited(left, right):
         assert torch.equal(site.matrix, expected)
     assert same_weights(weights(model), before)
+
+
+def test_a_joint_matrix_of_queries_keys_and_values_is_counted_once(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    blocks = naive_model(model, 1).blocks
+    site = model.site(1)
+    per_block = 4 * site.d_model**2 + 2 * site.d_model * site.d_mlp
+    assert blocks_of(model, blocks, range(1, 4)).elements == 3 * per_block
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_one_token_needs_as_much_as_the_plain_network_executes(
+    tiny: TinyFactory, arch: str
+) -> None:
+    model = tiny(arch)
+    naive = naive_model(model, 1)
+    embedding = naive.network.get_output_embeddings().weight
+    executed = count_executed(lambda: naive.network(torch.tensor([[5]])))
+    blocks = blocks_of(model, naive.blocks, range(model.n_layers))
+    # Rotary angles are products, too, but small ones.
+    assert blocks.forward(range(1)) + 2 * embedding.numel() == pytest.approx(executed, rel=0.02)
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -320,7 +344,7 @@ def test_one_fact_of_the_embedded_model(real_model: Model) -> None:
         fact,
         ROME,
         contexts=contexts,
-        second_moment=moment.matrix,
+        inverse=naive_inverse(moment.matrix),
         hyperparameters=settings,
     )
     assert edits["rome"].losses == pytest.approx(plain.value.losses, rel=2e-3)

@@ -33,7 +33,7 @@ except SystemExit as ended:
 else:
     raise AssertionError("it was run")
 """
-COMMANDS = ("models", "tokens", "edit", "scan", "reproduce", "report")
+COMMANDS = sorted(path.stem for path in (ROOT / "firsttok" / "commands").glob("[a-z]*.py"))
 
 
 def imported(code: str) -> set[str]:

@@ -1,5 +1,6 @@
 """A replay of the upper blocks is the full pass, with and without a cut."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 from tiny import DECODERS, LAYERS, TinyFactory, build, fact_prompts, relative, sentence_prompts
 
-from firsttok.errors import UnsupportedModelError
-from firsttok.models import Model, Replay, capture_tail, find_replay, load, logits
+from firsttok.errors import LayerOutOfRangeError, UnsupportedModelError
+from firsttok.models import BosPolicy, Model, Replay, capture_tail, find_replay, load, logits
 from firsttok.models.forward import call_arguments
 from firsttok.probes import SeesAll
 from firsttok.prompts import Prompt, pad, positions
@@ -203,6 +204,13 @@ def test_capture_leaves_no_hook_behind(tiny: TinyFactory, arch: str) -> None:
         capture_tail(model, batch, layer=0, cut=cut, replay=replay)
     capture_tail(model, pad(model, sentence_prompts(model)), layer=0, replay=Replay.WHOLE)
     assert state() == before
+    with pytest.raises(LayerOutOfRangeError):
+        capture_tail(model, batch, layer=99)
+    broken = replace(batch, tokens=batch.tokens + 100_000)
+    for replay in Replay:
+        with pytest.raises(IndexError):
+            capture_tail(model, broken, layer=0, replay=replay)
+    assert state() == before
 
 
 def test_an_encoder_decoder_has_no_tail(tiny: TinyFactory) -> None:
@@ -231,10 +239,35 @@ def test_a_trial_finds_what_has_to_run_again(tiny: TinyFactory, arch: str, dtype
 def test_the_trial_is_made_once(
     tiny: TinyFactory, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny(arch)
+    model = replace(tiny(arch))
+    calls: list[object] = []
+
+    def trial(model: Model) -> Replay:
+        calls.append(model)
+        return find_replay(model)
+
+    monkeypatch.setattr("firsttok.models.model.find_replay", trial)
     found = model.replay
-    monkeypatch.setattr("firsttok.models.replay.find_replay", None)
-    assert model.replay is found
+    views = [model, model.with_bos(BosPolicy.WITHOUT), model.intervened(SeesAll())]
+    assert all(view.replay is found for view in views)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_a_logit_cap_is_seen_whatever_the_type(tmp_path: Path, dtype: str) -> None:
+    build("gemma2", tmp_path)
+    assert load(str(tmp_path), dtype=dtype).replay is Replay.WHOLE
+
+
+def test_a_full_device_is_not_taken_for_an_odd_model(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("firsttok.models.replay.capture_tail", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_replay(tiny("llama"))
 
 
 def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
@@ -253,6 +286,7 @@ def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
     monkeypatch.setattr(bridge.original_model, "forward", scaled)
     with caplog.at_level("WARNING"):
         assert find_replay(model) is Replay.WHOLE
+    assert "the logits are others" in caplog.text
     assert "runs the whole model" in caplog.text
 
 

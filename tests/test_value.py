@@ -16,6 +16,7 @@ from tiny import (
     FACTS,
     PREFIXED_ONLY,
     TinyFactory,
+    build,
     plain_model,
     relative,
     same_weights,
@@ -29,7 +30,7 @@ from firsttok.errors import BadInputError, HyperparameterError, NonFiniteError
 from firsttok.evaluation import score_targets
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys
-from firsttok.models import BosPolicy, Model
+from firsttok.models import BosPolicy, Model, Replay, load
 from firsttok.prompts import fact_prompt, with_target
 
 STRONG = Hyperparameters(steps=7, learning_rate=0.5)
@@ -280,7 +281,7 @@ def test_facts_side_by_side_or_one_by_one_give_the_same(
     settings = stopping_at_different_steps(model)
     module = import_module("firsttok.editing.value")
     expected = optimise(model, FACTS, settings)
-    # On a CPU only facts of one width share a batch; on a GPU all do, padded.
+    # Whichever facts share a batch, padded or not.
     for group_size in (1, 3, len(FACTS)):
 
         def groups(*_: object, size: int = group_size) -> list[list[int]]:
@@ -419,3 +420,50 @@ def test_a_stored_value_comes_back_and_a_damaged_one_does_not(
     assert path() not in others
     path().write_bytes(path().read_bytes()[:-5])
     assert store.read(path(), model) is None
+
+
+def test_a_model_that_runs_whole_gives_the_naive_values(tmp_path: Path) -> None:
+    build("gemma2", tmp_path)
+    model = load(str(tmp_path), dtype="float64").with_bos(BosPolicy.WITHOUT)
+    assert model.replay is Replay.WHOLE
+    compare(
+        model,
+        5e-6,
+        FACTS,
+        contexts=CONTEXTS,
+        slot=Slot.UNPREFIXED,
+        layer=1,
+        settings=Hyperparameters(steps=4),
+    )
+
+
+def test_every_fact_is_in_one_batch_and_the_budget_is_kept(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    module: Any = import_module("firsttok.editing.value")
+    long = replace(FACTS[0], template="It is well known to all of us here that {} is in", case_id=9)
+    facts = [*FACTS, *FACTS, long]
+    rows = [module._fact_rows(model, fact, CONTEXTS) for fact in facts]
+
+    def cost(groups: list[list[int]]) -> int:
+        padded = [max(rows[i].width for i in group) for group in groups]
+        counts = [sum(len(rows[i].prompts) for i in group) for group in groups]
+        return sum(a * b for a, b in zip(padded, counts, strict=True))
+
+    groups = module._groups(model, rows, 1)
+    assert sorted(itertools.chain(*groups)) == list(range(len(facts)))
+    alone = [[index] for index in range(len(facts))]
+    extra = module.BATCH_COST["cpu"]
+    assert cost(groups) + extra * len(groups) <= cost(alone) + extra * len(alone)
+    largest = max(module._bytes_of(model, [row], 1) for row in rows)
+    for budget in (1, largest, 3 * largest):
+        monkeypatch.setattr(module, "CPU_BUDGET", budget)
+        for group in module._groups(model, rows, 1):
+            held = module._bytes_of(model, [rows[i] for i in group], 1)
+            assert len(group) == 1 or held <= budget
+    # A long prefix costs the memory of all that share its batch.
+    short = [rows[0]] * 4
+    assert module._bytes_of(model, [*short, rows[-1]], 1) > module._bytes_of(
+        model, short, 1
+    ) + module._bytes_of(model, [rows[-1]], 1)

@@ -338,11 +338,28 @@ def _gemma3(window: int = 64) -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def _gemma2() -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=64,
+        max_position_embeddings=160,
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
 _MODELS: dict[str, Callable[..., Any]] = {
     "gpt2": _gpt2,
     "gptj": _gptj,
     "llama": _llama,
     "mistral": _mistral,
+    "gemma2": _gemma2,
     "gemma3": _gemma3,
     "t5": _t5,
     "bert": _bert,

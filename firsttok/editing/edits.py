@@ -13,7 +13,7 @@ from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource
+from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
 from firsttok.models import Model
 from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
@@ -73,7 +73,7 @@ def compute_edits(
     """Compute the edits of many facts by several methods, a window of facts at a time.
 
     Methods whose values are anchored alike share the optimisation. With a store, values that are
-    there already are read and not computed again, and each new one is kept as soon as it is there.
+    there already are read and not computed again, and new ones are kept when their batch is done.
 
     The values are optimised on ``model`` with the interventions of its view; the keys come from
     ``key_source``, which may intervene otherwise.
@@ -86,7 +86,10 @@ def compute_edits(
     slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
     for start in range(0, len(facts), WINDOW):
         chunk = facts[start : start + WINDOW]
-        keys = [key_source.keys(model, fact, contexts, layer=site.layer) for fact in chunk]
+        if key_source is ORDINARY_KEYS:
+            keys = keys_of_facts(model, chunk, contexts, layer=site.layer)
+        else:
+            keys = [key_source.keys(model, fact, contexts, layer=site.layer) for fact in chunk]
         values = {
             slot: _values(
                 model,

@@ -22,12 +22,13 @@ from firsttok.tensors import ValueMatrix, ValueVector
 
 __all__ = ["Value", "optimise_values"]
 
-CPU_BUDGET = 768 * 2**20
+CPU_BUDGET = 2**30
 """Bytes of activations of one batch on a CPU; on a GPU it is half of what is free."""
-BATCH_COST = {"cpu": 54, "cuda": 4096}
+BATCH_COST = {"cpu": 140, "cuda": 4096}
 """What one more batch costs in every step, in tokens: small matrices are slow to multiply.
 
-On a CPU from ``benchmarks/trials.py`` (132 tokens against 528), on a GPU a guess.
+On a CPU from the ratio of one fact to four in a batch that ``benchmarks/trials.py`` finds, on a
+GPU a guess.
 """
 
 
@@ -92,6 +93,11 @@ class _FactRows:
     """The last target token is predicted but never read, so it is not among the tokens."""
     targets: tuple[tuple[int, ...], ...]
     """Tokens to be predicted behind each row; none behind the KL prompt."""
+
+    @property
+    def prefix(self) -> int:
+        """Columns before the subject's last token, in the row that has most."""
+        return max(row.subject_position or 0 for row in self.prompts)
 
     @property
     def width(self) -> int:
@@ -182,23 +188,19 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
 
 def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int]]:
     """Facts that share a batch: the split with the fewest tokens, padding and batches counted."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].width)
-    sizes = [_bytes_of(model, rows[i], layer) for i in order]
-    on_cpu = model.device.type == "cpu"
-    budget = CPU_BUDGET if on_cpu else torch.cuda.mem_get_info(model.device)[0] // 2
-    extra = BATCH_COST["cpu" if on_cpu else "cuda"]
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].prefix))
+    budget = _budget(model)
+    extra = BATCH_COST["cuda" if model.device.type == "cuda" else "cpu"]
     # The least cost of the first so many facts, and where the last batch of that split starts.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for end in range(1, len(order) + 1):
-        width = rows[order[end - 1]].width
         found: list[tuple[float, int]] = []
-        count = held = 0
         for start in reversed(range(end)):
-            count += len(rows[order[start]].prompts)
-            held += sizes[start]
-            if found and held > budget:
+            batch = [rows[i] for i in order[start:end]]
+            if found and _bytes_of(model, batch, layer) > budget:
                 break
-            found.append((best[start][0] + count * width + extra, start))
+            tokens = sum(len(fact.prompts) for fact in batch) * batch[-1].width
+            found.append((best[start][0] + tokens + extra, start))
         best.append(min(found))
     groups: list[list[int]] = []
     end = len(order)
@@ -209,18 +211,45 @@ def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[in
     return groups[::-1]
 
 
-def _bytes_of(model: Model, fact: _FactRows, layer: int) -> int:
-    """What autograd keeps of one fact's rows.
+def _budget(model: Model) -> int:
+    if model.device.type != "cuda":
+        return CPU_BUDGET
+    free = torch.cuda.mem_get_info(model.device)[0]
+    # What the allocator holds in reserve is free as well.
+    held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return (free + held) // 2
 
-    About a dozen vectors of the residual stream's width and four of the MLP's for each token and
-    block, and the logits with their softmax and gradients.
+
+def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int) -> int:
+    """What autograd keeps of the rows of some facts, roughly.
+
+    For each block, about a dozen vectors of the residual stream's width and four of the MLP's for
+    each token that runs, and six for each that is only attended to; and the logits with their
+    softmax and gradients.
     """
     config = model.bridge.cfg
     size = torch.finfo(model.dtype).bits // 8
-    blocks = model.n_layers - layer
-    per_token = size * blocks * (12 * int(config.d_model) + 4 * model.site(layer).d_mlp)
-    per_place = 4 * max(size, 4) * int(config.d_vocab)
-    return per_token * fact.width * len(fact.prompts) + per_place * fact.places
+    blocks, width = model.n_layers - layer, int(config.d_model)
+    rows = sum(len(fact.prompts) for fact in batch)
+    run = max(fact.width for fact in batch)
+    kept = max(fact.prefix for fact in batch)
+    places = sum(fact.places for fact in batch)
+    if _cuts(model):
+        held = 6 * width * rows * kept
+    else:
+        run, held = run + kept, 0
+    if model.replay is Replay.WHOLE:
+        blocks, places = model.n_layers, rows * run
+    held += (12 * width + 4 * model.site(layer).d_mlp) * rows * run
+    return size * blocks * held + 4 * max(size, 4) * int(config.d_vocab) * places
+
+
+def _cuts(model: Model) -> bool:
+    """Whether the tokens before the subject's last one need not run again."""
+    if model.replay is Replay.WHOLE:
+        return False
+    # Where a token may see later ones, no column is out of delta's reach.
+    return pad(model, [Prompt(text="", token_ids=(0, 0))]).visible is None
 
 
 def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
@@ -230,8 +259,7 @@ def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
     contexts = [sum(map(bool, fact.targets)) for fact in facts]
     batch = pad(model, rows, side="subject")
     column = int(positions(rows).max())
-    # Where a token may see later ones, no column is out of delta's reach.
-    cut = 0 if batch.visible is not None or model.replay is Replay.WHOLE else column
+    cut = column if _cuts(model) else 0
     where = torch.zeros(len(rows), batch.tokens.shape[1] - cut, dtype=torch.bool)
     labels: list[int] = []
     weights: list[float] = []

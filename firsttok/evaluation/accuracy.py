@@ -35,6 +35,9 @@ def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str =
         fact: The fact the edit wrote.
         edit: The edit.
         context: Put before the rewriting prompt only, as in Table 5; ``"{}"`` for Table 4.
+
+    Raises:
+        EditMismatchError: If the edit was made for another model.
     """
     return edit_accuracies(model, fact, [edit], context=context)[0]
 
@@ -45,6 +48,8 @@ def edit_accuracies(
 ) -> list[Accuracy]:
     """As :func:`edit_accuracy`, for several edits of one layer that share their passes.
 
+    No weight is touched; see :meth:`~firsttok.evaluation.PreparedTexts.measure_edits`.
+
     Args:
         model: The model, unedited.
         fact: The fact the edits wrote.
@@ -53,7 +58,10 @@ def edit_accuracies(
 
     Raises:
         BadInputError: If the edits are of several layers.
+        EditMismatchError: If an edit was made for another model.
     """
+    if not edits:
+        return []
     layers = {edit.site_in(model).layer for edit in edits}
     if len(layers) != 1:
         raise BadInputError(

@@ -69,15 +69,19 @@ class PreparedTexts:
     """The layer that edits change."""
     groups: tuple[_Group, ...]
     """The batches."""
-    weight: Tensor
-    """The layer's weight as it was."""
+    weight: Float[Tensor, "rows columns"]
+    """The layer's weight as it was, in the model's layout."""
 
     @torch.no_grad()
     def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
         """Measure the model under each edit alone, as if it stood in the weights.
 
         An edit enters as ``(k . u) r``, added to the output of the edited layer's MLP; no weight is
-        touched. As many edits share a batch as the device takes.
+        touched. As many edits share a batch as the device takes. In a 16-bit type an edit that
+        stands in the weights is rounded with them; here it is not.
+
+        An edit that stands in a layer above is measured along; one below must not have been made
+        since the sentences were prepared.
 
         Args:
             model: The model these texts were prepared on, unedited.
@@ -152,6 +156,11 @@ def prepare_texts(
         texts: Sentences; None for the built-in fifty.
         layer: The layer that edits will change.
         bos: BOS policy of the sentences.
+
+    Raises:
+        BadInputError: If a sentence has fewer than two tokens.
+        LayerOutOfRangeError: If there is no such layer.
+        UnsupportedModelError: If the model is no decoder.
     """
     prompts = _prompts(model.with_bos(bos), texts)
     skip = len(model.with_bos(bos).leading_ids)
@@ -194,7 +203,7 @@ def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt 
 def _nlls(
     chunks: Iterable[Float[Tensor, "place vocab"]], labels: Int[Tensor, "place"]
 ) -> Float[Tensor, "place"]:
-    """NLL of each label, in float64, over logits that come a few places at a time."""
+    """NLL of each label, over logits that come a few places at a time; float64, for the sums."""
     found: list[Tensor] = []
     start = 0
     for chunk in chunks:

@@ -90,7 +90,7 @@ class Model:
     def attention_window(self) -> int | None:
         """How far back a token sees at most in some layers (Mistral, Gemma); None without limit."""
         config: Any = self.bridge.original_model.config
-        window = getattr(config, "sliding_window", None)
+        window = getattr(config.get_text_config(), "sliding_window", None)
         return None if window is None else int(window)
 
     @property
@@ -142,7 +142,7 @@ class Model:
 
     def with_bos(self, bos: BosPolicy) -> "Model":
         """Return the same weights under another BOS policy."""
-        return replace(self, bos=bos)
+        return self._view(replace(self, bos=bos))
 
     def intervened(self, *interventions: Intervention) -> "Model":
         """Return the same weights in a view that changes every batch before it is run.
@@ -150,4 +150,10 @@ class Model:
         Args:
             interventions: The changes, made in order after those of this view.
         """
-        return replace(self, interventions=(*self.interventions, *interventions))
+        return self._view(replace(self, interventions=(*self.interventions, *interventions)))
+
+    def _view(self, view: "Model") -> "Model":
+        # The trial was made on the same weights, whatever the view.
+        if "replay" in vars(self):
+            vars(view)["replay"] = self.replay
+        return view

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from firsttok.errors import UnsupportedModelError
 from firsttok.models.forward import call_arguments
-from firsttok.models.tail import CACHE_NAMES, Replay, Tail, new_cache
+from firsttok.models.tail import CACHE_NAMES, Replay, Tail, new_cache, replaced_forward
 from firsttok.tensors import TokenBatch
 
 if TYPE_CHECKING:
-    from firsttok.models.loading import Model
+    from firsttok.models.model import Model
 
 __all__ = ["capture_tail", "find_replay"]
 
@@ -42,8 +42,11 @@ def capture_tail(
 
     Raises:
         UnsupportedModelError: If the model is no decoder with a final norm and an unembedding.
-        ValueError: If columns are cut off a batch whose tokens may see later ones.
+        LayerOutOfRangeError: If there is no such layer.
+        ValueError: If columns are cut off a batch whose tokens may see later ones, or off one of a
+            model that runs whole.
     """
+    model.site(layer)
     if cut and batch.visible is not None:
         raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
     if not model.can_be_edited:
@@ -94,50 +97,59 @@ def find_replay(model: "Model") -> Replay:
         position_ids=ones.cumsum(1) - 1,
         starts=torch.zeros(2, dtype=torch.long, device=model.device),
     )
-    layer, cut = (model.n_layers - 1) // 2, 2
-    width = model.site(layer).d_model
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 6, width, generator=generator).to(model.device)
-    noise[:, :cut] = 0
+    reasons: list[str] = []
     for mode in (Replay.ABOVE, Replay.FROM):
         try:
-            right = _agrees(model, batch, noise, layer=layer, cut=cut, mode=mode)
+            reason = _difference(model, batch, mode)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            logger.debug("%s: replay %s failed: %s", model.name, mode.value, error)
-            right = False
-        if right:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
             return mode
+        reasons.append(f"{mode.value}: {reason}")
     logger.warning(
-        "%s cannot be replayed from a layer on, so every step runs the whole model: the results "
-        "are the same, only slower",
+        "%s cannot be replayed from a layer on (%s), so every step runs the whole model: the "
+        "results are the same, only slower",
         model.label,
+        "; ".join(reasons),
     )
     return Replay.WHOLE
 
 
 @torch.no_grad()
-def _agrees(
-    model: "Model", batch: TokenBatch, noise: Tensor, *, layer: int, cut: int, mode: Replay
-) -> bool:
-    """Whether a replay gives the logits of a whole pass, for a small and a large change.
+def _difference(model: "Model", batch: TokenBatch, mode: Replay) -> str | None:
+    """In what a replay differs from a whole pass; None if in nothing.
 
-    Two sizes, since a norm behind the MLP can be mistaken for none at one size only.
+    Unchanged, the same blocks run on the same input, so that the logits must be equal but for the
+    last bits: a logit cap behind the unembedding shows there. Then a small and a large change,
+    since a norm behind the MLP can be mistaken for none at one size only; and some prompts of it.
     """
+    layer, cut = (model.n_layers - 1) // 2, 2
     everywhere = torch.ones_like(batch.tokens, dtype=torch.bool)
     whole = capture_tail(model, batch, layer=layer, replay=Replay.WHOLE)
+    uncut = capture_tail(model, batch, layer=layer, replay=mode)
     tail = capture_tail(model, batch, layer=layer, cut=cut, replay=mode)
     before = whole.logits(model, everywhere).double()
-    scale = float(whole.residual.double().norm(dim=-1).median() / noise.shape[-1] ** 0.5)
-    tolerance = 1e-2 if torch.finfo(model.dtype).bits >= 32 else 0.3
+    low = torch.finfo(model.dtype).bits < 32
+    exact = torch.finfo(model.dtype).eps / 8 if low else 1e-5
+    if not bool((uncut.logits(model, everywhere) - before).norm() <= exact * before.norm()):
+        return "the logits are others"
+    order = torch.tensor([1, 0, 1], device=model.device)
+    seen = everywhere[order, cut:]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(whole.residual.shape, generator=generator).to(model.device)
+    noise[:, :cut] = 0
+    norms = whole.residual.double().norm(dim=-1)
+    scale = float(norms.median() / noise.shape[-1] ** 0.5)
     for size in (scale, 8 * scale):
         change = size * noise
         expected = whole.logits(model, everywhere, change).double()
-        found = tail.logits(model, everywhere[:, cut:], change[:, cut:]).double()
-        kept = expected.view(*everywhere.shape, -1)[:, cut:].flatten(0, 1)
-        effect = (expected - before).norm()
-        if not bool((found - kept).norm() <= tolerance * effect):
-            return False
-    return True
+        found = tail.rows(order).logits(model, seen, change[order, cut:]).double()
+        kept = expected.view(*everywhere.shape, -1)[order, cut:].flatten(0, 1)
+        if not bool((found - kept).norm() <= (0.3 if low else 1e-2) * (expected - before).norm()):
+            return "a change has another effect"
+    return None
 
 
 def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
@@ -245,23 +257,20 @@ def _observed(
         seen["keys"] = activation
 
     edited: Any = bridge.blocks[layer]
-    handles = [edited.register_forward_hook(leave)]
-    if first == layer:
-        handles += [
-            edited.register_forward_pre_hook(enter, with_kwargs=True),
-            edited.register_forward_pre_hook(remember, with_kwargs=True),
-        ]
-    above = list(bridge.blocks[layer + 1 :])
-    with _until_final_norm(model), bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]):
-        try:
-            for block in above:
-                vars(block)["forward"] = passer(block)
-            yield
-        finally:
-            for block in above:
-                vars(block).pop("forward", None)
-            for handle in handles:
-                handle.remove()
+    with contextlib.ExitStack() as stack:
+
+        def until_exit(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        until_exit(edited.register_forward_hook(leave))
+        if first == layer:
+            until_exit(edited.register_forward_pre_hook(enter, with_kwargs=True))
+            until_exit(edited.register_forward_pre_hook(remember, with_kwargs=True))
+        for block in bridge.blocks[layer + 1 :]:
+            stack.enter_context(replaced_forward(block, passer(block)))
+        stack.enter_context(_until_final_norm(model))
+        stack.enter_context(bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]))
+        yield
 
 
 def _by_name(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ edited one on, with the very arguments the model itself passed (see :mod:`firstt
 
 import contextlib
 import inspect
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
@@ -20,9 +20,9 @@ from firsttok.models.forward import call_arguments
 from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
 if TYPE_CHECKING:
-    from firsttok.models.loading import Model
+    from firsttok.models.model import Model
 
-__all__ = ["CACHE_NAMES", "Replay", "Tail", "new_cache"]
+__all__ = ["CACHE_NAMES", "Replay", "Tail", "new_cache", "replaced_forward"]
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 """What blocks call the cache they are given."""
@@ -58,7 +58,8 @@ class Tail:
     arguments: tuple[dict[str, Any], ...]
     """Keyword arguments of each block that runs, without the cache."""
     past: tuple[tuple[Tensor, Tensor], ...]
-    """Keys and values of each such block's kept columns; empty if ``cut`` is 0."""
+    """Attention keys and values ``[prompt, head, cut, d_head]`` of each such block's kept columns;
+    empty if ``cut`` is 0."""
 
     def rows(self, index: Int[Tensor, "row"]) -> "Tail":
         """Return the tail of some prompts only; one may be taken several times."""
@@ -122,11 +123,15 @@ class Tail:
         if change is not None and above:
             hidden = hidden + change.to(hidden.dtype)
         cache = self._cache()
+        last = model.n_layers - 1
         with _changed(model, self.layer, None if above else change):
             for layer, arguments in enumerate(self.arguments, self._first):
                 block: Any = bridge.blocks[layer]
                 with_cache = {} if cache is None else {_cache_name(block): cache}
-                output = block(hidden, **arguments, **with_cache)
+                # Nothing reads what the last MLP puts out anywhere else.
+                read = where if layer == last != self.layer else None
+                with _mlp_only_at(block, read):
+                    output = block(hidden, **arguments, **with_cache)
                 hidden = output[0] if isinstance(output, tuple) else output
         for chunk in bridge.ln_final(hidden[where]).split(size):
             yield bridge.unembed(chunk)
@@ -155,8 +160,41 @@ def _changed(
         yield
 
 
+@contextlib.contextmanager
+def _mlp_only_at(
+    block: Any, where: Bool[Tensor, "prompt suffix"] | None
+) -> Generator[None, None, None]:
+    """Run a block's MLP at some places only; it puts out zero at all others."""
+    if where is None or bool(where.all()):
+        yield
+        return
+    mlp = block.mlp
+    plain = mlp.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = torch.zeros_like(hidden)
+        output[where] = plain(hidden[where][None], *args, **kwargs)[0]
+        return output
+
+    with replaced_forward(mlp, forward):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Generator[None, None, None]:
+    """Let a module do something else when it is called."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
 def new_cache(entries: Sequence[tuple[Tensor, Tensor]], first: int) -> Any:
-    """A cache of keys and values that holds these entries from layer ``first`` on."""
+    """A cache that holds keys and values ``[prompt, head, pos, d_head]`` from a layer on."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
