@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.cases import collapse_cases
+from firsttok.cases import choose_cases, collapse_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import Fact, paper_values
 from firsttok.editing import ROME
@@ -69,7 +69,9 @@ def main() -> None:
     with progress_bar() as progress:
         options = parse_script(parser, progress)
         facts = collapse_cases(options.halved(), progress=progress)
-        rows = measure(options.study, facts, progress, source=True)
+        # A list made on another model makes this one one of the others.
+        own = not choose_cases(options).borrowed
+        rows = measure(options.study, facts, progress, source=own)
         asked: list[str] | None = options.args.others
         given = DEFAULT_OTHERS if asked is None else tuple(asked)
         given = tuple(name for name in given if name != options.study.model.name)
@@ -85,8 +87,8 @@ def main() -> None:
         original = pick(rows, "original_perplexity", model=model)[0]
         collapsed = sum(pick(rows, "collapsed", model=model))
         bos = bool(pick(rows, "bos", model=model)[0])
-        here = options.study.model.label == model
-        name = f"{model} (source of the cases)" if here else model
+        source = any(pick(rows, "source", model=model))
+        name = f"{model} (source of the cases)" if source else model
         lines.append(
             [name, "yes" if bos else "no", original, max(values), mean(values), int(collapsed)]
         )
@@ -94,13 +96,14 @@ def main() -> None:
         lines.append(
             [f"paper, {model}", "-", paper["Ori PPL", model], paper["Max PPL", model], None, None]
         )
+    provenance = options.provenance()
     publish(
         options.out / Path(__file__).stem,
-        title=f"Table 3. ROME on {len(facts)} collapse cases of {options.study.model.label}",
+        title=f"Table 3. ROME on {len(facts)} collapse cases of {provenance['case_list']['model']}",
         columns=["model", "BOS", "original", "max", "mean", "collapsed"],
         lines=lines,
         rows=rows,
-        provenance=options.provenance()
+        provenance=provenance
         | {
             "missing": [name for name in given if name not in others],
             "seconds": round(time.perf_counter() - start, 1),

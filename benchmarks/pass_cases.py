@@ -207,12 +207,12 @@ def second_moment(setting: Setting) -> Plan:
 
 
 def _random_edits(setting: Setting, count: int) -> list[RankOneEdit]:
-    """Edits of random vectors, small enough that the model stays one."""
+    """Edits of random vectors that move the perplexity and leave it finite."""
     site = setting.model.site(setting.layer)
     generator = torch.Generator().manual_seed(0)
     report = UpdateReport(**{field.name: 0.0 for field in fields(UpdateReport)})
-    # As much as the weight does to a random key.
-    size = float(site.matrix.float().norm()) / site.d_mlp**0.5
+    # Many times what the weight does to a unit key: most keys hardly meet a random direction.
+    size = 30 * float(site.matrix.float().norm()) / site.d_mlp**0.5
 
     def unit(width: int) -> torch.Tensor:
         vector = torch.randn(width, generator=generator)

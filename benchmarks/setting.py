@@ -29,7 +29,7 @@ class Amounts:
 
     repeats: int = 2
     """Times every side is run."""
-    facts: int = 24
+    facts: int = 16
     """Facts of the fast side."""
     naive_facts: int = 4
     """Facts of the naive side, spread over the same list."""
@@ -39,7 +39,7 @@ class Amounts:
     """Edits whose perplexity the naive side measures."""
     moment_tokens: int = 16384
     """Tokens of the second moment."""
-    growth_steps: int = 4
+    growth_steps: int = 3
     """Losses of each fact while the growth is measured."""
     growth_facts: tuple[int, ...] = (4, 8, 16)
     """Numbers of facts between which the time grows."""

@@ -30,13 +30,13 @@ class Allowed:
 # In half precision each step rounds anew, and Adam's first steps depend on signs alone: the two
 # sides part, and only what no optimisation precedes can be held to something.
 _HALF = Allowed(
-    first_loss=5e-2,
+    first_loss=2e-2,
     loss=None,
     value=None,
     losses=None,
-    key=5e-2,
-    moment=5e-2,
-    perplexity=2e-1,
+    key=2e-2,
+    moment=2e-2,
+    perplexity=5e-2,
 )
 ALLOWED = {
     "float64": Allowed(
@@ -53,9 +53,9 @@ ALLOWED = {
         loss=2e-3,
         value=1e-2,
         losses=0,
-        key=1e-3,
-        moment=1e-3,
-        perplexity=2e-3,
+        key=1e-4,
+        moment=1e-4,
+        perplexity=1e-4,
     ),
     "bfloat16": _HALF,
     "float16": _HALF,

@@ -216,6 +216,21 @@ def test_options_are_parsed_once_and_all_listed_cases_are_taken(
     assert len(many.normal) == others
 
 
+def test_a_borrowed_list_is_not_called_the_model_s_own(
+    setting: dict[str, Path], cases: Path, tmp_path: Path
+) -> None:
+    record = json.loads(cases.read_text("utf-8"))
+    record["provenance"]["model"] |= {"name": "lender", "fingerprint": "another"}
+    (tmp_path / "borrowed.json").write_text(json.dumps(record), "utf-8")
+    script = str(ANALYSES / "table3_transfer.py")
+    own = ["--cases", str(tmp_path / "borrowed.json"), "--collapse", "2", "--others"]
+    run(setting | {"out": tmp_path}, script, *own, warning="was made on another model")
+    found = json.loads((tmp_path / "llama" / "table3_transfer.json").read_text("utf-8"))
+    assert found["title"].endswith("collapse cases of lender")
+    assert found["lines"][0][0] == "llama"
+    assert not any(row["source"] for row in found["rows"])
+
+
 @pytest.mark.parametrize(
     ("name", "facts", "own", "sentence"),
     [
