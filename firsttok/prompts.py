@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from firsttok.batching import cheapest_split
 from firsttok.data import Fact
 from firsttok.errors import (
     BadInputError,
@@ -269,7 +270,10 @@ def positions(prompts: Sequence[Prompt]) -> Int[Tensor, "prompt"]:
 def batches(
     prompts: Sequence[Prompt], *, max_tokens: int = 4096, lengths: Sequence[int] | None = None
 ) -> Iterator[list[int]]:
-    """Group prompts of similar length; yields lists of indices that cover every prompt once.
+    """Group prompts of similar length so that little is padded.
+
+    Yields:
+        Lists of indices that cover every prompt once.
 
     Args:
         prompts: The prompts.
@@ -278,14 +282,14 @@ def batches(
     """
     sizes = [len(prompt.token_ids) for prompt in prompts] if lengths is None else lengths
     order = sorted(range(len(prompts)), key=lambda i: sizes[i])
-    group: list[int] = []
-    for index in order:
-        if group and (len(group) + 1) * sizes[index] > max_tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+
+    def tokens(start: int, end: int) -> int:
+        return (end - start) * sizes[order[end - 1]]
+
+    for batch in cheapest_split(
+        len(order), tokens, lambda start, end: tokens(start, end) <= max_tokens
+    ):
+        yield [order[place] for place in batch]
 
 
 def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:

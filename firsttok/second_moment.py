@@ -247,8 +247,9 @@ def _stream(
         raise BadInputError("the corpus holds no text; give at least one sentence")
     groups = list(batches(windows))
     stop = site.layer + 1 if site.stack == "blocks" else None
+    plan = content_hash(groups)
     partial = path.with_suffix(".partial")
-    total, tokens, done = _resume(partial, site.d_mlp)
+    total, tokens, done = _resume(partial, site.d_mlp, plan)
     task = None
     if progress is not None:
         task = progress.add_task(
@@ -263,7 +264,7 @@ def _stream(
         if progress is not None and task is not None:
             progress.advance(task)
         if index % 10 == 9:
-            _checkpoint(partial, total, tokens, index + 1)
+            _checkpoint(partial, total, tokens, index + 1, plan)
     return SecondMoment(
         matrix=total / tokens,
         tokens=tokens,
@@ -274,11 +275,14 @@ def _stream(
     )
 
 
-def _resume(partial: Path, d_mlp: int) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
+def _resume(partial: Path, d_mlp: int, plan: str) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
     if partial.is_file():
         try:
             tensors, metadata = read_safetensors(partial, "a partial second moment")
             total = tensors["sum"]
+            if metadata["plan"] != plan:
+                logger.warning("a partial second moment of other batches is started again")
+                return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
             if total.shape == (d_mlp, d_mlp) and bool(torch.isfinite(total).all()):
                 return total, int(metadata["tokens"]), int(metadata["done"])
         except (BadInputError, KeyError, ValueError):
@@ -287,11 +291,15 @@ def _resume(partial: Path, d_mlp: int) -> tuple[Float[Tensor, "d_mlp d_mlp"], in
     return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
 
 
-def _checkpoint(partial: Path, total: SecondMomentMatrix, tokens: int, done: int) -> None:
+def _checkpoint(
+    partial: Path, total: SecondMomentMatrix, tokens: int, done: int, plan: str
+) -> None:
     from safetensors.torch import save_file
 
     with atomic_path(partial) as temporary:
-        save_file({"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done)})
+        save_file(
+            {"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done), "plan": plan}
+        )
 
 
 def _cholesky(

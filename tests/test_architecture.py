@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
     ["errors"],
-    ["console", "options", "provenance", "scripts", "storage", "tensors"],
+    ["batching", "console", "options", "provenance", "scripts", "storage", "tensors"],
     ["hyperparameters", "data"],
     ["models"],
     ["prompts"],

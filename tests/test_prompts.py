@@ -28,12 +28,12 @@ from firsttok.prompts import (
     fact_prompt,
     pad,
     positions,
-    show_tokens,
     subject_prompt,
     subject_span,
     text_prompt,
     with_target,
 )
+from firsttok.token_strips import show_tokens
 
 
 def decode(model: Model, ids: tuple[int, ...]) -> str:
@@ -298,7 +298,9 @@ def test_batches_hold_every_prompt_once_and_not_too_many_tokens(
     for group in groups:
         width = max(len(prompts[index].token_ids) for index in group)
         assert len(group) == 1 or len(group) * width <= max_tokens
-    assert (len(groups) == 1) == (max_tokens == 10_000)
+    assert (len(groups) == len(prompts)) == (max_tokens == 1)
+    equal = [prompts[0]] * 5
+    assert list(batches(equal, max_tokens=10_000)) == [list(range(5))]
     assert list(batches([])) == []
 
 

@@ -220,6 +220,24 @@ def test_a_damaged_checkpoint_is_started_again(
     assert relative(moment.matrix, expected) < 1e-5
 
 
+def test_a_checkpoint_of_other_batches_is_started_again(
+    tiny: TinyFactory, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gpt2")
+    expected, count = naive_moment(model, CORPUS, layer=1)
+    with monkeypatch.context() as patched:
+        small_groups(patched)
+        interrupt_after(patched, 12)
+        with pytest.raises(KeyboardInterrupt):
+            compute(model)
+    assert list(own_cache.rglob("*.partial"))
+    pairs = [list(range(len(CORPUS)))[start : start + 2] for start in range(0, len(CORPUS), 2)]
+    monkeypatch.setattr(MODULE, "batches", lambda _prompts: pairs)
+    moment = compute(model)
+    assert moment.tokens == count
+    assert relative(moment.matrix, expected) < 1e-5
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "key", "shape", "nan"])
 def test_a_damaged_cached_one_is_computed_again(
     tiny: TinyFactory, own_cache: Path, damage: str

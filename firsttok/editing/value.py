@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from firsttok.batching import BATCH_COST, cheapest_split
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.methods import Slot
@@ -32,12 +33,6 @@ __all__ = ["Value", "optimise_values"]
 
 CPU_BUDGET = 2**30
 """Bytes of activations of one batch on a CPU; on a GPU it is half of what is free."""
-BATCH_COST = {"cpu": 140, "cuda": 4096}
-"""What one more batch costs in every step, in tokens: small matrices are slow to multiply.
-
-Rough: on two CPU cores from the time of a step with one to twelve facts in a batch, on a GPU a
-guess. It changes which facts share a batch, and no number.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,25 +193,20 @@ def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[in
     """Facts that share a batch: the split with the fewest tokens, padding and batches counted."""
     order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].prefix))
     budget = _budget(model)
-    extra = BATCH_COST["cuda" if model.device.type == "cuda" else "cpu"]
-    # The least cost of the first so many facts, and where the last batch of that split starts.
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(order) + 1):
-        found: list[tuple[float, int]] = []
-        for start in reversed(range(end)):
-            batch = [rows[i] for i in order[start:end]]
-            if found and _bytes_of(model, batch, layer) > budget:
-                break
-            tokens = sum(len(fact.prompts) for fact in batch) * batch[-1].width
-            found.append((best[start][0] + tokens + extra, start))
-        best.append(min(found))
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        start = best[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
+
+    def batch(start: int, end: int) -> list[_FactRows]:
+        return [rows[i] for i in order[start:end]]
+
+    def tokens(start: int, end: int) -> int:
+        return sum(len(fact.prompts) for fact in batch(start, end)) * rows[order[end - 1]].width
+
+    split = cheapest_split(
+        len(order),
+        tokens,
+        lambda start, end: _bytes_of(model, batch(start, end), layer) <= budget,
+        batch_cost=BATCH_COST["cuda" if model.device.type == "cuda" else "cpu"],
+    )
+    return [[order[place] for place in places] for places in split]
 
 
 def _budget(model: Model) -> int:
