@@ -23,8 +23,12 @@ __all__ = ["exit_on_error", "progress_bar", "stderr"]
 stderr = Console(stderr=True)
 
 
-def progress_bar() -> Progress:
-    """A progress bar with an estimate, on standard error."""
+def progress_bar(*, estimate_over: float = 30.0) -> Progress:
+    """A progress bar with an estimate, on standard error.
+
+    Args:
+        estimate_over: Seconds of the latest progress that the estimate is made from.
+    """
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -33,6 +37,7 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr,
+        speed_estimate_period=estimate_over,
     )
 
 

@@ -1,6 +1,9 @@
 """The analysis scripts, in the order of the paper; our own come last."""
 
-__all__ = ["ALONE", "HEADINGS", "SCRIPTS"]
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["AFTER", "ALONE", "HEADINGS", "SCRIPTS"]
 
 HEADINGS = {
     "table1_update_components": "Table 1: numerator and denominator of the update",
@@ -24,3 +27,18 @@ SCRIPTS = tuple(HEADINGS)
 """Names of the files that ``firsttok reproduce`` runs, in order."""
 ALONE = ("extra_causal_tracing",)
 """Names of files that take as long as all others together, and are run by themselves."""
+_TABLE1, _TABLE2 = "table1_update_components", "table2_perplexity"
+AFTER: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        _TABLE2: (_TABLE1,),
+        "table3_transfer": (_TABLE1,),
+        "table4_efficacy": (_TABLE2,),
+        "table5_prefixed_efficacy": (_TABLE2,),
+        "table6_second2first": (_TABLE1,),
+        "figure7_without_bos": (_TABLE1,),
+        "extra_attention_mask": (_TABLE1,),
+        "extra_token_identity": (_TABLE1,),
+        "extra_value_anchor": (_TABLE2,),
+    }
+)
+"""Scripts that read values which another one leaves: side by side, both would compute them."""

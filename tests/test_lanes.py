@@ -1,0 +1,86 @@
+"""Commands side by side: order, lanes, output, and what happens when one is given up."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from firsttok.lanes import Job, run_in_lanes
+
+BODY = """
+import sys, time
+log, name, seconds = sys.argv[1:]
+with open(log, "a") as file:
+    print("start", name, file=file, flush=True)
+    time.sleep(float(seconds))
+    print("end", name, file=file)
+"""
+
+
+def job(log: Path, name: str, seconds: float, *after: str) -> Job:
+    command = (sys.executable, "-c", BODY, str(log), name, str(seconds))
+    return Job(name=name, command=command, after=after)
+
+
+def most_at_once(lines: list[str]) -> int:
+    open_now = most = 0
+    for line in lines:
+        open_now += 1 if line.startswith("start") else -1
+        most = max(most, open_now)
+    return most
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_no_more_than_the_lanes_run_and_none_before_what_it_waits_for(
+    tmp_path: Path, lanes: int
+) -> None:
+    log = tmp_path / "log"
+    jobs = [
+        job(log, "a", 0.4),
+        job(log, "b", 0.1, "a"),
+        job(log, "c", 0.3),
+        job(log, "d", 0.1, "a", "c", "not a job"),
+        job(log, "e", 0.2),
+    ]
+    ended = list(run_in_lanes(jobs, lanes=lanes))
+    assert sorted(each.job.name for each in ended) == ["a", "b", "c", "d", "e"]
+    assert {each.code for each in ended} == {0}
+    lines = log.read_text("utf-8").splitlines()
+    assert most_at_once(lines) == lanes
+    assert lines.index("end a") < lines.index("start b")
+    assert max(lines.index("end a"), lines.index("end c")) < lines.index("start d")
+    if lanes == 1:
+        assert [each.job.name for each in ended] == ["a", "b", "c", "d", "e"]
+
+
+def test_output_and_exit_code_come_back_and_the_cores_are_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("firsttok.lanes.cores", lambda: 6)
+    text = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('what is wrong')"
+    one = Job(name="one", command=(sys.executable, "-c", text))
+    (ended,) = run_in_lanes([one], lanes=2)
+    assert ended.code == 1
+    assert {"3", "what is wrong"} == set(ended.output.split("\n")) - {""}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    (ended,) = run_in_lanes([one], lanes=2)
+    assert "5" in ended.output.split("\n")
+
+
+def test_closing_ends_what_still_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    running = run_in_lanes([job(log, "short", 0.1), job(log, "long", 30)], lanes=2)
+    assert next(running).job.name == "short"
+    start = time.monotonic()
+    running.close()
+    assert time.monotonic() - start < 15
+    time.sleep(0.2)
+    assert "end long" not in log.read_text("utf-8")
+
+
+def test_a_circle_is_refused() -> None:
+    jobs = [Job(name=a, command=("true",), after=(b,)) for a, b in ("ab", "ba")]
+    with pytest.raises(ValueError, match="wait for each other"):
+        list(run_in_lanes(jobs, lanes=2))
