@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         compute_edit,
         compute_edits,
         load_edit,
+        load_methods,
     )
     from firsttok.evaluation import (
         Perplexity,
@@ -32,15 +33,27 @@ if TYPE_CHECKING:
         target_probabilities,
         top_predictions,
     )
+    from firsttok.exploration import (
+        Comparison,
+        WhatIf,
+        compare_methods,
+        prepare_study,
+        what_if,
+    )
     from firsttok.hyperparameters import Hyperparameters
-    from firsttok.keys import Keys, capture_keys, fact_keys, keys_at
+    from firsttok.inspection import Inspection, inspect_model
+    from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at
     from firsttok.models import BosPolicy, EditSite, Model, load
-    from firsttok.prompts import fact_prompt, show_tokens, text_prompt
+    from firsttok.probing import PROBES, Probe, ProbeResult, probe
+    from firsttok.prompts import fact_prompt, text_prompt
     from firsttok.screening import screen
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
     from firsttok.study import Study, measure_facts
-    from firsttok.sweep import read_run
+    from firsttok.sweep import read_run, sweep_facts
     from firsttok.synthetic import synthetic_facts
+    from firsttok.token_strips import TokenStrip, show_tokens, tokens
+
+    __version__: str
 
 _MODULES = {
     "cases": ("scan",),
@@ -58,6 +71,7 @@ _MODULES = {
         "compute_edit",
         "compute_edits",
         "load_edit",
+        "load_methods",
     ),
     "evaluation": (
         "Perplexity",
@@ -68,40 +82,53 @@ _MODULES = {
         "target_probabilities",
         "top_predictions",
     ),
+    "exploration": ("Comparison", "WhatIf", "compare_methods", "prepare_study", "what_if"),
     "hyperparameters": ("Hyperparameters",),
-    "keys": ("Keys", "capture_keys", "fact_keys", "keys_at"),
+    "inspection": ("Inspection", "inspect_model"),
+    "keys": ("IntervenedKeys", "Keys", "capture_keys", "fact_keys", "keys_at"),
     "models": ("BosPolicy", "EditSite", "Model", "load"),
-    "prompts": ("fact_prompt", "show_tokens", "text_prompt"),
+    "probing": ("PROBES", "Probe", "ProbeResult", "probe"),
+    "prompts": ("fact_prompt", "text_prompt"),
     "screening": ("screen",),
     "second_moment": ("SecondMoment", "compute_second_moment", "load_second_moment"),
     "study": ("Study", "measure_facts"),
-    "sweep": ("read_run",),
+    "sweep": ("read_run", "sweep_facts"),
     "synthetic": ("synthetic_facts",),
+    "token_strips": ("TokenStrip", "show_tokens", "tokens"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "C_ROME",
     "FC_ROME",
+    "PROBES",
     "P_ROME",
     "ROME",
     "BosPolicy",
+    "Comparison",
     "ContextSet",
     "EditSite",
     "Fact",
     "Hyperparameters",
+    "Inspection",
+    "IntervenedKeys",
     "Keys",
     "Method",
     "Model",
     "Perplexity",
+    "Probe",
+    "ProbeResult",
     "RankOneEdit",
     "SecondMoment",
     "Slot",
     "Study",
+    "TokenStrip",
     "UpdateReport",
+    "WhatIf",
     "builtin_facts",
     "builtin_sentences",
     "capture_keys",
+    "compare_methods",
     "compute_edit",
     "compute_edits",
     "compute_second_moment",
@@ -110,32 +137,44 @@ __all__ = [
     "edit_accuracy",
     "fact_keys",
     "fact_prompt",
+    "inspect_model",
     "keys_at",
     "load",
     "load_contexts",
     "load_edit",
     "load_facts",
+    "load_methods",
     "load_second_moment",
     "load_texts",
     "measure_facts",
     "perplexity",
+    "prepare_study",
+    "probe",
     "read_run",
     "sample_contexts",
     "scan",
     "screen",
     "show_tokens",
+    "sweep_facts",
     "synthetic_facts",
     "target_probabilities",
     "text_prompt",
+    "tokens",
     "top_predictions",
+    "what_if",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the module that holds a public name."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'firsttok' has no attribute {name!r}")
-    return getattr(import_module(f"firsttok.{_HOMES[name]}"), name)
+# A type checker that saw it would take every misspelt name for one that is there.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import the module that holds a public name."""
+        if name == "__version__":
+            return import_module("importlib.metadata").version("firsttok")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'firsttok' has no attribute {name!r}")
+        return getattr(import_module(f"firsttok.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

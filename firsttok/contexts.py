@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError
 from firsttok.models import Model, logits
 from firsttok.prompts import Prompt, pad, text_prompt
@@ -23,7 +24,7 @@ TOP_K = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextSet:
+class ContextSet(Shown):
     """Templates into which a whole prompt is put; the bare one is ``"{}"``.
 
     Raises:
@@ -78,6 +79,19 @@ class ContextSet:
     def content_hash(self) -> str:
         """SHA-256 of the templates."""
         return content_hash(list(self.templates))
+
+    def panel(self) -> Panel:
+        """The templates."""
+        lines = [[index, repr(text)] for index, text in enumerate(self.templates)]
+        return Panel(
+            title=f"{len(self.templates)} contexts",
+            parts=[Table(columns=("", "template"), lines=lines)],
+            source={
+                "seed": "none, made by hand" if self.seed is None else self.seed,
+                "weights": short_hash(self.model_fingerprint),
+                "hash": short_hash(self.content_hash),
+            },
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON."""

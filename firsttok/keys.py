@@ -1,8 +1,8 @@
 """MLP keys: the input of the output projection at one token of each prompt (Equation 1's K)."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
+from firsttok.display import Panel, Plot, Shown, Table, short_hash
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions, sees_later
@@ -28,9 +29,14 @@ __all__ = [
     "keys_of_facts",
 ]
 
+_SHOWN = 12
+"""Prompts whose norms are listed; ``norms`` holds all."""
+_DRAWN = 6
+"""Prompts that are drawn."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Keys:
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Keys(Shown):
     """Keys of some prompts at some layers, with what they belong to beside them."""
 
     values: Float[Tensor, "layer prompt d_mlp"]
@@ -43,6 +49,42 @@ class Keys:
     """Absolute token position the key was read at, for each prompt."""
     model_fingerprint: str
     """The model they were read from."""
+    origin: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The view of it, by label; see :attr:`firsttok.models.Model.origin`."""
+
+    @property
+    def norms(self) -> Float[Tensor, "layer prompt"]:
+        """Euclidean norm of every key, in float64 on the CPU."""
+        return self.values.double().norm(dim=2).cpu()
+
+    def panel(self) -> Panel:
+        """Where each key was read, and its norm by layer."""
+        norms, ends = self.norms, (self.layers[0], self.layers[-1]) if self.layers else ("-", "-")
+        lines = [
+            [prompt.text, position, *norms[[0, -1], index].tolist()]
+            for index, (prompt, position) in enumerate(
+                zip(self.prompts, self.positions, strict=True)
+            )
+        ][:_SHOWN]
+        columns = ("prompt", "position", *(f"norm, layer {layer}" for layer in ends))
+        series = {
+            str(line[0]): norms[:, index].tolist() for index, line in enumerate(lines[:_DRAWN])
+        }
+        plot = Plot(
+            title="norm of the key by layer",
+            series=series,
+            x=self.layers,
+            x_label="layer",
+            y_label="norm",
+            log=True,
+        )
+        table = Table(columns=columns, lines=lines)
+        return Panel(
+            title=f"keys, [layer {len(self.layers)}, prompt {len(self.prompts)}, "
+            f"d_mlp {self.values.shape[-1]}]",
+            parts=[table, plot] if len(self.layers) > 1 and lines else [table],
+            source=self.origin or {"weights": short_hash(self.model_fingerprint)},
+        )
 
     def at(self, layer: int) -> KeyMatrix:
         """Keys of one captured layer.
@@ -53,14 +95,25 @@ class Keys:
         return self.values[self.layers.index(layer)]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FactKeys:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class FactKeys(Shown):
     """The two keys of a fact that the released code mixes up."""
 
     prefixed_mean: KeyVector
     """k_bar: mean over the context set (Equation 1)."""
     unprefixed: KeyVector
     """k^u: key of the bare prompt."""
+
+    def panel(self) -> Panel:
+        """How far apart the two are."""
+        lines = [
+            ["norm of k_bar, the prefixed mean", float(self.prefixed_mean.double().norm())],
+            ["norm of k^u, of the bare prompt", float(self.unprefixed.double().norm())],
+            ["cosine", self.cosine],
+        ]
+        return Panel(
+            title="the two keys of a fact", parts=[Table(columns=("", "value"), lines=lines)]
+        )
 
     @property
     def cosine(self) -> float:
@@ -123,22 +176,29 @@ def keys_at(
         prompts=tuple(prompts),
         positions=tuple(at),
         model_fingerprint=model.fingerprint,
+        origin=model.origin,
     )
 
 
 def capture_keys(
-    model: Model, facts: Sequence[Fact], *, layers: Iterable[int], context: str = "{}"
+    model: Model,
+    facts: Fact | Sequence[Fact],
+    *,
+    layers: Iterable[int] | None = None,
+    context: str = "{}",
 ) -> Keys:
     """Capture the keys of facts at their subjects' last tokens.
 
     Args:
         model: The model.
-        facts: The facts.
-        layers: Layers to read.
+        facts: One fact, or several.
+        layers: Layers to read; None for all.
         context: Template the prompts are put into; the bare one by default.
     """
-    prompts = [fact_prompt(model, fact, context) for fact in facts]
-    return keys_at(model, prompts, positions(prompts).tolist(), layers=layers)
+    chosen = [facts] if isinstance(facts, Fact) else facts
+    prompts = [fact_prompt(model, fact, context) for fact in chosen]
+    read = range(model.n_layers) if layers is None else layers
+    return keys_at(model, prompts, positions(prompts).tolist(), layers=read)
 
 
 def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:

@@ -7,9 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from firsttok.display import cell_text
 from firsttok.storage import atomic_path, write_json
 
-__all__ = ["cell_text", "pick", "print_table", "publish"]
+__all__ = ["cell_text", "pick", "print_table", "publish", "save_result"]
 
 
 def publish(
@@ -32,8 +33,32 @@ def publish(
         provenance: What they were made with.
     """
     print_table(title, columns, lines)
+    save_result(stem, title=title, columns=columns, lines=lines, rows=rows, provenance=provenance)
+
+
+def save_result(
+    stem: Path,
+    *,
+    title: str,
+    columns: Sequence[str],
+    lines: Sequence[Sequence[Any]],
+    rows: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+) -> None:
+    """As :func:`publish`, without printing.
+
+    Raises:
+        ValueError: If a number is not finite.
+        CacheError: If a file cannot be written.
+    """
+    import pandas as pd
+
+    flat = [dict(row) for row in rows]
     table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
-    _save(stem, table, rows, provenance)
+    # JSON first: it refuses NaN, and then there is to be no CSV either.
+    write_json(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
+    with atomic_path(stem.with_suffix(".csv")) as temporary:
+        pd.DataFrame(flat).to_csv(temporary, index=False)
 
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
@@ -55,27 +80,3 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     console = Console()
     # A file or a pipe has no width of its own, and a narrow table cuts its numbers off.
     Console(width=console.width if console.is_terminal else 140).print(table)
-
-
-def cell_text(cell: Any) -> str:
-    """A cell as it is shown: two decimals, or three digits where the number is small or huge."""
-    if cell is None:
-        return "-"
-    if isinstance(cell, float):
-        return f"{cell:,.2f}" if 0.1 <= abs(cell) < 1e6 else f"{cell:.3g}"
-    return str(cell)
-
-
-def _save(
-    stem: Path,
-    table: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    provenance: Mapping[str, Any],
-) -> None:
-    import pandas as pd
-
-    flat = [dict(row) for row in rows]
-    # JSON first: it refuses NaN, and then there is to be no CSV either.
-    write_json(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
-    with atomic_path(stem.with_suffix(".csv")) as temporary:
-        pd.DataFrame(flat).to_csv(temporary, index=False)

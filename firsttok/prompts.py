@@ -35,7 +35,6 @@ __all__ = [
     "pad",
     "positions",
     "sees_later",
-    "show_tokens",
     "subject_prompt",
     "subject_span",
     "text_prompt",
@@ -290,16 +289,6 @@ def batches(
         len(order), tokens, lambda start, end: tokens(start, end) <= max_tokens
     ):
         yield [order[place] for place in batch]
-
-
-def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:
-    """Return two lines: the tokens of a fact's prompt, and a mark under the looked-up one."""
-    prompt = fact_prompt(model, fact, context)
-    tokenizer: Any = model.tokenizer
-    pieces = [tokenizer.decode([token]).replace("\n", "\\n") or "?" for token in prompt.token_ids]
-    position = prompt.subject_position or 0
-    indent = sum(len(piece) + 1 for piece in pieces[:position])
-    return f"{'|'.join(pieces)}\n{' ' * indent}^ lookup at {position}"
 
 
 def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:

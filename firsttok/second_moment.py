@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, pad, text_prompt
@@ -34,8 +36,8 @@ MAX_TOKENS = 100_000
 _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SecondMoment:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SecondMoment(Shown):
     """Mean of ``k k^T`` over all tokens of a corpus, in float64.
 
     Raises:
@@ -84,6 +86,25 @@ class SecondMoment:
     def ridge(self) -> float:
         """What is added to the diagonal, as a fraction of its mean, before Cholesky; usually 0."""
         return self._factor[1]
+
+    def panel(self) -> Panel:
+        """Size and corpus; the condition number only where it is known: it takes long."""
+        lines: list[list[Any]] = [
+            ["shape", str(list(self.matrix.shape))],
+            ["layer", self.layer],
+            ["tokens", self.tokens],
+        ]
+        if "condition_number" in vars(self):
+            lines.append(["condition number", self.condition_number])
+        return Panel(
+            title="second moment of the keys" if self.tokens else "C = I, no second moment",
+            parts=[Table(columns=("", "value"), lines=lines)],
+            source={
+                "corpus": self.corpus,
+                "corpus hash": short_hash(self.corpus_hash) if self.tokens else None,
+                "weights": short_hash(self.model_fingerprint),
+            },
+        )
 
     def solve(self, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
         """Return ``C^-1 key`` by Cholesky, in the key's own type and place."""

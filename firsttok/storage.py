@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Generator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
     "locked",
     "read_json",
     "read_safetensors",
+    "read_toml",
     "write_json",
 ]
 
@@ -148,6 +151,35 @@ def read_json(path: Path, what: str) -> Any:
             f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
             f"({error.msg}); mend that line"
         ) from None
+    except RecursionError:
+        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the message (``"methods"``).
+
+    Raises:
+        BadInputError: If it is missing, unreadable, not UTF-8 or not TOML; the message names the
+            line.
+    """
+    # Found by name, since either may be lacking: tomllib is part of Python from 3.11 on.
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        return dict(toml.loads(path.read_text(encoding="utf-8-sig")))
+    except FileNotFoundError:
+        raise BadInputError(f"no file of {what} at {path}; check the path") from None
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from None
+    except toml.TOMLDecodeError as error:
+        raise BadInputError(f"{path} is not valid TOML ({error}); mend that line") from None
     except RecursionError:
         raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
 

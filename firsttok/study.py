@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
@@ -80,8 +81,8 @@ class CaseRow:
     """Whether the mean perplexity is above the threshold."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Study:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Study(Shown):
     """One model with its contexts, second moment, texts and settings."""
 
     model: Model
@@ -104,6 +105,34 @@ class Study:
     """The view the perplexity is measured on; None for ``model`` itself."""
     text_bos: BosPolicy = BosPolicy.WITHOUT
     """BOS policy of the sentences; the papers put none, even on Llama."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What its results were made with, in short; ``provenance()`` has it all."""
+        usual = self.key_source is ORDINARY_KEYS
+        return self.model.origin | {
+            "layer": self.layer,
+            "keys": None if usual else self.key_source.name,
+            "contexts": short_hash(self.contexts.content_hash),
+            "second moment": f"{self.second_moment.corpus}, {self.second_moment.tokens} tokens",
+            "sentences": len(self.texts),
+            "firsttok": versions()["firsttok"],
+        }
+
+    def panel(self) -> Panel:
+        """The settings of every edit."""
+        lines: list[list[Any]] = [
+            ["contexts", len(self.contexts.templates)],
+            *(
+                [name.replace("_", " "), value]
+                for name, value in self.hyperparameters.as_dict().items()
+            ),
+        ]
+        return Panel(
+            title=f"study of {self.model.label}, layer {self.layer}",
+            parts=[Table(columns=("setting", "value"), lines=lines)],
+            source=self.origin,
+        )
 
     @property
     def evaluated(self) -> Model:

@@ -8,24 +8,26 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
-    ["errors"],
-    ["batching", "console", "options", "provenance", "scripts", "storage", "tensors"],
+    ["errors", "svg"],
+    ["display"],
+    ["batching", "console", "lanes", "options", "provenance", "scripts", "storage", "tensors"],
     ["hyperparameters", "data"],
-    ["models"],
+    ["config", "models"],
     ["prompts"],
-    ["contexts", "synthetic"],
+    ["contexts", "synthetic", "token_strips"],
     ["keys", "second_moment"],
     ["editing"],
     ["evaluation"],
     ["study"],
     ["efficacy", "probes", "screening"],
     ["inputs", "output", "plots"],
-    ["script_options", "sweep"],
-    ["cases"],
-    ["claims"],
+    ["exploration", "script_options", "sweep"],
+    ["cases", "probing"],
+    ["claims", "inspection"],
     ["report"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -414,7 +414,7 @@ def test_an_unfinished_run_says_how_much_is_done(
     printed = capsys.readouterr().out
     assert "org/other: 40 of 80 rows (50 %), 0 of them failed; 40 still to do" in printed
     html = read_run(run)._repr_html_()
-    assert "<td>tiny</td><td>80</td><td>30</td><td>9</td><td>3</td>" in html
+    assert ">tiny</th><td>80</td><td>30</td><td>9</td><td>3</td>" in html
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ folder is judged by itself.
 
 from firsttok.claims.catalog import CLAIMS
 from firsttok.claims.inconsistencies import Inconsistency, find_inconsistencies
-from firsttok.claims.results import ScriptResult, load_result
+from firsttok.claims.results import ScriptResult, load_result, load_sweep
 from firsttok.claims.verdicts import Claim, Status, Verdict, judge
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "find_inconsistencies",
     "judge",
     "load_result",
+    "load_sweep",
 ]

@@ -9,7 +9,7 @@ from typing import Any, cast
 from firsttok.errors import BadInputError
 from firsttok.storage import read_json
 
-__all__ = ["LEAST", "NotJudgedError", "ScriptResult", "fixed", "load_result"]
+__all__ = ["LEAST", "NotJudgedError", "ScriptResult", "fixed", "load_result", "load_sweep"]
 
 LEAST = 3
 """Fewest cases of a group that a rule judges by; fewer say too little to call a claim."""
@@ -100,11 +100,24 @@ def load_result(folder: Path, script: str) -> ScriptResult | None:
     path = folder / f"{script}.json"
     if not path.is_file():
         return None
+    return _read(path, f"script; run python analyses/{script}.py again")
+
+
+def load_sweep(folder: Path, name: str) -> ScriptResult:
+    """Read what a sweep published.
+
+    Raises:
+        BadInputError: If the file is missing, or not what a sweep writes.
+    """
+    return _read(folder / f"{name}.json", "sweep; publish the run again")
+
+
+def _read(path: Path, what: str) -> ScriptResult:
     content = read_json(path, "results")
     try:
         record = cast(dict[str, Any], content)
         return ScriptResult(
-            script=script,
+            script=path.stem,
             rows=tuple(dict(row) for row in record["rows"]),
             provenance=dict(record["provenance"]),
             title=str(record.get("title", "")),
@@ -112,9 +125,7 @@ def load_result(folder: Path, script: str) -> ScriptResult | None:
             lines=tuple(tuple(line) for line in record.get("lines", ())),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadInputError(
-            f"{path} is no result of a firsttok script; run python analyses/{script}.py again"
-        ) from None
+        raise BadInputError(f"{path} is no result of a firsttok {what}") from None
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:

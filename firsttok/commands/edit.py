@@ -8,19 +8,14 @@ from typing import Any
 
 from firsttok.console import progress_bar
 from firsttok.data import Fact
-from firsttok.editing import compute_edits, find_method
+from firsttok.editing import compute_edits, find_methods
 from firsttok.errors import BadInputError
-from firsttok.evaluation import (
-    Perplexity,
-    continuation,
-    target_probabilities,
-    top_predictions,
-)
+from firsttok.exploration import Observation, observe
 from firsttok.inputs import open_study
 from firsttok.output import print_table
-from firsttok.prompts import fact_prompt, show_tokens, with_target
+from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
-from firsttok.study import Study
+from firsttok.token_strips import show_tokens
 
 __all__ = ["run"]
 
@@ -31,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FirsttokError: If an input is unusable.
     """
-    methods = list(dict.fromkeys(find_method(name) for name in args.method))
+    methods = find_methods(args.method)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
     if args.save and not Path(args.save).resolve().parent.is_dir():
@@ -59,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
             on_step=lambda count: progress.advance(task, count),
         )
         progress.update(task, completed=slots * study.hyperparameters.steps)
-        states = {"before": _observe(study, fact, study.original_perplexity)}
+        states = {"before": _record(observe(study, fact, study.original_perplexity))}
         chosen = [edits[method.name] for method in methods]
         measured = study.prepared_texts.measure_edits(study.model, chosen)
         for method, edit, found in zip(methods, chosen, measured, strict=True):
             with edit.applied(study.model):
-                states[method.name] = _observe(study, fact, found) | edit.report.as_dict()
+                states[method.name] = _record(observe(study, fact, found)) | edit.report.as_dict()
             states[method.name]["losses"] = list(edit.losses)
     if args.save:
         edits[methods[0].name].save(args.save)
@@ -82,21 +77,15 @@ def run(args: argparse.Namespace) -> None:
     _print_states(states, fact)
 
 
-def _observe(study: Study, fact: Fact, measured: Perplexity) -> dict[str, Any]:
-    """What the study's model says as it is now; its perplexity has been measured already."""
-    contexts = study.contexts
-    probabilities = target_probabilities(study.model, fact, contexts)
-    bare = [p for p, text in zip(probabilities, contexts.templates, strict=True) if text == "{}"]
-    prefixed = [
-        p for p, text in zip(probabilities, contexts.templates, strict=True) if text != "{}"
-    ]
+def _record(seen: Observation) -> dict[str, Any]:
+    """An observation as JSON has it."""
     return {
-        "perplexity": measured.mean,
-        "corpus_perplexity": measured.corpus,
-        "target_probability": bare[0] if bare else None,
-        "target_probability_prefixed": sum(prefixed) / len(prefixed) if prefixed else None,
-        "top_predictions": top_predictions(study.model, fact.prompt),
-        "continuation": continuation(study.model, fact.prompt),
+        "perplexity": seen.perplexity.mean,
+        "corpus_perplexity": seen.perplexity.corpus,
+        "target_probability": seen.target_probability,
+        "target_probability_prefixed": seen.target_probability_prefixed,
+        "top_predictions": list(seen.top_predictions),
+        "continuation": seen.continuation,
     }
 
 

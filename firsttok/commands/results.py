@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from firsttok.errors import BadInputError
 from firsttok.output import print_table
 from firsttok.storage import atomic_path
-from firsttok.sweep.groups import GroupedRows, method_label
+from firsttok.sweep.groups import GroupedRows
 from firsttok.sweep.results import RunResults, read_run
 from firsttok.sweep.tables import ResultTable
 
@@ -157,7 +157,7 @@ def _scatter(rows: GroupedRows, stem: Path) -> None:
                 label=f"{cases} (n={len(points)})",
                 rasterized=True,
             )
-        axis.set_title(f"{rows.model}, {method_label(method)}")
+        axis.set_title(f"{rows.model}, {rows.label(method)}")
         axis.set_xscale("log")
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("|Delta|")

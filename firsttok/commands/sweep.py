@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from firsttok.console import progress_bar
 from firsttok.data import FactFile
-from firsttok.editing import find_method
+from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.options import model_label
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace, folder: Path) -> None:
     share = Share.parse(args.shard, limit=args.limit)
     plan = Plan(
-        methods=tuple(find_method(name) for name in dict.fromkeys(args.method)),
+        methods=find_methods(args.method),
         metrics=tuple(args.metrics),
         seed=args.seed,
     )

@@ -5,7 +5,7 @@ import sys
 
 from firsttok.data import Fact
 from firsttok.inputs import model_from
-from firsttok.prompts import show_tokens
+from firsttok.token_strips import show_tokens
 
 __all__ = ["run"]
 

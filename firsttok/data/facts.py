@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
 
@@ -12,7 +13,7 @@ __all__ = ["Fact", "builtin_records"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class Fact(Shown):
     """One fact to edit: ``(subject, relation, target_true)`` becomes ``(..., target_new)``.
 
     Raises:
@@ -59,6 +60,21 @@ class Fact:
     def prompt(self) -> str:
         """The template with the subject written in."""
         return self.template.replace("{}", self.subject)
+
+    def panel(self) -> Panel:
+        """The prompt with both answers, and what belongs to it."""
+        lines = [
+            ["subject", self.subject],
+            ["new target", self.target_new],
+            ["true target", self.target_true],
+            ["paraphrases", len(self.paraphrases)],
+            ["neighbours", len(self.neighbours)],
+        ]
+        return Panel(
+            title=self.prompt,
+            parts=[Table(columns=("", "value"), lines=lines)],
+            source={"": self.source, "case": self.case_id},
+        )
 
     @property
     def neighbour_target(self) -> str:

@@ -7,10 +7,12 @@ from firsttok.editing.methods import (
     METHODS,
     P_ROME,
     ROME,
+    SLOTS,
     Method,
     Slot,
     find_method,
 )
+from firsttok.editing.own_methods import check_methods, find_methods, load_methods
 from firsttok.editing.patch import AppliedEdit, RankOneEdit, load_edit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import UpdateReport, solve_update
@@ -22,6 +24,7 @@ __all__ = [
     "METHODS",
     "P_ROME",
     "ROME",
+    "SLOTS",
     "AppliedEdit",
     "Method",
     "RankOneEdit",
@@ -29,10 +32,13 @@ __all__ = [
     "UpdateReport",
     "Value",
     "ValueStore",
+    "check_methods",
     "compute_edit",
     "compute_edits",
     "find_method",
+    "find_methods",
     "load_edit",
+    "load_methods",
     "optimise_values",
     "solve_update",
 ]

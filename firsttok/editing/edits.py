@@ -205,13 +205,7 @@ def _provenance(
         },
         "layer": layer,
         "fact": fact.as_record(),
-        "method": {
-            "name": method.name,
-            "direction": method.direction.value,
-            "residual": method.residual.value,
-            "denominator": method.denominator.value,
-            "anchor": method.anchor.value,
-        },
+        "method": {"name": method.name, **method.slots},
         "contexts": {
             "hash": contexts.content_hash,
             "seed": contexts.seed,

@@ -3,11 +3,26 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from firsttok.display import Panel, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys
 from firsttok.tensors import KeyVector
 
-__all__ = ["C_ROME", "FC_ROME", "METHODS", "P_ROME", "ROME", "Method", "Slot", "find_method"]
+__all__ = [
+    "C_ROME",
+    "FC_ROME",
+    "METHODS",
+    "P_ROME",
+    "ROME",
+    "SLOTS",
+    "Method",
+    "Slot",
+    "find_method",
+]
+
+
+SLOTS = ("direction", "residual", "denominator", "anchor")
+"""Fields of a :class:`Method` that say which key stands where."""
 
 
 class Slot(str, Enum):
@@ -24,7 +39,7 @@ class Slot(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Shown):
     """One way to fill the slots of the update ``(v* - W k)(C^-1 k)^T / ((C^-1 k)^T k)``."""
 
     name: str
@@ -39,6 +54,16 @@ class Method:
     """Key the left vector is multiplied with."""
     anchor: Slot
     """Where ``v* = anchor + delta`` starts: the MLP's output for this key (note: not in Eq. 3)."""
+
+    @property
+    def slots(self) -> dict[str, str]:
+        """The four slot values by the name of their slot."""
+        return {name: getattr(self, name).value for name in SLOTS}
+
+    def panel(self) -> Panel:
+        """Which key stands in which slot."""
+        lines = [[name, value.replace("_", " ")] for name, value in self.slots.items()]
+        return Panel(title=self.label, parts=[Table(columns=("slot", "key"), lines=lines)])
 
 
 ROME = Method(
@@ -96,4 +121,7 @@ def find_method(name: str) -> Method:
         if method.name == plain:
             return method
     known = ", ".join(method.name for method in METHODS)
-    raise BadInputError(f"no method is called {name!r}; choose from {known}")
+    raise BadInputError(
+        f"no method is called {name!r}; choose from {known}, spell one out or "
+        "give a TOML file of methods"
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firsttok.display import Panel, Plot, Shown, short_hash
 from firsttok.editing.update import UpdateReport
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import EditSite, Model
@@ -44,8 +45,8 @@ class AppliedEdit:
             self.weight.copy_(self.before)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RankOneEdit:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RankOneEdit(Shown):
     """``W + outer(left, right)`` at one edit site (Equation 3)."""
 
     left: KeyVector
@@ -67,6 +68,43 @@ class RankOneEdit:
     def delta(self) -> WeightInOut:
         """The dense update, ``[d_mlp, d_model]``."""
         return torch.outer(self.left, self.right)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it was made with, in short; ``provenance`` has it all."""
+
+        def part(name: str) -> dict[str, Any]:
+            return self.provenance.get(name, {})
+
+        keys = self.provenance.get("keys")
+        return {
+            "model": part("model").get("name"),
+            "weights": short_hash(part("model").get("fingerprint")),
+            "layer": self.layer,
+            "method": part("method").get("name"),
+            "keys": None if keys == "ordinary" else keys,
+            "contexts": short_hash(part("contexts").get("hash")),
+            "second moment": part("second_moment").get("corpus"),
+            "firsttok": part("versions").get("firsttok"),
+        }
+
+    def panel(self) -> Panel:
+        """The components of the update, and how its value was found."""
+        rewrite = self.provenance.get("fact", {}).get("requested_rewrite", {})
+        prompt = str(rewrite.get("prompt", "")).replace("{}", str(rewrite.get("subject", "")))
+        plot = Plot(
+            title="loss of the value optimisation",
+            series={"loss": self.losses},
+            x_label="step",
+            y_label="loss",
+            log=True,
+        )
+        return Panel(
+            title=f"rank-one edit of layer {self.layer}: {prompt} "
+            f"{rewrite.get('target_new', {}).get('str', '')}",
+            parts=[self.report.table(), plot],
+            source=self.origin,
+        )
 
     def apply_(self, model: Model) -> AppliedEdit:
         """Add the edit to the model's weight in place, until ``undo_`` of the result.

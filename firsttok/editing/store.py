@@ -24,7 +24,7 @@ class ValueStore:
 
     def __init__(self, folder: str | Path) -> None:
         """Use a folder; it is made on the first write."""
-        self.folder = Path(folder)
+        self.folder: Path = Path(folder)
 
     def path(
         self,

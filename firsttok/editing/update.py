@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from firsttok.display import Panel, Shown, Table
 from firsttok.editing.methods import Method
 from firsttok.editing.value import Value
 from firsttok.errors import NonFiniteError
@@ -15,8 +16,8 @@ from firsttok.tensors import KeyVector, ValueVector
 __all__ = ["UpdateReport", "solve_update"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class UpdateReport(Shown):
     """The components of one update, as Table 1 reports them and without normalisation.
 
     The edit is the same under both; the left vector is scaled to unit norm in the released code,
@@ -39,6 +40,21 @@ class UpdateReport:
     """Cosine of k_bar and k^u."""
     key_norm_ratio: float
     """``||k^u|| / ||k_bar||``."""
+
+    def table(self) -> Table:
+        """The components by name."""
+        lines = [
+            ["numerator ||v* - W k||", self.numerator],
+            ["denominator u . k", self.denominator],
+            ["||Delta W||", self.delta_norm],
+            ["cosine of k_bar and k^u", self.key_cosine],
+            ["||k^u|| / ||k_bar||", self.key_norm_ratio],
+        ]
+        return Table(columns=("component", "value"), lines=lines)
+
+    def panel(self) -> Panel:
+        """The components as Table 1 has them, and the keys they come from."""
+        return Panel(title="components of the update", parts=[self.table()])
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers."""

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from firsttok.data import builtin_sentences
+from firsttok.display import Panel, Shown, Table
 from firsttok.editing import RankOneEdit
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
@@ -24,8 +25,8 @@ _PLACES = 256
 """Places whose logits are in memory at once."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Perplexity(Shown):
     """Perplexity of a model on some sentences."""
 
     mean: float
@@ -34,6 +35,20 @@ class Perplexity:
     """exp of the mean NLL over all scored tokens."""
     per_sentence: tuple[float, ...]
     """Perplexity of each sentence, in order."""
+
+    def panel(self) -> Panel:
+        """Mean and extremes."""
+        lines = [
+            ["mean over sentences", self.mean],
+            ["over all tokens", self.corpus],
+            ["lowest sentence", min(self.per_sentence, default=None)],
+            ["highest sentence", max(self.per_sentence, default=None)],
+            ["collapsed", self.collapsed],
+        ]
+        return Panel(
+            title=f"perplexity on {len(self.per_sentence)} sentences",
+            parts=[Table(columns=("", "value"), lines=lines)],
+        )
 
     @property
     def collapsed(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import LayerOutOfRangeError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Model(Shown):
     """A TransformerBridge with its checked edit sites and a visible BOS policy."""
 
     name: str
@@ -52,6 +53,34 @@ class Model:
         """The name as tables and provenance show it: of a folder, only its own name."""
         is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
         return Path(self.name).name if is_path else self.name
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What an object made with this view says about it: name, weights, BOS, changes."""
+        return {
+            "model": self.label,
+            "weights": short_hash(self.fingerprint),
+            "BOS": self.bos.value,
+            "view": ", ".join(change.name for change in self.interventions),
+        }
+
+    def panel(self) -> Panel:
+        """The model at a glance."""
+        site = self.site(self.default_layer)
+        lines = [
+            ["layers", self.n_layers],
+            ["layer edited by default", self.default_layer],
+            ["width of the residual stream", site.d_model],
+            ["width of a key", site.d_mlp],
+            ["position embedding", self.position_embedding],
+            ["tokens put before a prompt", str(list(self.leading_ids) or "none")],
+            ["can be edited", self.can_be_edited],
+            ["type and device", f"{str(self.dtype).removeprefix('torch.')}, {self.device}"],
+        ]
+        table = Table(columns=("", "value"), lines=lines)
+        return Panel(
+            title=self.label, parts=[table], source=self.origin | {"loaded from": self.source}
+        )
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from firsttok.claims import (
     find_inconsistencies,
     judge,
     load_result,
+    load_sweep,
 )
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
@@ -41,6 +42,8 @@ PRINTED = {
     "figure8_concentration": "Equation 4",
 }
 PERCENT = ("Table 4", "Table 5")
+SWEEP = "sweep_"
+"""How the file of a published sweep begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +129,14 @@ class ModelReport:
 
 
 def result_folders(out: Path) -> list[Path]:
-    """Folders of models in which some script has left a result, in order of their names."""
+    """Folders of models in which a script or a sweep has left a result, in order of their names."""
     if not out.is_dir():
         return []
     return [
         folder
         for folder in sorted(out.iterdir())
-        if folder.is_dir() and any((folder / f"{name}.json").is_file() for name in SCRIPTS)
+        if folder.is_dir()
+        and (any((folder / f"{name}.json").is_file() for name in SCRIPTS) or _sweeps(folder))
     ]
 
 
@@ -147,7 +151,9 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
     results = {name: load_result(folder, name) for name in SCRIPTS}
-    ran = [result for result in results.values() if result is not None]
+    swept = [load_sweep(folder, name) for name in _sweeps(folder)]
+    # What scripts share is told once; a sweep has settings of its own.
+    ran = [result for result in results.values() if result is not None] or swept
     if not ran:
         raise BadInputError(
             f"{folder} holds no result of a script; run: firsttok reproduce --model {folder.name}"
@@ -160,8 +166,12 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
     return ModelReport(
         model=folder.name,
         folder=folder,
-        sections=tuple(
-            _section(folder, name, results[name], across[folder.name], facts) for name in SCRIPTS
+        sections=(
+            *(
+                _section(folder, name, results[name], across[folder.name], facts)
+                for name in SCRIPTS
+            ),
+            *(_section(folder, result.script, result, (), facts) for result in swept),
         ),
         facts=facts,
         mixed=mixed,
@@ -195,13 +205,18 @@ def _section(
     picture = folder / f"{name}.png"
     return Section(
         script=name,
-        heading=HEADINGS[name],
+        heading=HEADINGS.get(name) or f"A sweep: {name.removeprefix(SWEEP)}",
         judged=tuple(item for item in judged if item.claim.script == name),
         result=result,
         picture=picture if result is not None and picture.is_file() else None,
         printed=printed_table(PRINTED[name]) if name in PRINTED else None,
         facts=tuple(fact for fact in script_facts(result) if fact not in facts) if result else (),
     )
+
+
+def _sweeps(folder: Path) -> list[str]:
+    """Names of the sweeps that were published into a model's folder, without suffix."""
+    return sorted(path.stem for path in folder.glob(f"{SWEEP}*.json"))
 
 
 def _verdicts(results: Mapping[str, Any]) -> tuple[Judged, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from firsttok.sweep.cluster import RayEngine, Recipe, connected
     from firsttok.sweep.engine import Chunk, DoneChunk, Engine, LocalEngine
+    from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.manifest import check_run, join_run, model_entry, read_manifest, run_entry
     from firsttok.sweep.measuring import METRICS, Plan, measure_chunk
     from firsttok.sweep.results import RunResults, read_run
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "cluster": ("RayEngine", "Recipe", "connected"),
     "engine": ("Chunk", "DoneChunk", "Engine", "LocalEngine"),
+    "local_run": ("sweep_facts",),
     "manifest": ("check_run", "join_run", "model_entry", "read_manifest", "run_entry"),
     "measuring": ("METRICS", "Plan", "measure_chunk"),
     "results": ("RunResults", "read_run"),
@@ -58,15 +60,19 @@ __all__ = [
     "run_entry",
     "shard_paths",
     "sweep",
+    "sweep_facts",
     "write_shard",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the module that holds a public name."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'firsttok.sweep' has no attribute {name!r}")
-    return getattr(import_module(f"firsttok.sweep.{_HOMES[name]}"), name)
+# A type checker that saw it would take every misspelt name for one that is there.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import the module that holds a public name."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'firsttok.sweep' has no attribute {name!r}")
+        return getattr(import_module(f"firsttok.sweep.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

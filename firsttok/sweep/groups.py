@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -38,6 +38,8 @@ class GroupedRows:
     """Rows that hold a reason."""
     original: float | None = None
     """Perplexity of the unedited model, where it is known."""
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Names in tables of methods that are not built in."""
 
     @staticmethod
     def of(
@@ -46,6 +48,7 @@ class GroupedRows:
         records: Sequence[Record],
         *,
         original: float | None = None,
+        labels: Mapping[str, str] | None = None,
     ) -> "GroupedRows":
         """Group the rows of one model.
 
@@ -54,6 +57,7 @@ class GroupedRows:
             methods: Names of the methods, in order.
             records: Its rows, with at least :data:`COLUMNS`.
             original: Perplexity of the unedited model, where it is known.
+            labels: Names in tables of methods that are not built in.
         """
         cases = group_cases(records)
         done: dict[tuple[str, str], list[Record]] = {}
@@ -67,7 +71,12 @@ class GroupedRows:
             done=done,
             failed=[record for record in records if record["status"] == FAILED],
             original=original,
+            labels=labels or {},
         )
+
+    def label(self, method: str) -> str:
+        """Name of a method in tables."""
+        return self.labels.get(method) or method_label(method)
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from firsttok.errors import BadInputError, CacheError
 from firsttok.storage import locked, read_json, write_json
 
 if TYPE_CHECKING:
-    from firsttok.editing import Method
     from firsttok.study import Study
     from firsttok.sweep.measuring import Plan
 
@@ -42,11 +41,14 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
     return {
         "format": _FORMAT,
         "facts": {"hash": facts_hash, "count": facts},
-        "methods": {method.name: _slots(method) for method in plan.methods},
+        "methods": {method.name: method.slots for method in plan.methods},
         "metrics": list(plan.metrics),
         "seed": plan.seed,
         "chunk": chunk,
-        "told": {"facts": facts_name},
+        "told": {
+            "facts": facts_name,
+            "labels": {method.name: method.label for method in plan.methods},
+        },
     }
 
 
@@ -132,15 +134,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "begin another run elsewhere"
         )
     return manifest
-
-
-def _slots(method: "Method") -> dict[str, str]:
-    return {
-        "direction": method.direction.value,
-        "residual": method.residual.value,
-        "denominator": method.denominator.value,
-        "anchor": method.anchor.value,
-    }
 
 
 def _refuse(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from firsttok.data import Fact
-from firsttok.editing import Method, RankOneEdit, compute_edits
+from firsttok.editing import Method, RankOneEdit, check_methods, compute_edits
 from firsttok.efficacy import draw_prefix
-from firsttok.errors import CacheError, FirsttokError
+from firsttok.errors import BadInputError, CacheError, FirsttokError
 from firsttok.evaluation import (
     edit_accuracies,
     edit_counterfact_scores,
@@ -30,7 +30,12 @@ METRICS = ("perplexity", "accuracy", "scores", "entropy")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is done with every fact."""
+    """What is done with every fact.
+
+    Raises:
+        BadInputError: If there is no method, results could not tell two apart, or a metric is
+            unknown.
+    """
 
     methods: tuple[Method, ...]
     """The methods, each a row."""
@@ -38,6 +43,15 @@ class Plan:
     """Which of :data:`METRICS` are measured; columns of the others stay empty."""
     seed: int = 0
     """Seed of Table 5's prefixes and of the generations."""
+
+    def __post_init__(self) -> None:
+        """Check the methods and metrics."""
+        if not self.methods:
+            raise BadInputError("a sweep needs at least one method; give one")
+        check_methods(self.methods)
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise BadInputError(f"no metric is called {unknown[0]!r}; take {', '.join(METRICS)}")
 
 
 def measure_chunk(

@@ -1,20 +1,21 @@
 """A sweep's run folder as an object: rows, tables, queries, and how much of it is done."""
 
-import html
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import frame_of, select
 from firsttok.sweep.rows import DONE, FAILED, SweepRow, row_schema, rows_of
 from firsttok.sweep.shards import read_table
-from firsttok.sweep.tables import ResultTable, model_tables
+from firsttok.sweep.tables import ResultTable, method_summary, model_tables
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,8 +51,8 @@ class ModelProgress:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RunResults:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class RunResults(Shown):
     """What a sweep has found so far; an unfinished run can be read at any time."""
 
     folder: Path
@@ -70,6 +71,13 @@ class RunResults:
     def methods(self) -> tuple[str, ...]:
         """Names of the methods."""
         return tuple(self.manifest["methods"])
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Names of the methods in tables, as far as the run tells."""
+        told: Any = self.manifest.get("told")
+        labels: Any = told.get("labels") if isinstance(told, Mapping) else None
+        return dict(labels) if isinstance(labels, Mapping) else {}
 
     @cached_property
     def rows(self) -> tuple[SweepRow, ...]:
@@ -118,7 +126,13 @@ class RunResults:
             BadInputError: If it does not take part in the run.
         """
         records = self.of(model).table.select(COLUMNS).to_pylist()
-        return GroupedRows.of(model, self.methods, records, original=self.original(model))
+        return GroupedRows.of(
+            model,
+            self.methods,
+            records,
+            original=self.original(model),
+            labels=self.labels,
+        )
 
     def original(self, model: str) -> float | None:
         """Perplexity of a model before any edit, where the manifest knows it."""
@@ -156,19 +170,63 @@ class RunResults:
             for model in self.models
         )
 
-    def _repr_html_(self) -> str:
-        """A summary for a notebook."""
+    def panel(self) -> Panel:
+        """How much is done, and the summary of every model."""
         names = ("model", "planned", "done", "failed", "collapsed")
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(getattr(p, n)))}</td>" for n in names) + "</tr>"
-            for p in self.progress()
+        lines = [[getattr(each, name) for name in names] for each in self.progress()]
+        parts: list[Part] = [Table(columns=names, lines=lines)]
+        for model in self.models:
+            summary = self.summary(model)
+            parts += [Note(text=summary.title), *summary.panel().parts]
+        return Panel(
+            title=f"a run of {self.manifest['facts']['count']} facts by {', '.join(self.methods)}",
+            parts=parts,
+            source={"run": self.folder.name},
         )
-        methods = html.escape(", ".join(self.methods))
-        return (
-            f"<p>A run of {self.manifest['facts']['count']} facts by {methods}</p>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+
+    def summary(self, model: str) -> ResultTable:
+        """One line per method: its slots, and what it did to one model.
+
+        Raises:
+            BadInputError: If the model does not take part in the run.
+        """
+        return method_summary(self.grouped(model), self.manifest["methods"])
+
+    def publish(self, out: str | Path) -> tuple[Path, ...]:
+        """Leave the summary and all rows where ``firsttok report --out`` finds them.
+
+        Args:
+            out: Folder of results, which has one folder for each model.
+
+        Returns:
+            The files, ``OUT/<model>/sweep_<run>.json``; a CSV of the rows lies beside each.
+
+        Raises:
+            BadInputError: If no model has a row yet.
+            CacheError: If a file cannot be written.
+        """
+        from firsttok.output import save_result
+
+        done = set(self.table["model"].unique().to_pylist())
+        if not done:
+            raise BadInputError(f"the run in {self.folder} holds no rows yet; sweep first")
+        written: list[Path] = []
+        for model in (name for name in self.models if name in done):
+            table, entry = self.summary(model), self.manifest["models"][model]
+            stem = Path(out) / model.replace("/", "--") / f"sweep_{_plain_name(self.folder)}"
+            save_result(
+                stem,
+                title=table.title,
+                columns=table.columns,
+                lines=[[_finite(cell) for cell in line] for line in table.lines],
+                rows=[
+                    {name: _finite(value) for name, value in row.items()}
+                    for row in self.of(model).table.to_pylist()
+                ],
+                provenance={**entry, "methods": self.manifest["methods"]},
+            )
+            written.append(Path(f"{stem}.json"))
+        return tuple(written)
 
 
 def read_run(path: str | Path) -> RunResults:
@@ -232,3 +290,12 @@ def _holder(files: list[Path], shards: "list[pa.Table]", match: Mapping[str, Any
         )
     ]
     return " and ".join(found)
+
+
+def _plain_name(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", folder.resolve().name)
+
+
+def _finite(value: Any) -> Any:
+    """As JSON takes it: a number that is not finite is a text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,9 +9,10 @@ from typing import Any
 
 from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
-from firsttok.sweep.groups import GROUPS, GroupedRows, mean_of, method_label
+from firsttok.display import Panel, Shown, Table
+from firsttok.sweep.groups import GROUPS, GroupedRows, mean_of
 
-__all__ = ["ResultTable", "model_tables"]
+__all__ = ["ResultTable", "method_summary", "model_tables"]
 
 _ACCURACIES = ("efficacy", "generalization", "locality")
 _SCORES = ("ES", "EM", "PS", "PM", "NS", "NM")
@@ -22,8 +23,8 @@ _REASONS = 15
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResultTable:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ResultTable(Shown):
     """A table of a run."""
 
     name: str
@@ -36,6 +37,10 @@ class ResultTable:
     """Names of its columns."""
     lines: tuple[tuple[Any, ...], ...]
     """Its lines; a cell is a text, a number or None."""
+
+    def panel(self) -> Panel:
+        """The table under its title."""
+        return Panel(title=self.title, parts=[Table(columns=self.columns, lines=self.lines)])
 
 
 def model_tables(rows: GroupedRows) -> tuple[ResultTable, ...]:
@@ -56,6 +61,43 @@ def model_tables(rows: GroupedRows) -> tuple[ResultTable, ...]:
         _sizes(rows),
     ]
     return (*tables, _failures(rows)) if rows.failed else tuple(tables)
+
+
+def method_summary(rows: GroupedRows, slots: Mapping[str, Mapping[str, str]]) -> ResultTable:
+    """One line per method: which key stands where, and what that did.
+
+    Args:
+        rows: The model's rows.
+        slots: Slot values by the name of the method, then of the slot, as a manifest has them.
+    """
+    names = list(dict.fromkeys(name for chosen in slots.values() for name in chosen))
+    lines: list[tuple[Any, ...]] = []
+    for method in rows.methods:
+        sizes = [abs(value) for value in rows.pick("denominator", method)]
+        collapsed = rows.pick("collapsed", method)
+        lines.append(
+            (
+                rows.label(method),
+                *(slots[method].get(name, "-").replace("_", " ") for name in names),
+                len(sizes),
+                f"{sum(map(bool, collapsed))} of {len(collapsed)}" if collapsed else None,
+                min(sizes, default=None),
+                max(rows.pick("perplexity", method), default=None),
+                rows.percent("efficacy", method),
+                rows.percent("prefixed_efficacy", method),
+            )
+        )
+    before = "" if rows.original is None else f"; perplexity {rows.original:.2f} before"
+    return ResultTable(
+        name="Methods",
+        model=rows.model,
+        title=f"Methods side by side, {rows.model} (efficacy in percent{before})",
+        columns=(
+            *("method", *names, "cases", "collapsed", "least |denominator|", "max perplexity"),
+            *("efficacy", "behind a prefix"),
+        ),
+        lines=tuple(lines),
+    )
 
 
 def _update_components(rows: GroupedRows) -> ResultTable:
@@ -79,7 +121,7 @@ def _update_components(rows: GroupedRows) -> ResultTable:
         model=rows.model,
         title=f"Table 1. Mean norm of the numerator and mean |denominator|, {rows.model} "
         f"({_meaning(rows)})",
-        columns=("", *map(method_label, rows.methods), *(f"paper, {p}, ROME" for p in papers)),
+        columns=("", *map(rows.label, rows.methods), *(f"paper, {p}, ROME" for p in papers)),
         lines=tuple(lines),
     )
 
@@ -95,10 +137,10 @@ def _perplexities(rows: GroupedRows) -> ResultTable:
         for cases in rows.groups:
             values = rows.pick("perplexity", method, cases)
             largest = max(values, default=None)
-            row = f"{method_label(method)}/{cases}"
+            row = f"{rows.label(method)}/{cases}"
             lines.append(
                 (
-                    f"{method_label(method)}, {cases} (n={len(values)})",
+                    f"{rows.label(method)}, {cases} (n={len(values)})",
                     min(values, default=None),
                     mean_of(values),
                     largest,
@@ -162,7 +204,7 @@ def _scores(rows: GroupedRows) -> ResultTable:
     for method in rows.methods:
         means = {name: rows.percent(name.lower(), method) for name in _SCORES}
         count = len(rows.pick("es", method))
-        lines.append((method_label(method), count, *means.values(), _score(means)))
+        lines.append((rows.label(method), count, *means.values(), _score(means)))
     for table, paper in _SINGLE_EDITS:
         printed, _ = _printed(table, paper=REBUILDING)
         for row in dict.fromkeys(row.partition("/")[0] for row, _ in printed):
@@ -187,7 +229,7 @@ def _sizes(rows: GroupedRows) -> ResultTable:
             entropies = rows.pick("entropy", method, cases)
             lines.append(
                 (
-                    f"{method_label(method)}, {cases} (n={len(sizes)})",
+                    f"{rows.label(method)}, {cases} (n={len(sizes)})",
                     median(sizes) if sizes else None,
                     max(sizes, default=None),
                     len(entropies),
@@ -239,7 +281,7 @@ def _accuracy_line(
 ) -> tuple[Any, ...]:
     count = len(rows.pick(columns[0], method, cases))
     means = (rows.percent(column, method, cases) for column in columns)
-    return (f"{method_label(method)}, {cases}", count, *means)
+    return (f"{rows.label(method)}, {cases}", count, *means)
 
 
 def _meaning(rows: GroupedRows) -> str:

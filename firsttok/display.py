@@ -1,0 +1,235 @@
+"""How objects show themselves: one description, as HTML in a notebook and as text in a terminal."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from firsttok.svg import line_plot, sparkline
+
+__all__ = ["Note", "Panel", "Part", "Plot", "Shown", "Strip", "Table", "cell_text", "short_hash"]
+
+_MONO = "font-family:ui-monospace,monospace"
+_LINE = "1px solid currentColor"
+_LEFT = ' style="text-align:left"'
+
+
+@runtime_checkable
+class Part(Protocol):
+    """A piece of a panel."""
+
+    @property
+    def text(self) -> str:
+        """Plain text, without a final newline."""
+        ...
+
+    @property
+    def html(self) -> str:
+        """HTML, with everything that came from outside escaped."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A sentence."""
+
+    text: str
+    """The sentence."""
+
+    @property
+    def html(self) -> str:
+        """A paragraph."""
+        return f"<p>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; its first column names the lines, a column that begins with a text is flush left."""
+
+    columns: Sequence[str]
+    """Names of the columns."""
+    lines: Sequence[Sequence[Any]]
+    """The lines; a cell is a text, a number, a truth value or None."""
+
+    @property
+    def text(self) -> str:
+        """Aligned columns."""
+        rows = [list(self.columns), *([cell_text(cell) for cell in line] for line in self.lines)]
+        widths = [max(len(row[index]) for row in rows) for index in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if left else cell.rjust(width)
+                for cell, width, left in zip(row, widths, self._left, strict=True)
+            ).rstrip()
+            for row in rows
+        )
+
+    @property
+    def html(self) -> str:
+        """A table whose first cells are headings of their rows."""
+        head = "".join(
+            f'<th scope="col"{_LEFT if left else ""}>{html.escape(name)}</th>'
+            for name, left in zip(self.columns, self._left, strict=True)
+        )
+        body = "".join(f"<tr>{self._cells(line)}</tr>" for line in self.lines)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    @property
+    def _left(self) -> list[bool]:
+        """Which columns are flush left."""
+        first: Sequence[Any] = self.lines[0] if self.lines else self.columns
+        return [index == 0 or isinstance(cell, str) for index, cell in enumerate(first)]
+
+    def _cells(self, line: Sequence[Any]) -> str:
+        first, *rest = (html.escape(cell_text(cell)) for cell in line)
+        cells = "".join(
+            f"<td{_LEFT if left else ''}>{cell}</td>"
+            for cell, left in zip(rest, self._left[1:], strict=True)
+        )
+        return f'<th scope="row"{_LEFT}>{first}</th>{cells}'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Tokens side by side, one of them marked."""
+
+    pieces: Sequence[str]
+    """The tokens as text."""
+    marked: int | None
+    """Which one is marked."""
+    mark: str
+    """What the mark says."""
+
+    @property
+    def text(self) -> str:
+        """Two lines: the tokens, and a caret under the marked one."""
+        line = "|".join(self.pieces)
+        if self.marked is None:
+            return line
+        indent = sum(len(piece) + 1 for piece in self.pieces[: self.marked])
+        return f"{line}\n{' ' * indent}^ {self.mark}"
+
+    @property
+    def html(self) -> str:
+        """Boxes with their positions, the marked one drawn bold and named below."""
+        boxes = "".join(self._box(index, piece) for index, piece in enumerate(self.pieces))
+        note = "" if self.marked is None else f"<small>▲ {html.escape(self.mark)}</small>"
+        return f'<div style="line-height:2.4">{boxes}</div>{note}'
+
+    def _box(self, index: int, piece: str) -> str:
+        border = "3px solid #d55e00;font-weight:bold" if index == self.marked else _LINE
+        tag = "mark" if index == self.marked else "span"
+        plain = "background:none;color:inherit;" if tag == "mark" else ""
+        return (
+            f'<{tag} title="position {index}" style="{plain}{_MONO};white-space:pre;'
+            f'border:{border};border-radius:3px;padding:2px 3px;margin:1px">'
+            f"{html.escape(piece)}<sub>{index}</sub></{tag}>"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A small line plot; see :func:`~firsttok.svg.line_plot`."""
+
+    title: str
+    """What it shows."""
+    series: Mapping[str, Sequence[float]]
+    """Values by the name of their line."""
+    x_label: str
+    """What runs to the right."""
+    y_label: str
+    """What runs upwards."""
+    x: Sequence[int | float] | None = None
+    """Where the values stand; None for 0, 1, 2 and so on."""
+    log: bool = False
+    """Whether the scale is logarithmic."""
+
+    @property
+    def text(self) -> str:
+        """A sparkline for each line, with its least and its largest value."""
+        width = max((len(name) for name in self.series), default=0)
+        rows = [f"{self.title} ({self.x_label} to the right{', log scale' if self.log else ''})"]
+        for name, values in self.series.items():
+            known = [value for value in values if math.isfinite(value)]
+            ends = f"  {cell_text(min(known))} to {cell_text(max(known))}" if known else ""
+            rows.append(f"  {name.ljust(width)}  {sparkline(values, log=self.log)}{ends}")
+        return "\n".join(rows)
+
+    @property
+    def html(self) -> str:
+        """The plot as SVG."""
+        return line_plot(
+            self.series,
+            title=self.title,
+            x_label=self.x_label,
+            y_label=self.y_label,
+            x=self.x,
+            log=self.log,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """What an object shows: a title, some parts, and where it came from."""
+
+    title: str
+    """What it is."""
+    parts: Sequence[Part] = ()
+    """The pieces, from top to bottom."""
+    source: Mapping[str, Any] | None = None
+    """Where it came from, by label; None values are left out."""
+
+    @property
+    def text(self) -> str:
+        """Plain text for a terminal."""
+        blocks = [self.title, *(part.text for part in self.parts)]
+        if origin := self._origin():
+            blocks.append(f"from: {origin}")
+        return "\n".join(blocks)
+
+    @property
+    def html(self) -> str:
+        """HTML for a notebook; it loads nothing."""
+        origin = self._origin()
+        foot = f"<p><small>from: {html.escape(origin)}</small></p>" if origin else ""
+        body = "".join(part.html for part in self.parts)
+        title = f"<p><strong>{html.escape(self.title)}</strong></p>"
+        return f'<div class="firsttok">{title}{body}{foot}</div>'
+
+    def _origin(self) -> str:
+        known = (self.source or {}).items()
+        return "; ".join(f"{k} {cell_text(v)}".strip() for k, v in known if v not in (None, ""))
+
+
+class Shown:
+    """Base of what shows itself by its panel.
+
+    A dataclass made with ``repr=False`` shows it in a terminal, too; the others keep their own.
+    """
+
+    def panel(self) -> Panel:
+        """Describe the object."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.panel().text
+
+    def _repr_html_(self) -> str:
+        return self.panel().html
+
+
+def cell_text(cell: Any) -> str:
+    """A cell as it is shown: two decimals, or three digits where the number is small or huge."""
+    if cell is None:
+        return "-"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return f"{cell:,.2f}" if 0.1 <= abs(cell) < 1e6 else f"{cell:.3g}"
+    return str(cell)
+
+
+def short_hash(digest: str | None) -> str | None:
+    """The first digits of a hash, enough to tell two apart at a glance."""
+    return digest[:10] if digest else None

@@ -1,0 +1,138 @@
+"""Methods of one's own, given by their four slot values; nothing is executed.
+
+``rome`` names a built-in method, ``NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY``
+spells one out (a KEY is ``prefixed`` or ``bare``), and a TOML file holds any number, a table each.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
+from firsttok.errors import BadInputError
+from firsttok.storage import read_toml
+
+__all__ = ["check_methods", "find_methods", "load_methods"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_KEYS = {
+    "prefixed": Slot.PREFIXED_MEAN,
+    "prefixed_mean": Slot.PREFIXED_MEAN,
+    "bare": Slot.UNPREFIXED,
+    "unprefixed": Slot.UNPREFIXED,
+}
+_FORM = "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY"
+
+
+def find_methods(given: Iterable[str]) -> tuple[Method, ...]:
+    """Return the methods that some options name, in order, each once.
+
+    Args:
+        given: Each a built-in name, a method spelled out, or a TOML file of methods.
+
+    Raises:
+        BadInputError: If one is unknown or malformed, or two different ones go by one name.
+    """
+    found: list[Method] = []
+    for text in given:
+        if "=" in text:
+            found.append(_spelled_out(text))
+        elif text.endswith(".toml"):
+            found += load_methods(text)
+        else:
+            found.append(find_method(text))
+    methods = tuple(dict.fromkeys(found))
+    check_methods(methods)
+    return methods
+
+
+def load_methods(path: str | Path) -> tuple[Method, ...]:
+    """Read methods from TOML: a table each, with the four slots and, if wanted, a ``label``.
+
+    Raises:
+        BadInputError: If the file is missing or not TOML, or a method in it is malformed.
+    """
+    tables = read_toml(Path(path), "methods")
+    if not tables:
+        raise BadInputError(f"{path} holds no method; write a table for each, such as [mine]")
+    methods = tuple(_method(f"{path}, [{name}]", name, table) for name, table in tables.items())
+    check_methods(methods)
+    return methods
+
+
+def check_methods(methods: Iterable[Method]) -> None:
+    """Refuse methods that results could not tell apart.
+
+    Raises:
+        BadInputError: If two go by one name, or one by the name of a built-in method that it is
+            not.
+    """
+    seen: dict[str, Method] = {}
+    labels = {known.label.lower(): known.name for known in METHODS}
+    for method in methods:
+        name = method.name.lower()
+        builtin = next((known for known in METHODS if known.name == name), None)
+        if name == "r-rome" or (builtin is not None and builtin.slots != method.slots):
+            raise BadInputError(
+                f"a method of your own cannot be called {method.name!r}, which is a built-in one "
+                "with other slots; give it another name"
+            )
+        if name in seen:
+            raise BadInputError(f"two methods are called {method.name!r}; give each its own name")
+        seen[name] = method
+        owner = labels.setdefault(method.label.lower(), name)
+        if owner != name:
+            raise BadInputError(
+                f"the methods {owner!r} and {method.name!r} are both shown as {method.label!r}; "
+                "give each its own label"
+            )
+
+
+def _spelled_out(text: str) -> Method:
+    name, _, rest = text.partition("=")
+    slots: dict[str, Any] = {}
+    for part in rest.split(","):
+        slot, colon, key = part.partition(":")
+        if not colon:
+            raise BadInputError(f"--method {text!r} cannot be read; write {_FORM}")
+        if slot.strip() in slots:
+            raise BadInputError(f"--method {text!r} gives {slot.strip()} twice; give it once")
+        slots[slot.strip()] = key.strip()
+    return _method(f"--method {text!r}", name.strip(), slots)
+
+
+def _method(where: str, name: str, table: Any) -> Method:
+    """A method from its slots by name.
+
+    Args:
+        where: Where it was given, for messages.
+        name: Its name.
+        table: Its slots, and a label if it has one.
+
+    Raises:
+        BadInputError: If something is missing, superfluous or unknown.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadInputError(
+            f"{where}: {name!r} is no name; take letters, digits, dots, dashes and underscores"
+        )
+    if not isinstance(table, Mapping):
+        raise BadInputError(f"{where} is no table of slots; write [{name}] with {', '.join(SLOTS)}")
+    given = dict(cast(Mapping[str, Any], table))
+    label = given.pop("label", name)
+    missing = [slot for slot in SLOTS if slot not in given]
+    other = [slot for slot in given if slot not in SLOTS]
+    if missing:
+        raise BadInputError(f"{where} has no {missing[0]}; give all of {', '.join(SLOTS)}")
+    if other:
+        raise BadInputError(f"{where} has {other[0]!r}, which is no slot; give {', '.join(SLOTS)}")
+    for slot, key in given.items():
+        if not isinstance(key, str) or key not in _KEYS:
+            raise BadInputError(
+                f"{where}: {slot} is {key!r}; take 'prefixed' (the mean over the contexts) or "
+                "'bare' (the prompt alone)"
+            )
+    if not isinstance(label, str) or not label.strip():
+        raise BadInputError(f"{where}: the label is {label!r}; give a text")
+    return Method(name=name, label=label, **{slot: _KEYS[key] for slot, key in given.items()})

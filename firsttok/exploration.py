@@ -1,0 +1,352 @@
+"""What if this fact were edited? One call, with everything that is not given found or made."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact, builtin_sentences
+from firsttok.display import Note, Panel, Shown, Table
+from firsttok.editing import METHODS, ROME, Method, RankOneEdit, UpdateReport, compute_edits
+from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.evaluation import (
+    COLLAPSE_THRESHOLD,
+    Perplexity,
+    continuation,
+    target_probabilities,
+    top_predictions,
+)
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.inputs import kept_contexts
+from firsttok.keys import KeySource
+from firsttok.models import BosPolicy, Model
+from firsttok.second_moment import SecondMoment, compute_second_moment
+from firsttok.storage import cache_folder
+from firsttok.study import Study
+from firsttok.token_strips import TokenStrip, tokens
+
+__all__ = [
+    "Comparison",
+    "Observation",
+    "WhatIf",
+    "compare_methods",
+    "observe",
+    "prepare_study",
+    "what_if",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a model says to one fact's prompt, and how well it speaks at all."""
+
+    perplexity: Perplexity
+    """Perplexity on the study's sentences."""
+    target_probability: float | None
+    """Probability of the new target behind the bare prompt; None if that is no context."""
+    target_probability_prefixed: float | None
+    """Its mean over the contexts that are not bare; None if there is none."""
+    top_predictions: tuple[tuple[str, float], ...]
+    """The most probable next tokens of the bare prompt, with their probabilities."""
+    continuation: str
+    """What follows the bare prompt greedily."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class WhatIf(Shown):
+    """One fact edited by one method, with the model before and after; the model is as it was."""
+
+    fact: Fact
+    """The fact."""
+    method: Method
+    """The method."""
+    tokens: TokenStrip
+    """Tokens of the bare prompt, the looked-up one marked."""
+    edit: RankOneEdit
+    """The edit; ``with result.edit.applied(model):`` makes it again."""
+    before: Observation
+    """The model as it is."""
+    after: Observation
+    """The model with the edit in its weights."""
+    origin: dict[str, Any]
+    """Model and settings, in short; ``edit.provenance`` has it all."""
+
+    @property
+    def report(self) -> UpdateReport:
+        """The components of the update."""
+        return self.edit.report
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the edit destroyed the model, which was not as bad before."""
+        return self.after.perplexity.collapsed and not self.before.perplexity.collapsed
+
+    def panel(self) -> Panel:
+        """Tokens, components, before and after, and what became of the model."""
+        return Panel(
+            title=f"what if {self.method.label} wrote: {self.fact.prompt} {self.fact.target_new}",
+            parts=[
+                *self.tokens.panel().parts,
+                _components([self]),
+                *_states(self.fact, {"before": self.before, "after": self.after}),
+                Note(text=_verdict(self)),
+            ],
+            source=self.origin | {"method": self.method.name},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Comparison(Shown):
+    """One fact edited by several methods, each on the unedited model."""
+
+    results: tuple[WhatIf, ...]
+    """What each method did, in order."""
+
+    def __getitem__(self, method: Method | str) -> WhatIf:
+        """The result of one method, by itself or its name.
+
+        Raises:
+            BadInputError: If it is not among them.
+        """
+        wanted = method if isinstance(method, str) else method.name
+        for result in self.results:
+            if result.method.name == wanted:
+                return result
+        known = ", ".join(result.method.name for result in self.results)
+        raise BadInputError(f"{wanted!r} is not among the methods compared; choose from {known}")
+
+    def panel(self) -> Panel:
+        """The methods side by side."""
+        first = self.results[0]
+        states = {result.method.label: result.after for result in self.results}
+        return Panel(
+            title=f"what if one wrote: {first.fact.prompt} {first.fact.target_new}",
+            parts=[
+                *first.tokens.panel().parts,
+                _components(self.results),
+                *_states(first.fact, {"before": first.before, **states}),
+                *(Note(text=_verdict(result)) for result in self.results),
+            ],
+            source=first.origin,
+        )
+
+
+def prepare_study(
+    model: Model,
+    *,
+    layer: int | None = None,
+    contexts: ContextSet | None = None,
+    second_moment: SecondMoment | None = None,
+    hyperparameters: Hyperparameters | None = None,
+    texts: Sequence[str] | None = None,
+    text_bos: BosPolicy = BosPolicy.WITHOUT,
+    work: str | Path | None = None,
+) -> Study:
+    """Fix everything that edits of a model share; what is not given is found in the cache or made.
+
+    Prepare a study once to look at many facts: it runs the sentences, measures the unedited model
+    and factorises the second moment only once.
+
+    Args:
+        model: The model, or a view of it.
+        layer: Layer to edit; None for the model's default.
+        contexts: Contexts of Equation 1; None for those of seed 0, sampled on first use.
+        second_moment: C; None for that of the default corpus, computed on first use.
+        hyperparameters: Settings of the value optimisation; None for the model's own.
+        texts: Sentences of the perplexity; None for the built-in ones.
+        text_bos: BOS policy of those sentences; the papers put none.
+        work: Folder in which ``ft.measure_facts`` keeps finished parts; None for the cache.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be edited.
+        LayerOutOfRangeError: If there is no such layer.
+    """
+    if not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is not a decoder with a final norm and an unembedding; its keys can be "
+            "read with ft.capture_keys, but only decoders can be edited"
+        )
+    site = model.site(layer)
+    if contexts is None:
+        folder = cache_folder("contexts", model.fingerprint[:20])
+        contexts = kept_contexts(model, 0, kept=folder, folder=folder)
+    return Study(
+        model=model,
+        contexts=contexts,
+        second_moment=second_moment or compute_second_moment(model, layer=site.layer),
+        layer=site.layer,
+        hyperparameters=hyperparameters or model.hyperparameters,
+        texts=builtin_sentences() if texts is None else tuple(texts),
+        work=cache_folder("explorations") if work is None else Path(work),
+        text_bos=text_bos,
+    )
+
+
+def what_if(
+    model: Model | Study,
+    fact: Fact,
+    *,
+    method: Method = ROME,
+    layer: int | None = None,
+    key_source: KeySource | None = None,
+) -> WhatIf:
+    """Compute one edit, and look at the model before and after it; nothing stays changed.
+
+    Args:
+        model: The model, or a study of :func:`prepare_study`, which knows contexts and settings.
+        fact: The fact to write.
+        method: Which key goes into which slot.
+        layer: Layer to edit; None for the study's, or the model's default. A study's second
+            moment belongs to its layer, so another one needs a study of its own.
+        key_source: Where the keys come from, as a probe gives one; None for the study's own.
+
+    Raises:
+        FirsttokError: If the model cannot be edited, or the fact has no subject token of its own.
+    """
+    results = _results(_study(model, layer), fact, [method], key_source)
+    return results[0]
+
+
+def compare_methods(
+    model: Model | Study,
+    fact: Fact,
+    *,
+    methods: Iterable[Method] = METHODS,
+    layer: int | None = None,
+    key_source: KeySource | None = None,
+) -> Comparison:
+    """As :func:`what_if` for several methods; those that are anchored alike share a value.
+
+    Args:
+        model: The model, or a study of it.
+        fact: The fact to write.
+        methods: The methods, each with a name of its own.
+        layer: As for :func:`what_if`.
+        key_source: As for :func:`what_if`.
+
+    Raises:
+        BadInputError: If there is no method, or two go by one name.
+        FirsttokError: As for :func:`what_if`.
+    """
+    chosen = list(methods)
+    names = [method.name for method in chosen]
+    if not chosen or len(set(names)) < len(names):
+        raise BadInputError(f"methods need a name each, not {', '.join(names) or 'none at all'}")
+    return Comparison(results=_results(_study(model, layer), fact, chosen, key_source))
+
+
+def observe(study: Study, fact: Fact, measured: Perplexity) -> Observation:
+    """Look at what the study's model says now, be it edited or not.
+
+    Args:
+        study: The study.
+        fact: The fact.
+        measured: The model's perplexity, which has been measured already.
+    """
+    templates = study.contexts.templates
+    found = target_probabilities(study.model, fact, study.contexts)
+    bare = [p for p, text in zip(found, templates, strict=True) if text == "{}"]
+    prefixed = [p for p, text in zip(found, templates, strict=True) if text != "{}"]
+    return Observation(
+        perplexity=measured,
+        target_probability=bare[0] if bare else None,
+        target_probability_prefixed=sum(prefixed) / len(prefixed) if prefixed else None,
+        top_predictions=tuple(top_predictions(study.model, fact.prompt)),
+        continuation=continuation(study.model, fact.prompt),
+    )
+
+
+def _study(model: Model | Study, layer: int | None) -> Study:
+    if not isinstance(model, Study):
+        return prepare_study(model, layer=layer)
+    if layer not in (None, model.layer):
+        raise BadInputError(
+            f"the study edits layer {model.layer}, and its second moment is that layer's; "
+            f"prepare another one with ft.prepare_study(model, layer={layer})"
+        )
+    return model
+
+
+def _results(
+    study: Study, fact: Fact, methods: Sequence[Method], key_source: KeySource | None
+) -> tuple[WhatIf, ...]:
+    if key_source is not None:
+        study = study.varied(key_source=key_source)
+    # Nothing is kept on disk: values are filed under the weights as loaded, and here the model may
+    # stand in the middle of another edit.
+    ((_, edits),) = compute_edits(
+        study.model,
+        [fact],
+        methods=methods,
+        contexts=study.contexts,
+        second_moment=study.second_moment,
+        layer=study.layer,
+        hyperparameters=study.hyperparameters,
+        key_source=study.key_source,
+    )
+    chosen = [edits[method.name] for method in methods]
+    measured = study.prepared_texts.measure_edits(study.evaluated, chosen)
+    before = observe(study, fact, study.original_perplexity)
+    strip, origin = tokens(study.model, fact), study.origin
+    results: list[WhatIf] = []
+    for method, edit, found in zip(methods, chosen, measured, strict=True):
+        with edit.applied(study.model):
+            after = observe(study, fact, found)
+        results.append(
+            WhatIf(
+                fact=fact,
+                method=method,
+                tokens=strip,
+                edit=edit,
+                before=before,
+                after=after,
+                origin=origin,
+            )
+        )
+    return tuple(results)
+
+
+def _components(results: Sequence[WhatIf]) -> Table:
+    tables = [result.report.table() for result in results]
+    lines = [
+        [line[0], *(table.lines[i][1] for table in tables)]
+        for i, line in enumerate(tables[0].lines)
+    ]
+    return Table(columns=("update", *(result.method.label for result in results)), lines=lines)
+
+
+def _states(fact: Fact, states: dict[str, Observation]) -> tuple[Table, Table]:
+    seen = states.values()
+    lines = [
+        ["perplexity", *(each.perplexity.mean for each in seen)],
+        [f"P({fact.target_new})", *(each.target_probability for each in seen)],
+        [
+            f"P({fact.target_new}) behind prefixes",
+            *(each.target_probability_prefixed for each in seen),
+        ],
+    ]
+    said = [[name, _top(each), repr(each.continuation)] for name, each in states.items()]
+    return (
+        Table(columns=("", *states), lines=lines),
+        Table(columns=("", "next tokens", "goes on with"), lines=said),
+    )
+
+
+def _top(seen: Observation) -> str:
+    return ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions[:3])
+
+
+def _verdict(result: WhatIf) -> str:
+    before, after = result.before.perplexity, result.after.perplexity
+    name = result.method.label
+    if before.collapsed:
+        return (
+            f"{name}: the unedited model is above a perplexity of {COLLAPSE_THRESHOLD:g} itself, "
+            "so nothing can be said to collapse."
+        )
+    what = "destroyed" if after.collapsed else "did not destroy"
+    return (
+        f"{name} {what} the model: perplexity {before.mean:.4g} before, {after.mean:.4g} after "
+        f"(collapse is above {COLLAPSE_THRESHOLD:g})."
+    )

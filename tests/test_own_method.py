@@ -1,0 +1,282 @@
+"""A method of one's own goes through edit, table, sweep and report, from Python and the command."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
+
+import firsttok as ft
+from firsttok.cli import main
+from firsttok.editing import METHODS, SLOTS, Method, Slot, find_methods, load_methods
+from firsttok.errors import BadInputError
+from firsttok.models import Model
+from firsttok.report import build_report, render_html, result_folders, write_reports
+from firsttok.second_moment import SecondMoment
+from firsttok.study import Study
+from firsttok.sweep import Plan
+
+OWN = Method(
+    name="half",
+    label="Half-ROME",
+    direction=Slot.PREFIXED_MEAN,
+    residual=Slot.UNPREFIXED,
+    denominator=Slot.PREFIXED_MEAN,
+    anchor=Slot.UNPREFIXED,
+)
+SPELLED = "half=direction:prefixed,residual:bare,denominator:prefixed,anchor:bare"
+TOML = """
+[half]
+label = "Half-ROME"
+direction = "prefixed"
+residual = "bare"
+denominator = "prefixed"
+anchor = "bare"
+"""
+KEYS = {"prefixed": Slot.PREFIXED_MEAN, "bare": Slot.UNPREFIXED}
+
+
+@pytest.fixture
+def study(tiny: TinyFactory, tmp_path: Path) -> Study:
+    return study_of(tiny("gpt2"), tmp_path / "work")
+
+
+def study_of(model: Model, work: Path) -> Study:
+    return ft.prepare_study(
+        model,
+        layer=1,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(model.site(1).d_mlp),
+        hyperparameters=ft.Hyperparameters(steps=3),
+        texts=SENTENCES[:2],
+        work=work,
+    )
+
+
+def test_every_choice_of_slots_can_be_spelled_out(tmp_path: Path) -> None:
+    texts: list[str] = []
+    for index, keys in enumerate(itertools.product(KEYS, repeat=4)):
+        slots = dict(zip(SLOTS, keys, strict=True))
+        text = f"own{index}=" + ",".join(f"{slot}:{key}" for slot, key in slots.items())
+        (method,) = find_methods([text])
+        assert method.name == method.label == f"own{index}"
+        assert {slot: getattr(method, slot) for slot in SLOTS} == {
+            slot: KEYS[key] for slot, key in slots.items()
+        }
+        # What a manifest says about a method can be given again.
+        again = f"own{index}=" + ",".join(f"{s}:{value}" for s, value in method.slots.items())
+        assert find_methods([again, text]) == (method,)
+        texts.append(text)
+    assert len(find_methods(texts)) == 16
+    file = tmp_path / "methods.toml"
+    file.write_text(TOML, "utf-8")
+    assert load_methods(file) == find_methods([str(file)]) == (OWN,)
+    assert find_methods(["rome", str(file), "r-rome", "rome"]) == (ft.ROME, OWN, ft.C_ROME)
+    assert replace(find_methods([SPELLED])[0], label=OWN.label) == OWN
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["memit"], "no method is called 'memit'; choose from rome"),
+        (["half=direction"], "cannot be read; write NAME=direction:KEY"),
+        (["half="], "cannot be read"),
+        (["half=direction:bare"], "has no residual; give all of direction"),
+        ([SPELLED + ",clamp:4"], "has 'clamp', which is no slot"),
+        ([SPELLED + ",anchor:bare"], "gives anchor twice"),
+        ([SPELLED.replace("anchor:bare", "anchor:mean")], "anchor is 'mean'; take 'prefixed'"),
+        (["=" + SPELLED.partition("=")[2]], "'' is no name"),
+        (["a b=" + SPELLED.partition("=")[2]], "'a b' is no name"),
+        (["rome=" + SPELLED.partition("=")[2]], "cannot be called 'rome'"),
+        (["R-ROME=" + SPELLED.partition("=")[2]], "cannot be called 'R-ROME'"),
+        ([SPELLED, SPELLED.replace("residual:bare", "residual:prefixed")], "two methods are"),
+        (["nowhere.toml"], "no file of methods at nowhere.toml"),
+    ],
+)
+def test_what_is_no_method_is_refused(given: list[str], message: str) -> None:
+    with pytest.raises(BadInputError, match=message.replace("(", r"\(")):
+        find_methods(given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no method"),
+        ("half = 3", "is no table of slots"),
+        ("[half", "is not valid TOML"),
+        (TOML.replace('"bare"', "7", 1), "residual is 7; take"),
+        (TOML.replace('"Half-ROME"', '" "'), "the label is ' '"),
+        (TOML.replace('"Half-ROME"', '"rome"'), "are both shown as 'rome'"),
+        (TOML.replace("anchor", "anker"), "has no anchor"),
+        ("\udcff", "is not UTF-8"),
+    ],
+)
+def test_a_bad_file_of_methods_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "methods.toml"
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadInputError, match=message) as caught:
+        load_methods(file)
+    assert "methods.toml" in str(caught.value) or "shown as" in message
+
+
+def test_results_could_not_tell_such_methods_apart() -> None:
+    other = replace(OWN, residual=Slot.PREFIXED_MEAN)
+    for methods in ((OWN, other), (replace(OWN, name="rome"),), (replace(OWN, label="ROME"),)):
+        with pytest.raises(BadInputError, match="give"):
+            Plan(methods=methods)
+    assert Plan(methods=(*METHODS, OWN)).methods[-1] is OWN
+    with pytest.raises(BadInputError, match="at least one method"):
+        Plan(methods=())
+
+
+def test_an_edit_has_the_slots_keys(study: Study) -> None:
+    fact = FACTS[0]
+    rome, own, c_rome = (
+        ft.what_if(study, fact, method=method) for method in (ft.ROME, OWN, ft.C_ROME)
+    )
+    assert own.report.numerator == pytest.approx(rome.report.numerator, rel=1e-5)
+    assert own.report.denominator == pytest.approx(c_rome.report.denominator, rel=1e-5)
+    assert own.report.denominator != pytest.approx(rome.report.denominator, rel=1e-3)
+    scale = rome.report.denominator / own.report.denominator
+    torch.testing.assert_close(own.edit.right, rome.edit.right * scale, rtol=1e-3, atol=1e-5)
+    assert own.edit.provenance["method"] == {"name": "half", **OWN.slots}
+
+
+def test_a_sweep_from_python_is_measured_like_facts(study: Study, tmp_path: Path) -> None:
+    facts = [replace(fact, case_id=index) for index, fact in enumerate(FACTS)]
+    run = ft.sweep_facts(tmp_path / "run", study, FACTS, [ft.ROME, OWN], chunk=2)
+    rows = {(row.case_id, row.method): row for row in run.rows if row.status == "done"}
+    plain = ft.measure_facts(study, facts, [ft.ROME, OWN])
+    assert len(rows) == len(plain) == 2 * len(FACTS)
+    for expected in plain:
+        found = asdict(rows[expected.case_id, expected.method])
+        for name, value in asdict(expected).items():
+            assert found[name] == (
+                pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
+            )
+    assert run.manifest["methods"]["half"] == OWN.slots
+    # Done already: nothing is measured again, nothing changes.
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.parquet")}
+    again = ft.sweep_facts(tmp_path / "run", study, FACTS, [ft.ROME, OWN], chunk=2)
+    assert again.rows == run.rows
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    other = replace(OWN, anchor=Slot.PREFIXED_MEAN)
+    with pytest.raises(BadInputError, match="begun with something else"):
+        ft.sweep_facts(tmp_path / "run", study, FACTS, [ft.ROME, other], chunk=2)
+
+
+def test_tables_show_the_label(study: Study, tmp_path: Path) -> None:
+    run = ft.sweep_facts(tmp_path / "run", study, FACTS[:2], [ft.ROME, OWN])
+    tables = {table.name: table for table in run.tables()}
+    assert "Half-ROME" in tables["Table 1"].columns
+    assert any(str(line[0]).startswith("Half-ROME, ") for line in tables["Table 2"].lines)
+    summary = run.summary(study.model.label)
+    line = next(line for line in summary.lines if line[0] == "Half-ROME")
+    cells = dict(zip(summary.columns, line, strict=True))
+    own = [row for row in run.rows if row.method == "half"]
+    assert cells["residual"] == "unprefixed"
+    assert cells["denominator"] == "prefixed mean"
+    assert cells["cases"] == 2
+    assert cells["least |denominator|"] == min(abs(row.denominator or 0.0) for row in own)
+    assert cells["max perplexity"] == max(row.perplexity or 0.0 for row in own)
+    assert cells["collapsed"] == f"{sum(bool(row.collapsed) for row in own)} of 2"
+    for shown in (repr(run), run._repr_html_(), tables["Table 2"]._repr_html_()):
+        assert "Half-ROME" in shown
+
+
+def test_facts_need_numbers_of_their_own(study: Study, tmp_path: Path) -> None:
+    twice = [replace(FACTS[0], case_id=3), replace(FACTS[1], case_id=3)]
+    with pytest.raises(BadInputError, match="two facts have the case_id 3"):
+        ft.sweep_facts(tmp_path / "run", study, twice, [OWN])
+    with pytest.raises(BadInputError, match="there are no facts"):
+        ft.sweep_facts(tmp_path / "run", study, [], [OWN])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_report_has_a_section_on_a_published_run(study: Study, tmp_path: Path) -> None:
+    run = ft.sweep_facts(tmp_path / "my run", study, FACTS[:2], [ft.ROME, OWN])
+    out = tmp_path / "figures"
+    (path,) = run.publish(out)
+    label = study.model.label
+    assert path == out / label / "sweep_my_run.json"
+    record = json.loads(path.read_text("utf-8"))
+    assert [row["method"] for row in record["rows"]] == ["rome", "half"] * 2
+    assert record["provenance"]["methods"]["half"] == OWN.slots
+    assert path.with_suffix(".csv").is_file()
+    assert result_folders(out) == [out / label]
+    html, markdown = write_reports(out)
+    for page in (html, markdown):
+        text = page.read_text("utf-8")
+        assert "A sweep: my_run" in text.replace("\\_", "_")
+        assert "Half-ROME" in text
+        assert str(tmp_path) not in text
+    section = build_report(out / label).sections[-1]
+    assert section.result is not None
+    assert section.result.lines == tuple(tuple(line) for line in record["lines"])
+    assert ("layer", "1") in (*section.facts, *build_report(out / label).facts)
+    assert "sweep_my_run" in render_html(build_report(out / label))
+    path.write_text("{}", "utf-8")
+    with pytest.raises(BadInputError, match="no result of a firsttok sweep; publish the run"):
+        write_reports(out)
+
+
+def test_an_empty_run_is_not_published(study: Study, tmp_path: Path) -> None:
+    run = ft.sweep_facts(tmp_path / "run", study, FACTS[:1], [OWN])
+    for file in (tmp_path / "run").rglob("*.parquet"):
+        file.unlink()
+    with pytest.raises(BadInputError, match="holds no rows yet"):
+        ft.read_run(run.folder).publish(tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize("form", ["spelled", "file"])
+def test_the_command_takes_it_up(
+    form: str,
+    tiny: TinyFactory,
+    tmp_path: Path,
+    own_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny("gpt2")
+    facts = tmp_path / "facts.json"
+    numbered = [replace(fact, case_id=index) for index, fact in enumerate(FACTS[:2])]
+    facts.write_text(json.dumps([fact.as_record() for fact in numbered]), "utf-8")
+    CONTEXTS.save(tmp_path / "contexts.json")
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps([{"Text": text} for text in SENTENCES[:2]]), "utf-8")
+    file = tmp_path / "methods.toml"
+    file.write_text(TOML, "utf-8")
+    options = ["--texts", str(texts), "--model", model.name, "--layer", "1", "--steps", "3"]
+    options += ["--contexts", str(tmp_path / "contexts.json"), "--second-moment", "identity"]
+    method = ["--method", "rome", SPELLED if form == "spelled" else str(file)]
+    run = tmp_path / "run"
+    swept = ["sweep", str(run), "--facts", str(facts), *options, *method]
+    assert main([*swept, "--metrics", "perplexity"]) == 0
+    found = ft.read_run(run)
+    assert found.methods == ("rome", "half")
+    assert found.manifest["methods"]["half"] == OWN.slots
+    assert main(["results", str(run)]) == 0
+    assert ("half" if form == "spelled" else "Half-ROME") in capsys.readouterr().out
+    edit = ["edit", *options, "--subject", "England", "--template", "{}'s capital city is"]
+    assert main([*edit, "--target", "Berlin", "--json", *method]) == 0
+    states = json.loads(capsys.readouterr().out)["states"]
+    assert list(states) == ["before", "rome", "half"]
+    assert states["half"]["numerator"] == pytest.approx(states["rome"]["numerator"], rel=1e-5)
+    # Python goes on where the command stopped: the same facts, methods and settings.
+    study = study_of(model, tmp_path / "work")
+    again = ft.sweep_facts(run, study, numbered, [ft.ROME, OWN], metrics=["perplexity"])
+    assert again.rows == found.rows
+
+
+def test_the_command_refuses_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["sweep", str(tmp_path / "run"), "--method", "half=direction:bare"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "has no residual" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run").exists()
