@@ -1,26 +1,56 @@
-"""The ``firsttok`` command: models, tokens, edit, scan, screen, sweep and more."""
+"""The ``firsttok`` command: models, inspect, tokens, edit, scan, screen, sweep and more."""
 
 import argparse
+import sys
 from importlib import import_module
 
-from firsttok.options import FACTS, PASSED_ON, add_edit_options, add_model_options
+from firsttok.config import configured
+from firsttok.options import (
+    FACTS,
+    PASSED_ON,
+    add_config_option,
+    add_edit_options,
+    add_model_options,
+)
 
 __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for bad input)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    parsed = parser.parse_args(argv)
     from firsttok.console import exit_on_error
 
-    # What a command needs takes seconds to import; --help and a mistyped option need not wait.
-    return exit_on_error(lambda: import_module(f"firsttok.commands.{args.command}").run(args))
+    def run() -> None:
+        args = configured(parsed, parser, argv)
+        # What a command needs takes seconds to import; --help and a mistyped option need not wait.
+        import_module(f"firsttok.commands.{args.command}").run(args)
+
+    return exit_on_error(run)
+
+
+class _ShowVersion(argparse.Action):
+    """Look the version up when it is asked for: every other start need not wait for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from firsttok import __version__
+
+        sys.stdout.write(f"firsttok {__version__}\n")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="firsttok",
         description="Find out why a single rank-one edit can destroy a language model.",
+    )
+    parser.add_argument(
+        "--version",
+        action=_ShowVersion,
+        nargs=0,
+        default=argparse.SUPPRESS,
+        help="show the version, and nothing else",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -38,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="list the published data sets, pull one, or make facts")
     _add_data_actions(data)
 
+    inspect = commands.add_parser("inspect", help="look at a model, and propose how to edit it")
+    _add_inspect_options(inspect)
+
     tokens = commands.add_parser("tokens", help="show a prompt's tokens, the looked-up one marked")
     add_model_options(tokens)
     _add_fact_options(tokens, target=False)
@@ -47,7 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add_edit_options(edit)
     _add_fact_options(edit, target=True)
     edit.add_argument(
-        "--method", nargs="+", default=["rome"], help="rome, c-rome (= r-rome), p-rome, fc-rome"
+        "--method",
+        nargs="+",
+        default=["rome"],
+        help="rome, c-rome (= r-rome), p-rome, fc-rome; one of your own as "
+        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
+        "a TOML file of them",
     )
     edit.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
     edit.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -85,17 +123,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_results_options(results)
 
     reproduce = commands.add_parser("reproduce", help="run every analysis script")
-    reproduce.add_argument("--model", default="smollm2-135m")
-    reproduce.add_argument("--profile", choices=["quick", "full"], default="quick")
-    reproduce.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
-    reproduce.add_argument("--out", metavar="DIR", help="folder for results")
-    for name in PASSED_ON:
-        reproduce.add_argument(f"--{name}", help="passed on to every script; see its --help")
+    _add_reproduce_options(reproduce)
 
     report = commands.add_parser("report", help="write the report on what the scripts found")
     report.add_argument("--model", help="folder of one model (default: all that have results)")
     report.add_argument("--out", metavar="DIR", default="figures", help="folder of results")
     return parser
+
+
+def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", nargs="?", metavar="MODEL", help="the model, in place of the option --model"
+    )
+    add_model_options(parser)
+    add_edit_options(parser, text_bos=None)
+    group = parser.add_argument_group("inspection")
+    group.add_argument("--facts", metavar="FILE", help=f"{FACTS} (default: a dozen built-in ones)")
+    group.add_argument("--limit", type=int, help="only the first so many facts")
+    group.add_argument(
+        "--edit", action="store_true", help="edit those facts, where else collapse is predicted"
+    )
+    group.add_argument(
+        "--out", metavar="DIR", help="folder for <model>.json, .toml and a figure (default: none)"
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +161,10 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sweep")
     group.add_argument("--facts", metavar="FILE", help=FACTS)
     group.add_argument(
-        "--method", nargs="+", default=["rome", "c-rome"], help="default: rome c-rome"
+        "--method",
+        nargs="+",
+        default=["rome", "c-rome"],
+        help="as for firsttok edit (default: rome c-rome)",
     )
     group.add_argument(
         "--metrics",
@@ -150,6 +204,19 @@ def _add_results_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--figures", metavar="DIR", help="draw |Delta| against entropy, a figure per model"
     )
+
+
+def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
+    add_config_option(parser)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--profile", choices=["quick", "full"], default="quick")
+    parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
+    parser.add_argument("--out", metavar="DIR", help="folder for results")
+    parser.add_argument(
+        "--jobs", type=int, help="scripts at a time (default: 2 on a CPU of several cores, else 1)"
+    )
+    for name in PASSED_ON:
+        parser.add_argument(f"--{name}", help="passed on to every script; see its --help")
 
 
 def _add_data_actions(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 __all__ = [
     "FACTS",
     "PASSED_ON",
+    "add_config_option",
     "add_edit_options",
     "add_model_options",
     "add_script_options",
@@ -18,13 +19,29 @@ FACTS = "facts in COUNTERFACT's schema, or the name of a pulled data set"
 """What ``--facts`` takes."""
 
 
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config``, whose values become the defaults of this parser's other options.
+
+    The parser itself is left in the parsed options as ``configurable``, for
+    :func:`firsttok.config.configured`.
+    """
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file with values for these options, such as firsttok inspect proposes; an "
+        "option that is given wins",
+    )
+    parser.set_defaults(configurable=parser)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the options that choose a model.
+    """Add the options that choose a model, and ``--config``.
 
     Args:
         parser: Where to.
         several: Whether ``--model`` takes a list of names.
     """
+    add_config_option(parser)
     group = parser.add_argument_group("model")
     named = "name of the catalog (firsttok models list), hub id[@commit] or folder"
     if several:
@@ -44,8 +61,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
 
 
-def add_edit_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that make an edit repeatable."""
+def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = "without") -> None:
+    """Add the options that make an edit repeatable.
+
+    Args:
+        parser: Where to.
+        text_bos: Default of ``--text-bos``; None where the command finds out what fits the model.
+    """
+    usual = "%(default)s, as in the papers" if text_bos else "what fits the model"
     group = parser.add_argument_group("edit")
     group.add_argument("--seed", type=int, default=0, help="seed of the contexts (default: 0)")
     group.add_argument(
@@ -69,8 +92,8 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--text-bos",
         choices=["as_tokenizer", "with", "without"],
-        default="without",
-        help="whether those sentences begin with BOS (default: %(default)s, as in the papers)",
+        default=text_bos,
+        help=f"whether those sentences begin with BOS (default: {usual})",
     )
     for name, kind, what in (
         ("steps", int, "loss evaluations of the value optimisation"),

@@ -3,12 +3,14 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.progress import Progress
 
+from firsttok.config import configured
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
@@ -67,6 +69,7 @@ def parse_script(
     *,
     without_bos: bool = False,
     own_contexts: bool = False,
+    argv: Sequence[str] | None = None,
 ) -> ScriptOptions:
     """Parse a script's options, refuse what is unusable, and then open its study.
 
@@ -76,12 +79,13 @@ def parse_script(
         without_bos: As for :func:`open_study`.
         own_contexts: Whether the script samples contexts of several seeds, so that none can be
             given.
+        argv: What to parse; None for the script's own command line.
 
     Raises:
         FirsttokError: If an input is unusable.
     """
     add_script_options(parser)
-    args = parser.parse_args()
+    args = configured(parser.parse_args(argv), parser, argv)
     if own_contexts and args.contexts:
         raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
     facts = facts_from(args)

@@ -14,7 +14,7 @@ from tiny import SENTENCES, build
 from firsttok.cli import main
 from firsttok.editing import load_edit
 from firsttok.models import CATALOG, load
-from firsttok.scripts import SCRIPTS
+from firsttok.scripts import AFTER, SCRIPTS
 
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
 CONTEXTS = ["{}", "The answer. {}", "I know. {}"]
@@ -192,15 +192,51 @@ record = {{"title": name, "columns": [], "lines": [], "rows": [], "provenance": 
 """
 
 
-def test_reproduce_runs_every_script_in_order_and_then_the_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log, stop, analyses = tmp_path / "log", tmp_path / "stop", tmp_path / "analyses"
+def stub_command(tmp_path: Path, log: Path, stop: Path) -> list[str]:
+    analyses = tmp_path / "analyses"
     analyses.mkdir()
     for name in SCRIPTS:
         stub = STUB.format(log=str(log), stop=str(stop))
         (analyses / f"{name}.py").write_text(stub, "utf-8")
-    command = ["reproduce", "--model", "some-model", "--analyses", str(analyses)]
+    return ["reproduce", "--model", "some-model", "--analyses", str(analyses)]
+
+
+def test_a_script_waits_only_for_earlier_ones() -> None:
+    for name, others in AFTER.items():
+        assert all(SCRIPTS.index(other) < SCRIPTS.index(name) for other in others)
+
+
+@pytest.mark.slow
+def test_reproduce_runs_scripts_side_by_side_but_none_before_what_it_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, stop = tmp_path / "log", tmp_path / "stop"
+    command = [*stub_command(tmp_path, log, stop), "--jobs", "2", "--cases", str(log)]
+    command += ["--out", str(tmp_path / "out")]
+    assert main([*command[:-2], "--jobs", "0"]) == 2
+    assert "--jobs is 0" in capsys.readouterr().err
+    assert main(command) == 0
+    names = [line.split()[0] for line in log.read_text("utf-8").splitlines()]
+    assert sorted(names) == sorted(SCRIPTS)
+    for name, others in AFTER.items():
+        assert all(names.index(other) < names.index(name) for other in others)
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}\n" in printed for name in SCRIPTS)
+    assert str(tmp_path / "out" / "some-model" / "index.html") in printed
+    stop.write_text("2", "utf-8")
+    assert main(command) == 2
+    assert "table3_transfer" in capsys.readouterr().err
+    stop.write_text("3", "utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 3
+
+
+def test_reproduce_runs_every_script_in_order_and_then_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, stop = tmp_path / "log", tmp_path / "stop"
+    command = [*stub_command(tmp_path, log, stop), "--jobs", "1"]
     command += ["--out", str(tmp_path / "out"), "--cases", "list.json", "--bos", "without"]
     stop.write_text("3", "utf-8")
     with pytest.raises(SystemExit) as ended:

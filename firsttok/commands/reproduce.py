@@ -2,15 +2,18 @@
 
 import argparse
 import itertools
-import os
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from firsttok.console import exit_on_error, progress_bar
 from firsttok.errors import BadInputError
+from firsttok.lanes import Job, cores, run_in_lanes
 from firsttok.options import PASSED_ON, model_label
 from firsttok.report import write_reports
-from firsttok.scripts import SCRIPTS
+from firsttok.scripts import AFTER, SCRIPTS
 
 __all__ = ["run"]
 
@@ -19,39 +22,96 @@ BAD_INPUT = 2
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the scripts in order; one that does not apply is passed over and named at the end.
+    """Run the scripts; one that does not apply is passed over and named at the end.
 
     Raises:
         BadInputError: If scripts are missing, or some did not apply.
         SystemExit: If a script fails, with its exit code.
     """
-    folder = Path(args.analyses)
-    if not folder.is_dir():
-        raise BadInputError(
-            f"no folder {folder} with the analysis scripts; run this in a checkout of firsttok"
-        )
-    out = args.out or ("figures" if args.profile == "full" else "figures/quick")
-    given = [
-        [f"--{name}", value]
-        for name in PASSED_ON
-        if (value := getattr(args, name.replace("-", "_")))
-    ]
+    out = Path(args.out or ("figures" if args.profile == "full" else "figures/quick"))
+    jobs = _jobs(args, out)
+    lanes = _lanes(args)
+    ended = _in_turn(jobs) if lanes == 1 else _side_by_side(jobs, lanes)
     refused: list[str] = []
-    for number, name in enumerate(SCRIPTS, start=1):
-        script = folder / f"{name}.py"
-        if not script.is_file():
-            raise BadInputError(f"no script {script}; the checkout is incomplete")
-        command = [sys.executable, str(script), "--model", args.model]
-        command += ["--profile", args.profile, "--out", out, *itertools.chain(*given)]
-        sys.stdout.write(f"\n{name} ({number} of {len(SCRIPTS)})\n")
-        sys.stdout.flush()
-        code = subprocess.run(command, check=False, env=os.environ).returncode
+    for name, code in ended:
         if code == BAD_INPUT:
             # The script has said why it does not apply to this model; the others may.
             refused.append(name)
         elif code:
             raise SystemExit(code)
-    for path in write_reports(Path(out), model_label(args.model)):
+    for path in write_reports(out, model_label(args.model)):
         sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
     if refused:
-        raise BadInputError(f"these scripts did not apply, and said why: {', '.join(refused)}")
+        names = ", ".join(sorted(refused, key=SCRIPTS.index))
+        raise BadInputError(f"these scripts did not apply, and said why: {names}")
+
+
+def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
+    folder = Path(args.analyses)
+    if not folder.is_dir():
+        raise BadInputError(
+            f"no folder {folder} with the analysis scripts; run this in a checkout of firsttok"
+        )
+    given = [
+        [f"--{name}", value]
+        for name in ("config", *PASSED_ON)
+        if (value := getattr(args, name.replace("-", "_")))
+    ]
+    options = ["--model", args.model, "--profile", args.profile, "--out", str(out)]
+    jobs: list[Job] = []
+    for name in SCRIPTS:
+        script = folder / f"{name}.py"
+        if not script.is_file():
+            raise BadInputError(f"no script {script}; the checkout is incomplete")
+        command = (sys.executable, str(script), *options, *itertools.chain(*given))
+        jobs.append(Job(name=name, command=command, after=AFTER.get(name, ())))
+    return jobs
+
+
+def _lanes(args: argparse.Namespace) -> int:
+    if args.jobs is None:
+        # One device is not shared, and more lanes than two would each hold what an edit needs.
+        return min(2, cores()) if (args.device or "cpu") == "cpu" else 1
+    if args.jobs < 1:
+        raise BadInputError(f"--jobs is {args.jobs}; give at least 1")
+    return int(args.jobs)
+
+
+def _in_turn(jobs: list[Job]) -> Iterator[tuple[str, int]]:
+    """One script after another, each with the terminal to itself."""
+    for number, job in enumerate(jobs, start=1):
+        sys.stdout.write(f"\n{job.name} ({number} of {len(jobs)})\n")
+        sys.stdout.flush()
+        yield job.name, subprocess.run(job.command, check=False).returncode
+
+
+def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
+    """Several scripts at a time; what one says is shown when it has ended."""
+    # All of them need it, so it is made before with every core. What is wrong, the scripts say.
+    preparing = multiprocessing.get_context("spawn").Process(
+        target=_prepare, args=(jobs[0].command[2:],)
+    )
+    preparing.start()
+    preparing.join()
+    if preparing.exitcode not in (0, BAD_INPUT):
+        raise SystemExit(preparing.exitcode)
+    with progress_bar(estimate_over=3600.0) as progress:
+        task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
+        for ended in run_in_lanes(jobs, lanes=lanes):
+            progress.advance(task)
+            progress.stop()
+            sys.stdout.write(f"\n{ended.job.name}\n{ended.output}")
+            sys.stdout.flush()
+            progress.start()
+            yield ended.job.name, ended.code
+
+
+def _prepare(options: tuple[str, ...]) -> None:
+    """Fetch the model, and make contexts and second moment, as every script would."""
+    from firsttok.script_options import parse_script
+
+    def prepare() -> None:
+        with progress_bar() as progress:
+            parse_script(argparse.ArgumentParser(), progress, argv=options)
+
+    raise SystemExit(exit_on_error(prepare))

@@ -1,0 +1,148 @@
+"""Configuration files: TOML whose values take the place of an option's default."""
+
+import argparse
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from firsttok.errors import BadInputError, HyperparameterError
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.options import add_script_options
+from firsttok.storage import read_toml
+
+__all__ = ["config_keys", "configured", "read_config", "toml_line"]
+
+_OF_ONE_RUN = frozenset({"config", "profile", "collapse", "normal", "out"})
+"""Options of scripts that say what one run does and not what it works on."""
+_KINDS = {int: "a whole number", float: "a number", str: "a text in quotation marks"}
+_FIELDS = {
+    "steps": "steps",
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "clamp": "clamp",
+    "kl": "kl",
+}
+"""Fields of :class:`Hyperparameters` by the option that sets them."""
+
+
+def configured(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse again with the values of ``--config`` as defaults, so that given options win.
+
+    Args:
+        args: What the parser made of the arguments.
+        parser: The parser; ``--config`` is an option of it or of one of its subcommands.
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        The options; ``args`` itself where no file was given.
+
+    Raises:
+        BadInputError: If the file cannot be read, or holds what is no configuration.
+    """
+    owner: argparse.ArgumentParser | None = vars(args).pop("configurable", None)
+    path: str | None = vars(args).get("config")
+    if owner is None or path is None:
+        return args
+    own = _actions(owner)
+    values = {name: value for name, value in read_config(path).items() if name in own}
+    owner.set_defaults(
+        **{name: [value] if own[name].nargs == "+" else value for name, value in values.items()}
+    )
+    again = parser.parse_args(argv)
+    vars(again).pop("configurable")
+    return again
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read a configuration and check every value.
+
+    Keys are the names of options, with ``-`` or ``_`` between words. Paths in it are meant as on
+    the command line: from the folder in which the command is run.
+
+    Args:
+        path: A TOML file.
+
+    Returns:
+        Values by the names under which options are parsed.
+
+    Raises:
+        BadInputError: If the file is missing or damaged, a key is unknown, or a value is of the
+            wrong type or outside its range; the message names file and key.
+    """
+    path = Path(path)
+    known = _vocabulary()
+    values: dict[str, Any] = {}
+    for key, value in read_toml(path, "options").items():
+        name = key.replace("-", "_")
+        if isinstance(value, dict):
+            raise BadInputError(
+                f"{path}: [{key}] is a table, and a configuration has none; write each of its "
+                "lines without it"
+            )
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise BadInputError(f"{path}: key {key!r} is unknown; {hint}")
+        if name in values:
+            raise BadInputError(f"{path}: {name} is given twice, with - and with _; keep one")
+        values[name] = _checked(f"{path}: {key}", known[name], value)
+    changed = {_FIELDS[name]: value for name, value in values.items() if name in _FIELDS}
+    try:
+        Hyperparameters(**changed)
+    except HyperparameterError as error:
+        raise BadInputError(f"{path}: {error}") from None
+    return values
+
+
+def config_keys() -> tuple[str, ...]:
+    """Every key that a configuration may hold, in the order of ``--help``."""
+    return tuple(_vocabulary())
+
+
+def toml_line(key: str, value: str | int | float, comment: str = "") -> str:
+    """One line of a configuration.
+
+    Args:
+        key: Its key.
+        value: Its value; an int is written as one.
+        comment: What is written behind it.
+    """
+    written = _quoted(value) if isinstance(value, str) else repr(value)
+    return f"{key} = {written}" + (f"  # {comment}" if comment else "")
+
+
+def _vocabulary() -> dict[str, argparse.Action]:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_script_options(parser)
+    return {name: action for name, action in _actions(parser).items() if name not in _OF_ONE_RUN}
+
+
+def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions}
+
+
+def _checked(where: str, action: argparse.Action, value: Any) -> str | int | float:
+    kind: Any = str if action.type is None else action.type
+    accepted = (int, float) if kind is float else kind
+    # True is an int to Python, but nobody means 1 by it.
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise BadInputError(f"{where} is {value!r}, and not {_KINDS[kind]}; mend that line")
+    if action.choices is not None and value not in action.choices:
+        choices = ", ".join(map(str, action.choices))
+        raise BadInputError(f"{where} is {value!r}; choose one of {choices}")
+    try:
+        return kind(value)
+    except OverflowError:
+        raise BadInputError(f"{where} is no number that fits; mend that line") from None
+
+
+def _quoted(text: str) -> str:
+    """A basic string of TOML."""
+    escapes = {'"': '\\"', "\\": "\\\\"}
+    shown = (
+        escapes.get(c) or (c if c.isprintable() or c == " " else f"\\U{ord(c):08x}") for c in text
+    )
+    return '"' + "".join(shown) + '"'
