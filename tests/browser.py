@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
 TIMEOUT = 60.0
@@ -62,8 +62,11 @@ class Page:
                 assert "error" not in answer, f"{method}: {answer}"
                 return answer["result"]
 
-    def open(self, path: Path, *, width: int, height: int, scheme: str) -> None:
-        """Load a file at a size in CSS pixels, in a ``light`` or ``dark`` colour scheme."""
+    def open(self, page: Path | str, *, width: int, height: int, scheme: str) -> None:
+        """Load a file or an address of this machine, in a ``light`` or ``dark`` colour scheme.
+
+        Width and height are in CSS pixels.
+        """
         self.requests.clear()
         self.complaints.clear()
         self.call(
@@ -76,7 +79,7 @@ class Page:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
         self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not self._loaded:
             self._next()
 

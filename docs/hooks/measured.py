@@ -1,0 +1,220 @@
+"""Numbers of the pages, read from the committed results while the site is built.
+
+A page writes ``{{ cell("table1_update_components", "denominator, collapse (n=24)", 1) }}`` and the
+like; a file, a line or a column that is not there ends the build.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.pages import Page
+
+from firsttok.claims import CLAIMS, Status, find_inconsistencies
+from firsttok.models import CATALOG
+from firsttok.output import cell_text
+from firsttok.report.view import Judged, ModelReport, build_report, result_folders
+
+__all__ = ["on_page_markdown"]
+
+FIGURES = Path(__file__).resolve().parents[2] / "figures"
+MODEL = "smollm2-135m"
+MARKS = {
+    (Status.REPRODUCED, False): "reproduced",
+    (Status.REPRODUCED, True): "holds",
+    (Status.PARTLY, False): "partly",
+    (Status.PARTLY, True): "partly",
+    (Status.NOT, False): "not reproduced",
+    (Status.NOT, True): "does not hold",
+    (Status.NOT_RUN, False): "not run",
+    (Status.NOT_RUN, True): "not run",
+}
+"""Words for a verdict, by status and whether the claim is our own."""
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Fill in the numbers of a written page; generated ones are left as they are."""
+    source = page.file.abs_src_path
+    if source is None or not Path(source).is_relative_to(config.docs_dir):
+        return markdown
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        comment_start_string="{##",
+        comment_end_string="##}",
+        autoescape=False,  # noqa: S701 - the pages are our own, and Markdown
+    )
+    return environment.from_string(markdown).render(_FUNCTIONS)
+
+
+@cache
+def _result(script: str, model: str) -> dict[str, Any]:
+    return json.loads((FIGURES / model / f"{script}.json").read_text("utf-8"))
+
+
+def _line(script: str, label: str, model: str) -> list[Any]:
+    found = [line for line in _result(script, model)["lines"] if line[0] == label]
+    if len(found) != 1:
+        raise LookupError(f"{script} of {model} has {len(found)} lines {label!r}")
+    return found[0]
+
+
+def cell(script: str, label: str, column: str, model: str = MODEL) -> str:
+    """One number of a script's table, as the report shows it."""
+    return cell_text(_line(script, label, model)[_result(script, model)["columns"].index(column)])
+
+
+def table(
+    script: str,
+    labels: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    model: str = MODEL,
+) -> str:
+    """A script's table, whole or some of its lines and columns, with the command below it."""
+    result = _result(script, model)
+    names: list[str] = list(result["columns"])
+    shown = names if columns is None else [names[0], *columns]
+    lines = result["lines"] if labels is None else [_line(script, name, model) for name in labels]
+    rows = [[cell_text(line[names.index(name)]) for name in shown] for line in lines]
+    return f"{_markdown(shown, rows)}\n\nMade with `{command(script, model)}`."
+
+
+def command(script: str, model: str = MODEL) -> str:
+    """The command that made a script's result."""
+    return str(_result(script, model)["provenance"]["command"])
+
+
+def scanned(what: str) -> int:
+    """A count of the scan over the built-in facts."""
+    return int(_result("collapse_cases", MODEL)["summary"][what])
+
+
+def highest_unedited() -> str:
+    """Perplexity of the model before any edit."""
+    return cell_text(_result("collapse_cases", MODEL)["provenance"]["original_perplexity"])
+
+
+def screened(what: str) -> str:
+    """How well screening foretold the real edits, with its interval."""
+    found = _result("screen", MODEL)["provenance"]["calibration"][what]
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def screening_seconds(what: str) -> str:
+    """Seconds that screening the built-in facts took, or editing and evaluating them."""
+    return f"{_result('screen', MODEL)['provenance']['seconds'][what]:.0f}"
+
+
+def measured(script: str, model: str = MODEL) -> bool:
+    """Whether a script has left a result, for what is said only then."""
+    return (FIGURES / model / f"{script}.json").is_file()
+
+
+def contexts() -> int:
+    """How many contexts a key is averaged over."""
+    return len(_result("contexts-seed0", MODEL)["templates"])
+
+
+def settings() -> str:
+    """What each model of the catalog is edited with."""
+    rows = [
+        [
+            f"`{spec.name}`",
+            str(spec.layer),
+            str(spec.hyperparameters.steps),
+            str(spec.hyperparameters.learning_rate),
+            str(spec.hyperparameters.weight_decay),
+            str(spec.hyperparameters.kl),
+        ]
+        for spec in CATALOG
+        if spec.layer is not None
+    ]
+    return _markdown(["model", "layer", "iterations", "rate", "weight decay", "KL factor"], rows)
+
+
+def reason(claim: str, model: str = MODEL) -> str:
+    """What was measured on a claim, in the words of the rule that judged it."""
+    (found,) = [item for item in _report(model).judged if item.claim.id == claim]
+    if found.verdict.status is Status.NOT_RUN:
+        raise LookupError(f"nothing was measured on {claim} for {model}")
+    return found.verdict.reason
+
+
+def verdict(claim: str, model: str = MODEL) -> str:
+    """The verdict on a claim in one or two words."""
+    (found,) = [item for item in _report(model).judged if item.claim.id == claim]
+    return _mark(found)
+
+
+def verdicts(*, own: bool, model: str = MODEL) -> str:
+    """All claims of the paper, or of our own, with what was measured."""
+    rows = [
+        [item.claim.place, item.claim.sentence, _mark(item)]
+        for item in _report(model).judged
+        if item.claim.own == own
+    ]
+    return _markdown(["where", "claim", "verdict"], rows)
+
+
+def differing() -> str:
+    """Claims that come out differently on the models that have results."""
+    report = _report(MODEL)
+    rows = [
+        [
+            claim.sentence,
+            *(_mark(verdicts[CLAIMS.index(claim)]) for verdicts in report.across.values()),
+        ]
+        for claim in report.differing
+    ]
+    return _markdown(["claim", *report.across], rows)
+
+
+def inconsistencies(*, numeric: bool) -> str:
+    """Where the paper contradicts itself, or is silent, as the report has it."""
+    return "\n".join(
+        f"- **{found.places}.** {found.sentence}"
+        for found in find_inconsistencies()
+        if (found.confirmed is not None) == numeric
+    )
+
+
+@cache
+def _report(model: str) -> ModelReport:
+    return build_report(FIGURES / model, result_folders(FIGURES))
+
+
+def _mark(judged: Judged) -> str:
+    return MARKS[judged.verdict.status, judged.claim.own]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") or " " for text in cells) + " |"
+
+    rule = "|" + "|".join(["---", *(["--:"] * (len(columns) - 1))]) + "|"
+    return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        cell,
+        command,
+        contexts,
+        differing,
+        highest_unedited,
+        inconsistencies,
+        measured,
+        reason,
+        scanned,
+        screened,
+        screening_seconds,
+        settings,
+        table,
+        verdict,
+        verdicts,
+    )
+}

@@ -1,0 +1,123 @@
+"""The numbers that README writes out are those of the committed results, to the digit."""
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firsttok.report.view import build_report
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "figures" / "smollm2-135m"
+README = (ROOT / "README.md").read_text("utf-8")
+ROME = "smollm2-135m, ROME"
+
+
+def readme_cell(row: str, column: int) -> str:
+    """A cell of README's tables, by the text that its row begins with."""
+    (line,) = re.findall(rf"^\| {re.escape(row)} \|.*$", README, re.MULTILINE)
+    return line.strip("| ").split(" | ")[column].strip()
+
+
+def found(script: str, line: str, column: str) -> Any:
+    result = json.loads((FIGURES / f"{script}.json").read_text("utf-8"))
+    (cells,) = [cells for cells in result["lines"] if cells[0] == line]
+    return cells[result["columns"].index(column)]
+
+
+def agrees(written: str, value: float) -> bool:
+    """Whether a number is the value, rounded to the digits it is written with."""
+    number = Decimal(written.replace(" ", ""))
+    half = Decimal(5).scaleb(int(number.as_tuple().exponent) - 1)
+    return abs(number - Decimal(value)) <= half * Decimal("1.000001")
+
+
+def test_rounding_is_told_from_another_number() -> None:
+    assert agrees("5.9e9", 5_927_819_842.9)
+    assert not agrees("5.8e9", 5_927_819_842.9)
+    assert agrees("26 084.66", 26084.66)
+    assert not agrees("9.91", 9.904)
+
+
+@pytest.mark.parametrize("part", ["numerator", "denominator"])
+@pytest.mark.parametrize("cases", ["collapse", "normal"])
+def test_table_1(part: str, cases: str) -> None:
+    row = f"{'mean norm of' if part == 'numerator' else 'mean absolute'} {part}, {cases}"
+    for column, name in ((1, ROME), (2, "paper, gpt2-xl")):
+        value = found("table1_update_components", f"{part}, {cases} (n=24)", name)
+        assert agrees(readme_cell(row, column), value), (row, name)
+
+
+@pytest.mark.parametrize("method", ["ROME", "C-ROME", "p-ROME", "FC-ROME"])
+def test_table_2(method: str) -> None:
+    for column, cases in ((1, "collapse"), (2, "normal")):
+        line = f"{method}, {cases} (n=24)"
+        value = found("table2_perplexity", line, "smollm2-135m, max")
+        assert agrees(readme_cell_of_table_2(method, column), value), line
+        printed = found("table2_perplexity", line, "paper, gpt2-xl")
+        written = readme_cell_of_table_2(method, column + 2)
+        assert written == "-" if printed is None else agrees(written, printed), line
+
+
+def readme_cell_of_table_2(method: str, column: int) -> str:
+    _, _, rest = README.partition("| Table 2, maximum perplexity |")
+    (line,) = re.findall(rf"^\| {method} \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
+    return line.strip("| ").split(" | ")[column].strip()
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ("behind the prefixes used for editing", "editing prefixes"),
+        ("behind prefixes of another seed", "held out prefixes"),
+        ("bare", "bare"),
+    ],
+)
+def test_probability_of_the_target(row: str, line: str) -> None:
+    for column, method in ((1, "C-ROME"), (2, "FC-ROME")):
+        ((mean, seeds),) = re.findall(r"^([\d.]+) \((?:seeds )?(.*)\)$", readme_cell(row, column))
+        assert agrees(mean, found("extra_value_anchor", f"{method}, {line}", "mean")), row
+        assert seeds == found("extra_value_anchor", f"{method}, {line}", "means of the seeds")
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ("the first token, as it is", "first token"),
+        ("the first token, allowed to attend to all others", "first token sees all"),
+        ("the subject as a later token", "later token"),
+        ("that later token, allowed to attend to itself only", "later token sees itself only"),
+    ],
+)
+def test_where_the_key_comes_from(row: str, line: str) -> None:
+    columns = ("mean |denominator|", "max perplexity", "collapsed")
+    values = [found("extra_attention_mask", f"ROME, k^u from {line}", name) for name in columns]
+    for column, value in enumerate(values[:2], start=1):
+        assert agrees(readme_cell(row, column), value), (row, column)
+    assert readme_cell(row, 3) == values[2]
+
+
+def test_counts_of_the_scan() -> None:
+    summary = json.loads((FIGURES / "collapse_cases.json").read_text("utf-8"))["summary"]
+    others = summary["facts"] - summary["first_token_facts"]
+    text = " ".join(README.split())
+    assert f"edits all {summary['facts']} built-in facts" in text
+    assert (
+        f"on {summary['first_token_collapsed']} of the {summary['first_token_facts']} whose "
+        f"subject is the first token, and on none of the {others} others"
+    ) in text
+    assert summary["other_collapsed"] == 0
+
+
+def test_ratios_in_words() -> None:
+    report = build_report(FIGURES)
+    reasons = {item.claim.id: item.verdict.reason for item in report.judged}
+    (written,) = re.findall(r"denominator is (\d+) times larger on normal cases", README)
+    assert f"{written} times smaller by the mean" in reasons["table1-denominator"]
+    shares = re.findall(r"(\d+) % (?:of tokens )?for (C-ROME|FC-ROME)", README)
+    assert len(shares) == 2
+    for share, method in shares:
+        assert agrees(share, found("table4_efficacy", f"smollm2-135m, {method}", "efficacy"))
