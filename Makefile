@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce reproduce-full scan bench test lint types setup clean
+.PHONY: reproduce reproduce-full scan inspect bench notebooks docs dist test lint types setup clean
 
 reproduce: setup
 	$(BIN)/firsttok reproduce --profile quick
@@ -15,8 +15,23 @@ reproduce-full: setup
 scan: setup
 	$(BIN)/firsttok scan
 
+inspect: setup
+	$(BIN)/python benchmarks/onboarding.py
+
+notebooks: setup
+	$(BIN)/python notebooks/execute.py
+
 bench: setup
 	$(BIN)/python benchmarks/bench.py
+
+# Strict and offline. To read it: python -m http.server --directory site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What an earlier build noted would be shipped again, so it goes first.
+dist: setup
+	rm -rf dist *.egg-info
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m build --outdir dist
 
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=85
@@ -39,6 +54,6 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage figures/quick
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .coverage figures/quick
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find figures -name .work -type d -prune -exec rm -rf {} +
