@@ -1,0 +1,87 @@
+"""Execute the notebooks: each ``NAME.py`` is the source, ``NAME.ipynb`` gets its outputs.
+
+python notebooks/execute.py [NAME ...] [--out DIR]
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = ("collapse_in_ten_minutes", "hooks_and_keys", "your_own_model", "your_own_method")
+TIMEOUT = 600
+"""Seconds that one cell may take."""
+
+
+def read_source(name: str) -> Any:
+    """The notebook without outputs, its cells numbered so that equal sources give equal files."""
+    notebook: Any = jupytext.read(FOLDER / f"{name}.py")
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{index}"
+        cell["metadata"] = {}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook["metadata"] = {
+        "jupytext": {"formats": "ipynb,py:percent"},
+        "kernelspec": kernel,
+        "language_info": {"name": "python"},
+    }
+    notebook["nbformat"], notebook["nbformat_minor"] = 4, 5
+    return notebook
+
+
+def execute(name: str) -> Any:
+    """Run one notebook in its folder; raises what a cell raises."""
+    notebook = read_source(name)
+    client = NotebookClient(
+        notebook,
+        timeout=TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(FOLDER)}},
+        record_timing=False,
+        startup_timeout=TIMEOUT,
+    )
+    client.execute()
+    return strip(notebook)
+
+
+def strip(notebook: Any) -> Any:
+    """Take away what differs from run to run: progress and warnings, metadata."""
+    notebook["metadata"]["language_info"] = {"name": "python"}
+    for cell in notebook.cells:
+        cell["metadata"] = {}
+        if cell.cell_type == "code":
+            cell["outputs"] = [
+                output
+                for output in cell["outputs"]
+                if not (output.output_type == "stream" and output.name == "stderr")
+            ]
+    return notebook
+
+
+def main() -> None:
+    """Execute the named notebooks, or all."""
+    parser = argparse.ArgumentParser(description="Execute the notebooks.")
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the .ipynb files")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in NAMES:
+            parser.error(f"no notebook is called {name!r}; choose from {', '.join(NAMES)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
+        start = time.perf_counter()
+        notebook = execute(name)
+        nbformat.validate(notebook)
+        text = nbformat.writes(notebook) + "\n"
+        (args.out / f"{name}.ipynb").write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{name}: {time.perf_counter() - start:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()
