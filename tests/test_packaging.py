@@ -1,6 +1,7 @@
 """What is shipped: all of the package and nothing else, and it works with what it declares."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -313,7 +314,10 @@ def test_the_wheel_works_with_what_it_declares_and_nothing_else(
     assert int(count) == len(MODULES) - 1
     assert Path(origin).is_relative_to(clean.parent)
 
-    build_model("gpt2", tmp_path / "model", n_positions=512)
+    build_model("llama", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    longer = {**json.loads(config.read_text("utf-8")), "max_position_embeddings": 512}
+    config.write_text(json.dumps(longer), encoding="utf-8")  # the built-in texts are longer
     edit = [command, "edit", "--model", str(tmp_path / "model"), "--layer", "1", "--steps", "3"]
     edit += ["--second-moment", "identity", "--subject", "England", "--target", "Berlin"]
     edit += ["--template", "{}'s capital city is", "--save", "edit.safetensors"]

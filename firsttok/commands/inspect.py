@@ -68,6 +68,8 @@ def _save(stem: Path, found: Inspection) -> None:
 
 
 def _draw(stem: Path, view: FirstTokens, layer: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     drawn, axes = figure(2, height=3.2)
     numbers = [row.layer for row in view.layers]
     titles = ("D of Equation 4, keys", "norm of the residual stream")
@@ -86,7 +88,7 @@ def _draw(stem: Path, view: FirstTokens, layer: int) -> None:
             # Less than a decade would make much of small differences.
             middle = sqrt(low * high)
             axis.set_ylim(middle / sqrt(10), middle * sqrt(10))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axis.set_xlabel("layer")
         axis.set_title(title)
     axes[1].legend(fontsize=8)
