@@ -28,7 +28,6 @@ LAYERS = [
     ["commands"],
     ["cli"],
     ["__main__"],
-    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
