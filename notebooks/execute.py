@@ -15,8 +15,8 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
 NAMES = ("collapse_in_ten_minutes", "hooks_and_keys", "your_own_model", "your_own_method")
-TIMEOUT = 600
-"""Seconds that one cell may take."""
+TIMEOUT = 1800
+"""Seconds that one cell may take, on a machine that has other work, too."""
 
 
 def read_source(name: str) -> Any:

@@ -18,7 +18,7 @@ from firsttok.evaluation import perplexity, target_probabilities
 from firsttok.exploration import WhatIf
 from firsttok.keys import ORDINARY_KEYS, keys_at
 from firsttok.models import Model
-from firsttok.probes import SECOND2FIRST, SeesAll
+from firsttok.probes import IDENTITY_CELLS, SECOND2FIRST, SeesAll, distinct_with_space
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
 from firsttok.svg import line_plot, sparkline
@@ -349,6 +349,21 @@ def test_probes_by_name(name: str, tiny: TinyFactory, tmp_path: Path) -> None:
     assert len(found.frame()) == len(found.rows) > 0
     assert same_weights(weights(model), state)
     Reader(found._repr_html_())
+
+
+def test_the_identity_probe_suits_some_facts_only(tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(tiny("gpt2"), tmp_path)
+    own = ft.Fact(subject="I", template="{} left early", target_new="it", target_true="and")
+    suited = distinct_with_space(study.model, [*FACTS, own])
+    for fact in (*FACTS, own):
+        if fact in suited:
+            rows = ft.probe(study, fact, "identity").rows
+            assert [row["k^u from"] for row in rows] == [cell.name for cell in IDENTITY_CELLS]
+            assert rows[0]["cosine with the usual k^u"] == pytest.approx(1.0)
+        else:
+            with pytest.raises(BadInputError, match="choose another fact"):
+                ft.probe(study, fact, "identity")
+    assert suited == [own]
 
 
 def test_a_key_probe_gives_the_denominator_of_the_edit(tiny: TinyFactory, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_the_wheel_works_with_what_it_declares_and_nothing_else(
     edit = [command, "edit", "--model", str(tmp_path / "model"), "--layer", "1", "--steps", "3"]
     edit += ["--second-moment", "identity", "--subject", "England", "--target", "Berlin"]
     edit += ["--template", "{}'s capital city is", "--save", "edit.safetensors"]
-    assert "ROME" in run(edit, tmp_path, **offline).stdout
+    assert "denominator" in run(edit, tmp_path, **offline).stdout
     assert (tmp_path / "edit.safetensors").stat().st_size > 0
     ray = run_failing([command, "sweep", "run", "--engine", "ray", *edit[2:6]], tmp_path, offline)
     assert "firsttok[ray]" in ray

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -294,7 +295,7 @@ class Runs:
 
     def _means(self, output: Float[Tensor, "row vocab"]) -> Float[Tensor, "plan"]:
         found = _probabilities(output, self.answer_id, self.model)
-        return found.view(-1, self.corruption.samples).mean(1)
+        return reduce(found, "(plan sample) -> plan", "mean", sample=self.corruption.samples)
 
     def _hooks(self, plans: Sequence[Plan], cut: int) -> list[tuple[str, Callable[..., Tensor]]]:
         places: dict[tuple[str, int], list[tuple[int, int]]] = {}

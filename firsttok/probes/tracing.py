@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
@@ -228,7 +229,7 @@ def trace_fact(
         found[group] = probabilities
         if on_step is not None:
             on_step(len(group) / len(plans))
-    table = found.view(len(kinds), count, len(places))
+    table = rearrange(found, "(kind layer place) -> kind layer place", kind=len(kinds), layer=count)
     return Trace(
         case_id=fact.case_id,
         subject=fact.subject,
