@@ -55,6 +55,7 @@ _INTRODUCTION = """\
 the two models of the package index (those that were pulled). One of them again:
 `.venv/bin/python benchmarks/onboarding.py --only llama`, or, for any model at all,
 `firsttok inspect MODEL --out DIR`. The rules are written out in each JSON file.
+
 """.splitlines()
 _READING = """
 *Site error* is the largest relative difference between `key @ W + b` and what the MLP put out, over
@@ -140,7 +141,8 @@ def inspect(model: str, *options: str) -> str:
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode not in (0, 2):
         raise SystemExit(done.stderr)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    last = done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    return last.removeprefix("firsttok: ")
 
 
 def line_of(path: Path) -> str:
@@ -161,7 +163,7 @@ def line_of(path: Path) -> str:
         f"[{path.stem}]({path.name})",
         shape["name"],
         shape["layers"],
-        f"{worst:.0e}",
+        f"{worst:.0e}" if worst else "0",
     ]
     cells += [record["replay"], f"`{bos}`" if bos != "none" else bos, anomaly, rome]
     return "| " + " | ".join(str(cell) for cell in [*cells, f"[toml]({path.stem}.toml)"]) + " |"

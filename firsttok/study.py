@@ -267,10 +267,17 @@ def measure_facts(
         The rows, fact by fact, the methods in order.
 
     Raises:
-        BadInputError: If there are no facts.
+        BadInputError: If there are no facts, or two of them have one number.
     """
     if not facts:
         raise BadInputError("there are no facts to edit; give at least one")
+    numbered = {fact.case_id: fact for fact in facts}
+    for fact in facts:
+        if numbered[fact.case_id] != fact:
+            raise BadInputError(
+                f"two facts have the case_id {fact.case_id}, {fact.prompt!r} and "
+                f"{numbered[fact.case_id].prompt!r}; number each once"
+            )
     task = None if progress is None else progress.add_task(label, total=len(facts))
     slots = len({method.anchor for method in methods})
 

@@ -213,3 +213,9 @@ def test_a_varied_study_measures_the_unedited_model_once(study: Study) -> None:
         study.varied(model=study.model.intervened(SECOND2FIRST)),
     ):
         assert not {"original_perplexity", "prepared_texts"} & set(vars(other))
+
+
+def test_facts_that_share_a_number_are_refused(study: Study) -> None:
+    same = [replace(fact, case_id=7) for fact in NUMBERED[:2]]
+    with pytest.raises(BadInputError, match="two facts have the case_id 7"):
+        measure_facts(study, same, [ROME])

@@ -135,7 +135,8 @@ class Inspection(Shown):
         lines: list[list[object]] = []
         for site in self.sites:
             row = measured.get(site.layer)
-            line: list[object] = [site.layer, site.key_hook, site.layout, f"{site.error:.0e}"]
+            error = f"{site.error:.0e}" if site.error else "0"
+            line: list[object] = [site.layer, site.key_hook, site.layout, error]
             if row is None:
                 lines.append([*line, *[None] * 6])
                 continue
