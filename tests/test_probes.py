@@ -328,7 +328,8 @@ def test_stages_act_where_they_say(tiny: TinyFactory, tmp_path: Path) -> None:
 
 def test_stage_rows_name_their_stage(tiny: TinyFactory, tmp_path: Path) -> None:
     study = study_of(without_bos(tiny, "llama"), tmp_path)
-    rows = measure_stages(study, FACTS[:2], FIRST2SECOND)
+    facts = [replace(fact, case_id=number) for number, fact in enumerate(FACTS[:2])]
+    rows = measure_stages(study, facts, FIRST2SECOND)
     assert [row["stage"] for row in rows] == [stage for stage in STAGES for _ in range(2)]
 
 

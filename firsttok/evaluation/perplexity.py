@@ -72,7 +72,7 @@ class _Group:
         change = torch.cat([self.tail.rank_one(edit.left, edit.right) for edit in edits])
         where = self.where.repeat(count, 1)
         chunks = tail.logit_chunks(model, where, change, size=_PLACES)
-        nll = _nlls(chunks, self.labels.repeat(count)).split(len(self.labels))
+        nll = _nlls(model, chunks, self.labels.repeat(count)).split(len(self.labels))
         return [_by_sentence(each, self.where, self.indices) for each in nll]
 
 
@@ -153,7 +153,7 @@ def perplexity(
         where = _scored(batch.attention_mask, skip)
         output = logits(model, batch)[where]
         labels = batch.tokens[:, 1:][where[:, :-1]]
-        nlls |= _by_sentence(_nlls([output], labels), where, indices)
+        nlls |= _by_sentence(_nlls(model, [output], labels), where, indices)
     return _perplexity(nlls)
 
 
@@ -216,14 +216,15 @@ def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt 
 
 
 def _nlls(
-    chunks: Iterable[Float[Tensor, "place vocab"]], labels: Int[Tensor, "place"]
+    model: Model, chunks: Iterable[Float[Tensor, "place vocab"]], labels: Int[Tensor, "place"]
 ) -> Float[Tensor, "place"]:
     """NLL of each label, over logits that come a few places at a time; float64, for the sums."""
+    cross_entropy = torch.nn.functional.cross_entropy
     found: list[Tensor] = []
     start = 0
     for chunk in chunks:
         wanted = labels[start : start + len(chunk)]
-        found.append(torch.nn.functional.cross_entropy(chunk.float(), wanted, reduction="none"))
+        found.append(cross_entropy(chunk.to(model.wide_dtype), wanted, reduction="none"))
         start += len(chunk)
     return torch.cat(found).double()
 

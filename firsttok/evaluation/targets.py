@@ -55,7 +55,7 @@ def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
     for group in batches(prompts, max_tokens=_MAX_TOKENS):
         chosen = [prompts[i] for i in group]
         batch = pad(model, chosen)
-        found = _scores(chosen, logits(model, batch)[_places(batch, chosen)])
+        found = _scores(model, chosen, logits(model, batch)[_places(batch, chosen)])
         scores |= dict(zip(group, found, strict=True))
     return [scores[index] for index in range(len(prompts))]
 
@@ -99,7 +99,7 @@ def score_edits(
         rows = torch.arange(len(chosen), device=model.device).repeat(count)
         where = _places(batch, chosen).repeat(count, 1)
         there = tail.rows(rows).logits(model, where, torch.cat(changes))
-        found = _scores(chosen * count, there)
+        found = _scores(model, chosen * count, there)
         for number, each in enumerate(scores):
             start = number * len(chosen)
             each |= dict(zip(group, found[start : start + len(chosen)], strict=True))
@@ -116,10 +116,10 @@ def _places(batch: TokenBatch, prompts: Sequence[Prompt]) -> TokenMask:
 
 
 def _scores(
-    prompts: Sequence[Prompt], logits_there: Float[Tensor, "place vocab"]
+    model: Model, prompts: Sequence[Prompt], logits_there: Float[Tensor, "place vocab"]
 ) -> list[TargetScore]:
     """Score prompts by the logits at their targets' places, in row-major order."""
-    chosen = logits_there.float()
+    chosen = logits_there.to(model.wide_dtype)
     labels = torch.tensor([i for prompt in prompts for i in prompt.target_ids])
     nll = torch.nn.functional.cross_entropy(chosen, labels.to(chosen.device), reduction="none")
     lengths = [prompt.target_length for prompt in prompts]
