@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["AFTER", "ALONE", "HEADINGS", "SCRIPTS"]
+__all__ = ["AFTER", "ALONE", "HEADINGS", "LANE_ORDER", "SCRIPTS"]
 
 HEADINGS = {
     "table1_update_components": "Table 1: numerator and denominator of the update",
@@ -42,3 +42,21 @@ AFTER: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Scripts that read values which another one leaves: side by side, both would compute them."""
+LANE_ORDER = (
+    _TABLE1,
+    _TABLE2,
+    "extra_value_anchor",
+    "table7_first2second",
+    "extra_token_identity",
+    "extra_attention_mask",
+    "figure7_without_bos",
+    "table6_second2first",
+    "figure2_keys",
+    "figure6_encoder_contrast",
+    "figure8_concentration",
+    "table5_prefixed_efficacy",
+    "table4_efficacy",
+    "figure3_first_tokens",
+    "table3_transfer",
+)
+"""The order in which several lanes take them up: what others wait for, then what takes longest."""

@@ -122,7 +122,7 @@ class SecondMoment(Shown):
             "corpus_hash": self.corpus_hash,
             "layer": "" if self.layer is None else str(self.layer),
             "model_fingerprint": self.model_fingerprint or "",
-            "condition_number": f"{self.condition_number:.6g}",
+            "condition_number": repr(self.condition_number),
             "ridge": f"{self.ridge:g}",
         }
         with atomic_path(Path(path)) as temporary:
@@ -221,15 +221,24 @@ def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
             f"{path} holds a second moment of shape {list(matrix.shape)}; this layer's keys need "
             f"[{d_mlp}, {d_mlp}]"
         )
-    layer = metadata.get("layer", "")
-    return SecondMoment(
+    try:
+        layer = int(metadata.get("layer") or -1)
+        tokens = int(metadata.get("tokens", "0"))
+        condition_number = float(metadata.get("condition_number") or math.nan)
+    except ValueError as error:
+        raise BadInputError(f"the metadata of {path} are damaged: {error}") from None
+    moment = SecondMoment(
         matrix=matrix.double(),
-        tokens=int(metadata.get("tokens", "0")),
+        tokens=tokens,
         corpus=metadata.get("corpus", path.name),
         corpus_hash=metadata.get("corpus_hash", ""),
-        layer=int(layer) if layer else None,
+        layer=layer if layer >= 0 else None,
         model_fingerprint=metadata.get("model_fingerprint") or None,
     )
+    if not math.isnan(condition_number):
+        # Finding it takes longer than all the rest of reading a file.
+        vars(moment)["condition_number"] = condition_number
+    return moment
 
 
 def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Prompt]:

@@ -1,12 +1,12 @@
-"""Commands side by side: order, lanes, output, and what happens when one is given up."""
+"""Scripts side by side: order, lanes, output, and what happens when one is given up."""
 
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from firsttok.lanes import Job, run_in_lanes
+from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 BODY = """
 import sys, time
@@ -19,8 +19,9 @@ with open(log, "a") as file:
 
 
 def job(log: Path, name: str, seconds: float, *after: str) -> Job:
-    command = (sys.executable, "-c", BODY, str(log), name, str(seconds))
-    return Job(name=name, command=command, after=after)
+    script = log.with_name("body.py")
+    script.write_text(BODY, "utf-8")
+    return Job(name=name, script=script, arguments=(str(log), name, str(seconds)), after=after)
 
 
 def most_at_once(lines: list[str]) -> int:
@@ -55,12 +56,14 @@ def test_no_more_than_the_lanes_run_and_none_before_what_it_waits_for(
 
 
 def test_output_and_exit_code_come_back_and_the_cores_are_shared(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("firsttok.lanes.cores", lambda: 6)
     text = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('what is wrong')"
-    one = Job(name="one", command=(sys.executable, "-c", text))
+    script = tmp_path / "one.py"
+    script.write_text(text, "utf-8")
+    one = Job(name="one", script=script)
     (ended,) = run_in_lanes([one], lanes=2)
     assert ended.code == 1
     assert {"3", "what is wrong"} == set(ended.output.split("\n")) - {""}
@@ -81,6 +84,12 @@ def test_closing_ends_what_still_runs(tmp_path: Path) -> None:
 
 
 def test_a_circle_is_refused() -> None:
-    jobs = [Job(name=a, command=("true",), after=(b,)) for a, b in ("ab", "ba")]
+    jobs = [Job(name=a, script=Path("none"), after=(b,)) for a, b in ("ab", "ba")]
     with pytest.raises(ValueError, match="wait for each other"):
         list(run_in_lanes(jobs, lanes=2))
+
+
+def test_every_script_has_its_turn_after_those_it_waits_for() -> None:
+    assert sorted(LANE_ORDER) == sorted(SCRIPTS)
+    for name, earlier in AFTER.items():
+        assert all(LANE_ORDER.index(other) < LANE_ORDER.index(name) for other in earlier)

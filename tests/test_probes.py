@@ -333,6 +333,23 @@ def test_stage_rows_name_their_stage(tiny: TinyFactory, tmp_path: Path) -> None:
     assert [row["stage"] for row in rows] == [stage for stage in STAGES for _ in range(2)]
 
 
+def test_a_source_that_leaves_the_anchor_shares_the_value(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    study = study_of(without_bos(tiny, "llama"), tmp_path)
+    first = FACTS[0]
+    (usual,) = study.edits([first], [ROME])
+    (kept,) = study.store.folder.iterdir()
+    for swap, shared in ((SECOND2FIRST, True), (SeesAll(position=0), False)):
+        source = IntervenedKeys(name="changed", interventions=(swap,))
+        (found,) = study.varied(key_source=source).edits([first], [ROME])
+        assert (len(list(study.store.folder.iterdir())) == 1) == shared
+        assert (found[1]["rome"].losses == usual[1]["rome"].losses) == shared
+        # The keys are the source's own all the same.
+        assert found[1]["rome"].report != usual[1]["rome"].report
+    assert kept.is_file()
+
+
 def test_values_of_different_views_and_sources_lie_apart(tiny: TinyFactory, tmp_path: Path) -> None:
     model = without_bos(tiny, "gpt2")
     store = ValueStore(tmp_path)

@@ -13,12 +13,24 @@ from firsttok.errors import BadInputError
 from firsttok.lanes import Job, cores, run_in_lanes
 from firsttok.options import PASSED_ON, model_label
 from firsttok.report import write_reports
-from firsttok.scripts import AFTER, SCRIPTS
+from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 __all__ = ["run"]
 
 BAD_INPUT = 2
 """Exit code of a script that does not apply to the model."""
+IMPORTED = (
+    "firsttok.cases",
+    "firsttok.models.loading",
+    "firsttok.plots",
+    "firsttok.probes",
+    "firsttok.script_options",
+    "matplotlib.pyplot",
+    "seaborn",
+    "transformer_lens.model_bridge",
+    "transformers.models.llama.modeling_llama",
+)
+"""What takes long to import, and every script needs."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,8 +75,8 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
         script = folder / f"{name}.py"
         if not script.is_file():
             raise BadInputError(f"no script {script}; the checkout is incomplete")
-        command = (sys.executable, str(script), *options, *itertools.chain(*given))
-        jobs.append(Job(name=name, command=command, after=AFTER.get(name, ())))
+        arguments = (*options, *itertools.chain(*given))
+        jobs.append(Job(name=name, script=script, arguments=arguments, after=AFTER.get(name, ())))
     return jobs
 
 
@@ -82,14 +94,15 @@ def _in_turn(jobs: list[Job]) -> Iterator[tuple[str, int]]:
     for number, job in enumerate(jobs, start=1):
         sys.stdout.write(f"\n{job.name} ({number} of {len(jobs)})\n")
         sys.stdout.flush()
-        yield job.name, subprocess.run(job.command, check=False).returncode
+        command = [sys.executable, str(job.script), *job.arguments]
+        yield job.name, subprocess.run(command, check=False).returncode
 
 
 def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
     """Several scripts at a time; what one says is shown when it has ended."""
     # All of them need it, so it is made before with every core. What is wrong, the scripts say.
     preparing = multiprocessing.get_context("spawn").Process(
-        target=_prepare, args=(jobs[0].command[2:],)
+        target=_prepare, args=(jobs[0].arguments,)
     )
     preparing.start()
     preparing.join()
@@ -97,7 +110,8 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
         raise SystemExit(preparing.exitcode)
     with progress_bar(estimate_over=3600.0) as progress:
         task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
-        for ended in run_in_lanes(jobs, lanes=lanes):
+        ordered = sorted(jobs, key=lambda job: LANE_ORDER.index(job.name))
+        for ended in run_in_lanes(ordered, lanes=lanes, imported=IMPORTED):
             progress.advance(task)
             progress.stop()
             sys.stdout.write(f"\n{ended.job.name}\n{ended.output}")

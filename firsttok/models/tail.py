@@ -124,12 +124,13 @@ class Tail:
             hidden = hidden + change.to(hidden.dtype)
         cache = self._cache()
         last = model.n_layers - 1
+        # Nothing reads what an MLP puts out at padding, nor what the last one does elsewhere.
+        real = self.batch.attention_mask[:, self.cut :].bool()
         with _changed(model, self.layer, None if above else change):
             for layer, arguments in enumerate(self.arguments, self._first):
                 block: Any = bridge.blocks[layer]
                 with_cache = {} if cache is None else {_cache_name(block): cache}
-                # Nothing reads what the last MLP puts out anywhere else.
-                read = where if layer == last != self.layer else None
+                read = None if layer == self.layer else where if layer == last else real
                 with _mlp_only_at(block, read):
                     output = block(hidden, **arguments, **with_cache)
                 hidden = output[0] if isinstance(output, tuple) else output
@@ -170,11 +171,12 @@ def _mlp_only_at(
         return
     mlp = block.mlp
     plain = mlp.forward
+    places = where.flatten().nonzero()[:, 0]
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output = torch.zeros_like(hidden)
-        output[where] = plain(hidden[where][None], *args, **kwargs)[0]
-        return output
+        flat = hidden.flatten(0, 1)
+        output = plain(flat.index_select(0, places)[None], *args, **kwargs)[0]
+        return torch.zeros_like(flat).index_copy(0, places, output).view_as(hidden)
 
     with replaced_forward(mlp, forward):
         yield
