@@ -25,8 +25,10 @@ HEADINGS = {
 """Heading of each file of ``analyses/``, by its name without suffix."""
 SCRIPTS = tuple(HEADINGS)
 """Names of the files that ``firsttok reproduce`` runs, in order."""
-ALONE = ("extra_causal_tracing",)
-"""Names of files that take as long as all others together, and are run by themselves."""
+ALONE: Mapping[str, str] = MappingProxyType(
+    {"extra_causal_tracing": "Beyond the paper: which layer carries a fact?"}
+)
+"""Headings of files that take as long as all others together, and are run by themselves."""
 _TABLE1, _TABLE2 = "table1_update_components", "table2_perplexity"
 AFTER: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

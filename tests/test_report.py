@@ -27,7 +27,7 @@ from firsttok.report import (
     write_reports,
 )
 from firsttok.report.view import HEADINGS
-from firsttok.scripts import SCRIPTS
+from firsttok.scripts import ALONE, SCRIPTS
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = '<script>alert("x")</script> | *bold* & "quoted"'
@@ -147,6 +147,18 @@ def test_every_claim_stands_with_verdict_rule_and_reason(out: Path, page: Parsed
     assert f"{paper - 1} reproduced, 0 partly, 1 not reproduced, 0 not run" in page.words
     assert f"{own - 1} hold, 0 partly, 0 do not hold, 1 not run" in page.words
     assert f"{paper - 1} reproduced, 0 partly, 1 not reproduced, 0 not run" in markdown
+
+
+def test_a_script_run_by_itself_has_a_section_where_it_was_run(tmp_path: Path) -> None:
+    folder = leave(tmp_path, "smollm2-135m")
+    (name, heading), *_ = ALONE.items()
+    without = {section.script for section in build_report(folder).sections}
+    assert name not in without
+    record = json.loads((folder / f"{SCRIPTS[0]}.json").read_text("utf-8"))
+    (folder / f"{name}.json").write_text(json.dumps(record), "utf-8")
+    (section,) = [each for each in build_report(folder).sections if each.script not in without]
+    assert (section.script, section.heading) == (name, heading)
+    assert heading in render_html(build_report(folder))
 
 
 def test_every_table_and_picture_is_there(out: Path, page: Parsed) -> None:

@@ -108,11 +108,6 @@ def screening_seconds(what: str) -> str:
     return f"{_result('screen', MODEL)['provenance']['seconds'][what]:.0f}"
 
 
-def measured(script: str, model: str = MODEL) -> bool:
-    """Whether a script has left a result, for what is said only then."""
-    return (FIGURES / model / f"{script}.json").is_file()
-
-
 def contexts() -> int:
     """How many contexts a key is averaged over."""
     return len(_result("contexts-seed0", MODEL)["templates"])
@@ -207,7 +202,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         differing,
         highest_unedited,
         inconsistencies,
-        measured,
         reason,
         scanned,
         screened,

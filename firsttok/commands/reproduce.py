@@ -12,7 +12,6 @@ from firsttok.console import exit_on_error, progress_bar
 from firsttok.errors import BadInputError
 from firsttok.lanes import Job, cores, run_in_lanes
 from firsttok.options import PASSED_ON, model_label
-from firsttok.report import write_reports
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 __all__ = ["run"]
@@ -51,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
             refused.append(name)
         elif code:
             raise SystemExit(code)
+    # Not before: with it comes torch, which this process would hold while the scripts run.
+    from firsttok.report import write_reports
+
     for path in write_reports(out, model_label(args.model)):
         sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
     if refused:

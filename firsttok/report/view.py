@@ -20,7 +20,7 @@ from firsttok.claims import (
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
 from firsttok.report.provenance import common_facts, script_facts
-from firsttok.scripts import HEADINGS, SCRIPTS
+from firsttok.scripts import ALONE, HEADINGS, SCRIPTS
 
 __all__ = [
     "Judged",
@@ -151,8 +151,9 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
     results = {name: load_result(folder, name) for name in SCRIPTS}
+    traced = {name: load_result(folder, name) for name in ALONE}
     swept = [load_sweep(folder, name) for name in _sweeps(folder)]
-    # What scripts share is told once; a sweep has settings of its own.
+    # What scripts share is told once; a sweep, or a script run by itself, has settings of its own.
     ran = [result for result in results.values() if result is not None] or swept
     if not ran:
         raise BadInputError(
@@ -171,7 +172,11 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
                 _section(folder, name, results[name], across[folder.name], facts)
                 for name in SCRIPTS
             ),
-            *(_section(folder, result.script, result, (), facts) for result in swept),
+            *(
+                _section(folder, result.script, result, (), facts)
+                for result in (*traced.values(), *swept)
+                if result is not None
+            ),
         ),
         facts=facts,
         mixed=mixed,
@@ -205,7 +210,7 @@ def _section(
     picture = folder / f"{name}.png"
     return Section(
         script=name,
-        heading=HEADINGS.get(name) or f"A sweep: {name.removeprefix(SWEEP)}",
+        heading={**HEADINGS, **ALONE}.get(name) or f"A sweep: {name.removeprefix(SWEEP)}",
         judged=tuple(item for item in judged if item.claim.script == name),
         result=result,
         picture=picture if result is not None and picture.is_file() else None,
