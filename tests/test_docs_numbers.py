@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures" / "smollm2-135m"
 README = (ROOT / "README.md").read_text("utf-8")
 ROME = "smollm2-135m, ROME"
+TRACING = "extra_causal_tracing"
 
 
 def readme_cell(row: str, column: int) -> str:
@@ -66,6 +67,19 @@ def readme_cell_of_table_2(method: str, column: int) -> str:
     _, _, rest = README.partition("| Table 2, maximum perplexity |")
     (line,) = re.findall(rf"^\| {method} \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
     return line.strip("| ").split(" | ")[column].strip()
+
+
+def test_causal_tracing() -> None:
+    words = " ".join(README.split())
+    ((facts, layer, default, moved, usual),) = re.findall(
+        r"On (\d+) facts it proposes layer (\d+), not (\d+); there ROME collapses the model on "
+        r"(\d+ of \d+) listed cases, at layer \d+ on (\d+ of \d+)",
+        words,
+    )
+    assert int(facts) == found(TRACING, "mlp at the last subject token, all facts", "facts")
+    for line, number, collapsed in (("proposed", layer, moved), ("default", default, usual)):
+        assert int(number) == found(TRACING, f"ROME, {line}", "layer")
+        assert collapsed == found(TRACING, f"ROME, {line}", "collapsed, listed")
 
 
 @pytest.mark.parametrize(
