@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -147,14 +146,8 @@ class Study(Shown):
 
     @cached_property
     def original_perplexity(self) -> Perplexity:
-        """Perplexity of the unedited model; kept in the work folder, like finished rows."""
-        path = self.work / "original" / f"{content_hash(self._original_settings())[:24]}.json"
-        found = _read_original(path, len(self.texts))
-        if found is None:
-            found = perplexity(self.evaluated, self.texts, bos=self.text_bos)
-            if all(map(math.isfinite, (found.mean, found.corpus, *found.per_sentence))):
-                write_json(path, asdict(found))
-        return found
+        """Perplexity of the unedited model."""
+        return perplexity(self.evaluated, self.texts, bos=self.text_bos)
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
@@ -189,12 +182,6 @@ class Study(Shown):
         """What determines a measurement of the unedited model; its own BOS policy does not."""
         view = self.evaluated
         return [view.bridge, view.interventions, self.layer, self.texts, self.text_bos]
-
-    def _original_settings(self) -> list[Any]:
-        """What determines the perplexity of the unedited model in whatever process."""
-        view = self.evaluated
-        changes = [repr(change) for change in view.interventions]
-        return [view.fingerprint, str(view.dtype), changes, self.text_bos.value, list(self.texts)]
 
     def edits(
         self,
@@ -386,15 +373,3 @@ def _read_row(path: Path) -> CaseRow | None:
         return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
     except (BadInputError, KeyError, TypeError, json.JSONDecodeError):
         return None
-
-
-def _read_original(path: Path, count: int) -> Perplexity | None:
-    try:
-        record = read_json(path, "a perplexity")
-        numbers = [float(number) for number in record["per_sentence"]]
-        found = Perplexity(
-            mean=float(record["mean"]), corpus=float(record["corpus"]), per_sentence=tuple(numbers)
-        )
-    except (BadInputError, KeyError, TypeError, ValueError):
-        return None
-    return found if len(numbers) == count else None
