@@ -226,7 +226,9 @@ def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
         tokens = int(metadata.get("tokens", "0"))
         condition_number = float(metadata.get("condition_number") or math.nan)
     except ValueError as error:
-        raise BadInputError(f"the metadata of {path} are damaged: {error}") from None
+        raise BadInputError(
+            f"the metadata of {path} are damaged ({error}); compute the second moment again"
+        ) from None
     moment = SecondMoment(
         matrix=matrix.double(),
         tokens=tokens,

@@ -389,3 +389,31 @@ def test_the_default_corpus_is_plenty_of_text() -> None:
     corpus = default_corpus()
     assert sum(len(text.split()) for text in corpus) > 20_000
     assert all(text.strip() for text in corpus)
+
+
+def test_the_condition_number_is_kept_and_damaged_metadata_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eigenvalues = torch.tensor([0.5, 2.0, 10.0], dtype=torch.float64)
+    moment = SecondMoment(
+        matrix=torch.diag(eigenvalues),
+        tokens=7,
+        corpus="text",
+        corpus_hash="hash",
+        layer=0,
+        model_fingerprint=None,
+    )
+    path = tmp_path / "c.safetensors"
+    moment.save(path)
+
+    def not_again(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", not_again)
+    loaded = load_second_moment(path, d_mlp=3)
+    assert loaded.condition_number == moment.condition_number == pytest.approx(20)
+    assert (loaded.layer, loaded.tokens) == (0, 7)
+    for key in ("tokens", "layer", "condition_number"):
+        save_file({"second_moment": moment.matrix}, path, {key: "seven"})
+        with pytest.raises(BadInputError, match="are damaged"):
+            load_second_moment(path, d_mlp=3)
