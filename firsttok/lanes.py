@@ -79,10 +79,9 @@ def run_in_lanes(
     share = max(1, cores() // lanes)
     threads = os.environ.get("OMP_NUM_THREADS", str(share))
     # Not on macOS, whose own libraries do not outlive a fork.
-    context: Any = multiprocessing.get_context(
-        "forkserver" if sys.platform.startswith("linux") else "spawn"
-    )
-    if sys.platform.startswith("linux"):
+    method = "forkserver" if sys.platform.startswith("linux") else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
         context.set_forkserver_preload([*imported])
     waiting, running = list(jobs), list[_Running]()
     try:

@@ -159,6 +159,10 @@ def test_a_script_run_by_itself_has_a_section_where_it_was_run(tmp_path: Path) -
     (section,) = [each for each in build_report(folder).sections if each.script not in without]
     assert (section.script, section.heading) == (name, heading)
     assert heading in render_html(build_report(folder))
+    for script in SCRIPTS:
+        (folder / f"{script}.json").unlink()
+    assert result_folders(tmp_path) == [folder]
+    assert name in {section.script for section in build_report(folder).sections}
 
 
 def test_every_table_and_picture_is_there(out: Path, page: Parsed) -> None:

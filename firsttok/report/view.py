@@ -136,7 +136,10 @@ def result_folders(out: Path) -> list[Path]:
         folder
         for folder in sorted(out.iterdir())
         if folder.is_dir()
-        and (any((folder / f"{name}.json").is_file() for name in SCRIPTS) or _sweeps(folder))
+        and (
+            any((folder / f"{name}.json").is_file() for name in (*SCRIPTS, *ALONE))
+            or _sweeps(folder)
+        )
     ]
 
 
@@ -151,10 +154,10 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
     results = {name: load_result(folder, name) for name in SCRIPTS}
-    traced = {name: load_result(folder, name) for name in ALONE}
-    swept = [load_sweep(folder, name) for name in _sweeps(folder)]
+    alone = [result for name in ALONE if (result := load_result(folder, name)) is not None]
+    alone += [load_sweep(folder, name) for name in _sweeps(folder)]
     # What scripts share is told once; a sweep, or a script run by itself, has settings of its own.
-    ran = [result for result in results.values() if result is not None] or swept
+    ran = [result for result in results.values() if result is not None] or alone
     if not ran:
         raise BadInputError(
             f"{folder} holds no result of a script; run: firsttok reproduce --model {folder.name}"
@@ -172,11 +175,7 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
                 _section(folder, name, results[name], across[folder.name], facts)
                 for name in SCRIPTS
             ),
-            *(
-                _section(folder, result.script, result, (), facts)
-                for result in (*traced.values(), *swept)
-                if result is not None
-            ),
+            *(_section(folder, result.script, result, (), facts) for result in alone),
         ),
         facts=facts,
         mixed=mixed,
