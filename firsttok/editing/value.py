@@ -34,8 +34,7 @@ __all__ = ["Value", "optimise_values"]
 CPU_BUDGET = 2**29
 """Bytes of activations of one batch on a CPU; on a GPU it is half of what is free.
 
-Twice as much makes edits about a tenth faster; but two scripts of ``firsttok reproduce`` hold it at
-the same time.
+More is somewhat faster, but two scripts of ``firsttok reproduce`` hold it at the same time.
 """
 
 
