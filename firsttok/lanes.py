@@ -48,6 +48,8 @@ class Ended:
     """Its exit code; negative for a signal."""
     output: str
     """What it wrote to standard output and to standard error."""
+    seconds: float
+    """How long it ran."""
 
 
 def cores() -> int:
@@ -107,6 +109,7 @@ class _Running:
     job: Job
     process: BaseProcess
     output: Path
+    started: float
 
     @staticmethod
     def start(job: Job, context: Any, threads: str) -> "_Running":
@@ -116,12 +119,17 @@ class _Running:
             target=_run_script, args=(str(job.script), job.arguments, name, threads)
         )
         process.start()
-        return _Running(job=job, process=process, output=Path(name))
+        return _Running(job=job, process=process, output=Path(name), started=time.monotonic())
 
     def ended(self) -> Ended:
         output = self.output.read_text("utf-8", "replace")
         self.output.unlink()
-        return Ended(job=self.job, code=self.process.exitcode or 0, output=output)
+        return Ended(
+            job=self.job,
+            code=self.process.exitcode or 0,
+            output=output,
+            seconds=time.monotonic() - self.started,
+        )
 
     def end(self) -> None:
         # Where Ctrl-C ended this process, the scripts have had it, too, and are stopping.

@@ -99,10 +99,10 @@ def parse_script(
         if value is not None and value < 1:
             raise BadInputError(f"--{name} is {value}; give at least 1")
     count = 8 if args.profile == "quick" else 24
+    study = open_study(args, out, progress, contexts_folder=cases.parent, without_bos=without_bos)
+    study.keep_original_perplexity()
     return ScriptOptions(
-        study=open_study(
-            args, out, progress, contexts_folder=cases.parent, without_bos=without_bos
-        ),
+        study=study,
         facts=facts,
         cases=cases,
         out=out,

@@ -149,6 +149,26 @@ class Study(Shown):
         """Perplexity of the unedited model."""
         return perplexity(self.evaluated, self.texts, bos=self.text_bos)
 
+    def keep_original_perplexity(self) -> None:
+        """Take :attr:`original_perplexity` from the work folder, or measure it and leave it there.
+
+        To be called before anything is edited: what is kept goes by the weights as loaded.
+        """
+        view = self.evaluated
+        parts = [view.fingerprint, str(view.dtype), repr(view.interventions), list(self.texts)]
+        name = content_hash([*parts, self.text_bos.value])[:24]
+        path = self.work / "original" / f"{name}.json"
+        try:
+            record = read_json(path, "a kept perplexity")
+            kept = Perplexity(
+                mean=float(record["mean"]),
+                corpus=float(record["corpus"]),
+                per_sentence=tuple(map(float, record["per_sentence"])),
+            )
+            vars(self)["original_perplexity"] = kept
+        except (BadInputError, KeyError, TypeError, ValueError):
+            write_json(path, asdict(self.original_perplexity))
+
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
         original = self.original_perplexity

@@ -116,7 +116,7 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
         for ended in run_in_lanes(ordered, lanes=lanes, imported=IMPORTED):
             progress.advance(task)
             progress.stop()
-            sys.stdout.write(f"\n{ended.job.name}\n{ended.output}")
+            sys.stdout.write(f"\n{ended.job.name} ({ended.seconds:.0f} s)\n{ended.output}")
             sys.stdout.flush()
             progress.start()
             yield ended.job.name, ended.code

@@ -5,7 +5,7 @@ subject's last one. Only the rest is run in every step, for several facts side b
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -111,6 +111,11 @@ class _FactRows:
         return max(len(row.token_ids) - (row.subject_position or 0) for row in self.prompts)
 
     @property
+    def tokens(self) -> int:
+        """Tokens from the subject's last one on, all rows together."""
+        return sum(len(row.token_ids) - (row.subject_position or 0) for row in self.prompts)
+
+    @property
     def places(self) -> int:
         """Places whose logits enter the loss."""
         return sum(max(len(target), 1) for target in self.targets)
@@ -189,6 +194,10 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
         )
         targets.append(full.target_ids)
     kl_prompt = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
+    if kl_prompt.subject_position is not None and not sees_later(model):
+        # What follows the subject's last token is never read, and cannot be seen from there.
+        read = kl_prompt.token_ids[: kl_prompt.subject_position + 1]
+        kl_prompt = replace(kl_prompt, token_ids=read)
     return _FactRows(prompts=(*prompts, kl_prompt), targets=(*targets, ()))
 
 
@@ -200,7 +209,11 @@ def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[in
     def batch(start: int, end: int) -> list[_FactRows]:
         return [rows[i] for i in order[start:end]]
 
+    packed = model.runs_packed
+
     def tokens(start: int, end: int) -> int:
+        if packed:
+            return sum(fact.tokens for fact in batch(start, end))
         return sum(len(fact.prompts) for fact in batch(start, end)) * rows[order[end - 1]].width
 
     split = cheapest_split(
@@ -225,23 +238,24 @@ def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int) -> int:
     """What autograd keeps of the rows of some facts, roughly.
 
     For each block, about a dozen vectors of the residual stream's width and four of the MLP's for
-    each token that runs, and six for each that is only attended to; and the logits with their
-    softmax and gradients.
+    each token that runs, and six for each that is only attended to; eight, four and two where no
+    padding runs. And the logits with their softmax and gradients.
     """
     config = model.bridge.cfg
     size = torch.finfo(model.dtype).bits // 8
     blocks, width = model.n_layers - layer, int(config.d_model)
     rows = sum(len(fact.prompts) for fact in batch)
-    run = max(fact.width for fact in batch)
-    kept = max(fact.prefix for fact in batch)
+    run = rows * max(fact.width for fact in batch)
+    kept = rows * max(fact.prefix for fact in batch)
     places = sum(fact.places for fact in batch)
-    if _cuts(model):
-        held = 6 * width * rows * kept
-    else:
-        run, held = run + kept, 0
+    for_run, for_kept = 12, 6
+    if not _cuts(model):
+        run, kept = run + kept, 0
+    elif model.runs_packed:
+        run, for_run, for_kept = sum(fact.tokens for fact in batch), 8, 2
     if model.replay is Replay.WHOLE:
-        blocks, places = model.n_layers, rows * run
-    held += (12 * width + 4 * model.site(layer).d_mlp) * rows * run
+        blocks, places = model.n_layers, run
+    held = for_kept * width * kept + (for_run * width + 4 * model.site(layer).d_mlp) * run
     return size * blocks * held + 4 * max(size, 4) * int(config.d_vocab) * places
 
 

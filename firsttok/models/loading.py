@@ -15,6 +15,7 @@ from firsttok.models.fingerprint import fingerprint_of
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_trouble, locate
 from firsttok.models.model import Model
+from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def _bridge(hf_model: "PreTrainedModel", lens_tokenizer: Any, name: str) -> "Tra
             f"TransformerLens does not support {name} ({reason}); "
             "choose an architecture of its TransformerBridge"
         ) from None
+    skip_idle_hooks(bridge)
     if hf_model.dtype == torch.float64:
         # The softmax runs in float32, where float64's mask value is minus infinity, and the row of
         # a padded token, masked everywhere, becomes NaN.

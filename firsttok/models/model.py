@@ -11,6 +11,7 @@ from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import LayerOutOfRangeError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
+from firsttok.models.fused import is_fusible
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import EditSite
 from firsttok.models.tail import Replay
@@ -113,6 +114,12 @@ class Model(Shown):
     def replay(self) -> Replay:
         """How much has to run again after a change at one layer, found by trial on first use."""
         return find_replay(self)
+
+    @property
+    def runs_packed(self) -> bool:
+        """Whether replays run no padding: blocks are as in Llama, and no hook is on them."""
+        bridge: Any = self.bridge
+        return self.replay is Replay.ABOVE and is_fusible(list(bridge.blocks))
 
     @property
     def position_embedding(self) -> str:

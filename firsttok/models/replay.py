@@ -1,17 +1,23 @@
 """Capture what a replay needs, and find out by trial how much of a model has to run again."""
 
 import contextlib
-import inspect
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from firsttok.errors import UnsupportedModelError
+from firsttok.models.blocks import (
+    block_arguments,
+    named_arguments,
+    replaced_forward,
+    stopped_above,
+)
 from firsttok.models.forward import call_arguments
-from firsttok.models.tail import CACHE_NAMES, Replay, Tail, new_cache, replaced_forward
+from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
+from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch
 
 if TYPE_CHECKING:
@@ -20,12 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["capture_tail", "find_replay"]
 
 logger = logging.getLogger(__name__)
-_OWN_ARGUMENTS = frozenset({"hidden_states", "kwargs", "use_cache", *CACHE_NAMES})
-"""Arguments that a replay gives a block itself."""
-
-
-class _Stop(Exception):  # noqa: N818
-    """Ends a forward pass whose rest nobody needs."""
+_Past = tuple[tuple[Tensor, Tensor], ...]
 
 
 def capture_tail(
@@ -59,17 +60,17 @@ def capture_tail(
         return _whole(model, batch, layer, cut)
     first = layer + (mode is Replay.ABOVE)
     arguments = call_arguments(model, batch)
-    past: tuple[tuple[Tensor, Tensor], ...] = ()
+    past: _Past = ()
     if cut:
         past = _prefix_pass(model, batch, cut)
         arguments |= {
             "position_ids": batch.position_ids[:, cut:],
             "past_key_values": new_cache(past, 0),
         }
-    seen: dict[str, Tensor] = {}
-    calls: list[dict[str, Any]] = []
-    with torch.no_grad(), _observed(model, layer, first, seen, calls):
-        _run_blocks(model, batch.tokens[:, cut:], arguments)
+    found = None
+    if mode is Replay.ABOVE:
+        found = _seen_packed(model, batch, layer, cut, arguments, past)
+    seen, calls = found or _seen_padded(model, batch, layer, cut, arguments, first)
     return Tail(
         replay=mode,
         layer=layer,
@@ -181,41 +182,68 @@ def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
     )
 
 
-def _prefix_pass(model: "Model", batch: TokenBatch, cut: int) -> tuple[tuple[Tensor, Tensor], ...]:
+@torch.no_grad()
+def _seen_packed(
+    model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], past: _Past
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
+    """Keys, residual stream and arguments, the blocks up to ``layer`` run packed if they can be."""
+    bridge: Any = model.bridge
+    if not is_fusible(list(bridge.blocks)):
+        return None
+    hidden, calls = block_arguments(bridge, batch.tokens[:, cut:], arguments)
+    below, given = list(bridge.blocks[: layer + 1]), calls[: layer + 1]
+    if not has_plain_arguments(below, given):
+        return None
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        seen["keys"] = activation[0]
+
+    packing = Packing(batch.attention_mask[:, cut:].bool())
+    with bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]):
+        seen["residual"] = run_packed(
+            below, packing, packing.pack(hidden), given, past=past[: layer + 1]
+        )
+    return {name: packing.unpack(found) for name, found in seen.items()}, list(calls[layer + 1 :])
+
+
+def _prefix_pass(model: "Model", batch: TokenBatch, cut: int) -> _Past:
     """Every block's keys and values of the columns before ``cut``; equal prefixes run once."""
     parts = (batch.tokens, batch.attention_mask, batch.position_ids)
     columns = torch.cat([part[:, :cut] for part in parts], dim=1)
     distinct, inverse = torch.unique(columns, dim=0, return_inverse=True)
     tokens, mask, position_ids = distinct.split(cut, dim=1)
+    arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
+    found = _keys_and_values(model.bridge, tokens, mask, arguments)
+    return tuple((keys[inverse], values[inverse]) for keys, values in found)
+
+
+@torch.no_grad()
+def _keys_and_values(
+    bridge: Any, tokens: Tensor, mask: Tensor, arguments: dict[str, Any]
+) -> Sequence[tuple[Tensor, Tensor]]:
+    blocks = list(bridge.blocks)
+    if is_fusible(blocks):
+        hidden, given = block_arguments(bridge, tokens, arguments)
+        if has_plain_arguments(blocks, given):
+            packing, kept = Packing(mask.bool()), list[tuple[Tensor, Tensor]]()
+            run_packed(blocks, packing, packing.pack(hidden), given, keep=kept)
+            return kept
     cache = new_cache((), 0)
-    with torch.no_grad(), _until_final_norm(model):
-        _run_blocks(
-            model,
-            tokens,
-            {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache},
-        )
-    return tuple((entry.keys[inverse], entry.values[inverse]) for entry in cache.layers)
+    with stopped_above(bridge):
+        bridge(tokens, **arguments, past_key_values=cache)
+    return [(entry.keys, entry.values) for entry in cache.layers]
 
 
-def _run_blocks(model: "Model", tokens: Tensor, arguments: dict[str, Any]) -> None:
+def _seen_padded(
+    model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], first: int
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     bridge: Any = model.bridge
-    with contextlib.suppress(_Stop):
-        bridge(tokens, **arguments)
-
-
-@contextlib.contextmanager
-def _until_final_norm(model: "Model") -> Generator[None, None, None]:
-    """End forward passes before the final norm and the unembedding."""
-
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    bridge: Any = model.bridge
-    handle = bridge.ln_final.register_forward_pre_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
+    seen: dict[str, Tensor] = {}
+    calls: list[dict[str, Any]] = []
+    with torch.no_grad(), _observed(model, layer, first, seen, calls):
+        bridge(batch.tokens[:, cut:], **arguments)
+    return seen, calls
 
 
 @contextlib.contextmanager
@@ -234,7 +262,7 @@ def _observed(
     as_tuple: list[bool] = []
 
     def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_by_name(block, args, kwargs))
+        calls.append(named_arguments(block, args, kwargs))
 
     def enter(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["residual"] = args[0] if args else kwargs["hidden_states"]
@@ -267,13 +295,6 @@ def _observed(
             until_exit(edited.register_forward_pre_hook(remember, with_kwargs=True))
         for block in bridge.blocks[layer + 1 :]:
             stack.enter_context(replaced_forward(block, passer(block)))
-        stack.enter_context(_until_final_norm(model))
+        stack.enter_context(stopped_above(bridge))
         stack.enter_context(bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]))
         yield
-
-
-def _by_name(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block's arguments by name, less the hidden states and the model's own cache."""
-    bound = inspect.signature(block.original_component.forward).bind_partial(*args, **kwargs)
-    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-    return {name: value for name, value in named.items() if name not in _OWN_ARGUMENTS}

@@ -7,7 +7,7 @@ edited one on, with the very arguments the model itself passed (see :mod:`firstt
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, cast
@@ -16,16 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from firsttok.models.blocks import CACHE_NAMES, replaced_forward
 from firsttok.models.forward import call_arguments
+from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
 from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
 if TYPE_CHECKING:
     from firsttok.models.model import Model
 
-__all__ = ["CACHE_NAMES", "Replay", "Tail", "new_cache", "replaced_forward"]
-
-CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
-"""What blocks call the cache they are given."""
+__all__ = ["Replay", "Tail", "new_cache"]
 
 
 class Replay(str, Enum):
@@ -52,7 +51,7 @@ class Tail:
     batch: TokenBatch
     """The prompts, all columns."""
     keys: Float[Tensor, "prompt suffix d_mlp"]
-    """Keys at layer L, unchanged by what happens above."""
+    """Keys at layer L, unchanged by what happens above; of no meaning at padding."""
     residual: Float[Tensor, "prompt suffix d_model"]
     """The residual stream behind layer L, or before it where block L runs, too."""
     arguments: tuple[dict[str, Any], ...]
@@ -122,27 +121,42 @@ class Tail:
         above = self.replay is Replay.ABOVE
         if change is not None and above:
             hidden = hidden + change.to(hidden.dtype)
-        cache = self._cache()
-        last = model.n_layers - 1
         # Nothing reads what an MLP puts out at padding, nor what the last one does elsewhere.
-        real = self.batch.attention_mask[:, self.cut :].bool()
-        with _changed(model, self.layer, None if above else change):
-            for layer, arguments in enumerate(self.arguments, self._first):
-                block: Any = bridge.blocks[layer]
-                with_cache = {} if cache is None else {_cache_name(block): cache}
-                read = None if layer == self.layer else where if layer == last else real
-                with _mlp_only_at(block, read):
-                    output = block(hidden, **arguments, **with_cache)
-                hidden = output[0] if isinstance(output, tuple) else output
-        for chunk in bridge.ln_final(hidden[where]).split(size):
+        packing = Packing(self.batch.attention_mask[:, self.cut :].bool())
+        blocks = list(bridge.blocks[self._first :])
+        if above and is_fusible(blocks) and has_plain_arguments(blocks, self.arguments):
+            wanted = packing.pack(where)
+            hidden = run_packed(
+                blocks,
+                packing,
+                packing.pack(hidden),
+                self.arguments,
+                past=self.past,
+                last=lambda block: _mlp_only_at(block, wanted[None]),
+            )[wanted]
+        else:
+            with _changed(model, self.layer, None if above else change):
+                hidden = self._run_padded(model, hidden, packing.real, where)[where]
+        for chunk in bridge.ln_final(hidden).split(size):
             yield bridge.unembed(chunk)
+
+    def _run_padded(
+        self, model: "Model", hidden: Tensor, real: Tensor, where: Tensor
+    ) -> Float[Tensor, "prompt suffix d_model"]:
+        cache = new_cache(self.past, self._first) if self.past else None
+        last = model.n_layers - 1
+        for layer, arguments in enumerate(self.arguments, self._first):
+            block: Any = model.bridge.blocks[layer]
+            with_cache = {} if cache is None else {_cache_name(block): cache}
+            read = None if layer == self.layer else where if layer == last else real
+            with _mlp_only_at(block, read):
+                output = block(hidden, **arguments, **with_cache)
+            hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     @property
     def _first(self) -> int:
         return self.layer + (self.replay is Replay.ABOVE)
-
-    def _cache(self) -> Any:
-        return new_cache(self.past, self._first) if self.past else None
 
 
 @contextlib.contextmanager
@@ -180,19 +194,6 @@ def _mlp_only_at(
 
     with replaced_forward(mlp, forward):
         yield
-
-
-@contextlib.contextmanager
-def replaced_forward(module: Any, forward: Callable[..., Any]) -> Generator[None, None, None]:
-    """Let a module do something else when it is called."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
 
 
 def new_cache(entries: Sequence[tuple[Tensor, Tensor]], first: int) -> Any:

@@ -1,0 +1,91 @@
+"""A bridge's blocks: what they are called with, and something else in their place."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CACHE_NAMES",
+    "block_arguments",
+    "named_arguments",
+    "replaced_forward",
+    "stopped_above",
+]
+
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+"""What blocks call the cache they are given."""
+_OWN_ARGUMENTS = frozenset({"hidden_states", "kwargs", "use_cache", *CACHE_NAMES})
+"""Arguments that whoever runs a block again gives it himself."""
+
+
+class _Stop(Exception):  # noqa: N818
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@contextlib.contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Generator[None, None, None]:
+    """Let a module do something else when it is called."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+@contextlib.contextmanager
+def stopped_above(bridge: Any) -> Generator[None, None, None]:
+    """End what is run in here, which is one forward pass, before the final norm."""
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    handle = bridge.ln_final.register_forward_pre_hook(stop)
+    try:
+        with contextlib.suppress(_Stop):
+            yield
+    finally:
+        handle.remove()
+
+
+def named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A block's arguments by name, less the hidden states and the model's own cache."""
+    bound = inspect.signature(block.original_component.forward).bind_partial(*args, **kwargs)
+    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    return {name: value for name, value in named.items() if name not in _OWN_ARGUMENTS}
+
+
+@torch.no_grad()
+def block_arguments(
+    bridge: Any, tokens: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+    """What enters the first block, and what each block is called with; no block is run.
+
+    Args:
+        bridge: A bridge whose blocks return a tensor.
+        tokens: Token ids ``[prompt, pos]``.
+        arguments: What else the model is called with.
+    """
+    entered: list[Tensor] = []
+    calls: list[dict[str, Any]] = []
+
+    def passer(block: Any) -> Callable[..., Tensor]:
+        def pass_by(*args: Any, **kwargs: Any) -> Tensor:
+            calls.append(named_arguments(block, args, kwargs))
+            entered.append(args[0] if args else kwargs["hidden_states"])
+            return entered[0]
+
+        return pass_by
+
+    with contextlib.ExitStack() as stack:
+        for block in bridge.blocks:
+            stack.enter_context(replaced_forward(block, passer(block)))
+        stack.enter_context(stopped_above(bridge))
+        bridge(tokens, **arguments)
+    return entered[0], tuple(calls)
