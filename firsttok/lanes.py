@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ended", "Job", "cores", "run_in_lanes"]
+__all__ = ["Ended", "Job", "cores", "process_context", "run_in_lanes"]
 
 _POLL = 0.1
 """Seconds between two looks at what is running."""
@@ -59,6 +59,20 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def process_context(imported: Sequence[str] = ()) -> Any:
+    """How processes are started: forked from one that has imported something, where that is safe.
+
+    Args:
+        imported: Modules that it imports, once.
+    """
+    # Not on macOS, whose own libraries do not outlive a fork.
+    method = "forkserver" if sys.platform.startswith("linux") else "spawn"
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([*imported])
+    return context
+
+
 def run_in_lanes(
     jobs: Sequence[Job], *, lanes: int, imported: Sequence[str] = ()
 ) -> Generator[Ended, None, None]:
@@ -69,8 +83,7 @@ def run_in_lanes(
     Args:
         jobs: The jobs.
         lanes: Most scripts that run at the same time.
-        imported: Modules that most scripts import; where processes can be forked from one that has
-            done so, that is done once.
+        imported: Modules that most scripts import; see :func:`process_context`.
 
     Yields:
         The jobs in the order they end in.
@@ -80,11 +93,7 @@ def run_in_lanes(
     """
     share = max(1, cores() // lanes)
     threads = os.environ.get("OMP_NUM_THREADS", str(share))
-    # Not on macOS, whose own libraries do not outlive a fork.
-    method = "forkserver" if sys.platform.startswith("linux") else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([*imported])
+    context = process_context(imported)
     waiting, running = list(jobs), list[_Running]()
     try:
         while waiting or running:

@@ -219,3 +219,30 @@ def test_facts_that_share_a_number_are_refused(study: Study) -> None:
     same = [replace(fact, case_id=7) for fact in NUMBERED[:2]]
     with pytest.raises(BadInputError, match="two facts have the case_id 7"):
         measure_facts(study, same, [ROME])
+
+
+def test_the_original_perplexity_is_measured_once_for_a_work_folder(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.keep_original_perplexity()
+    (kept,) = (study.work / "original").iterdir()
+    calls: list[int] = []
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        calls.append(1)
+        return perplexity(*args, **settings)
+
+    monkeypatch.setattr(study_module, "perplexity", counted)
+    again = replace(study)
+    again.keep_original_perplexity()
+    assert again.original_perplexity == study.original_perplexity
+    assert not calls
+    other = replace(study, texts=SENTENCES[:2])
+    other.keep_original_perplexity()
+    assert len(calls) == 1
+    assert other.original_perplexity != study.original_perplexity
+    kept.write_text("[]", "utf-8")
+    damaged = replace(study)
+    damaged.keep_original_perplexity()
+    assert len(calls) == 2
+    assert damaged.original_perplexity == study.original_perplexity

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.errors import BadInputError
-from firsttok.lanes import Job, cores, run_in_lanes
+from firsttok.lanes import Job, cores, process_context, run_in_lanes
 from firsttok.options import PASSED_ON, model_label
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
@@ -103,9 +102,7 @@ def _in_turn(jobs: list[Job]) -> Iterator[tuple[str, int]]:
 def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
     """Several scripts at a time; what one says is shown when it has ended."""
     # All of them need it, so it is made before with every core. What is wrong, the scripts say.
-    preparing = multiprocessing.get_context("spawn").Process(
-        target=_prepare, args=(jobs[0].arguments,)
-    )
+    preparing = process_context(IMPORTED).Process(target=_prepare, args=(jobs[0].arguments,))
     preparing.start()
     preparing.join()
     if preparing.exitcode not in (0, BAD_INPUT):

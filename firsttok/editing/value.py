@@ -31,7 +31,7 @@ from firsttok.tensors import ValueMatrix, ValueVector
 
 __all__ = ["Value", "optimise_values"]
 
-CPU_BUDGET = 2**29
+CPU_BUDGET = 3 * 2**27
 """Bytes of activations of one batch on a CPU; on a GPU it is half of what is free.
 
 More is somewhat faster, but two scripts of ``firsttok reproduce`` hold it at the same time.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from firsttok.models.blocks import replaced_forward
 
-__all__ = ["Packing", "has_plain_arguments", "is_fusible", "run_packed"]
+__all__ = ["Packing", "has_plain_arguments", "is_fusible", "run_packed", "unembed"]
 
 _SPECIAL = ("sinks", "attn_logit_softcapping", "key_multiplier", "clip_qkv")
 """What an attention may have besides, as attributes of Hugging Face's module or configuration."""
@@ -115,6 +115,16 @@ def run_packed(
             output = block(state, **given)
         state = output[0] if isinstance(output, tuple) else output
     return state[0]
+
+
+def unembed(bridge: Any, hidden: Float[Tensor, "place d_model"]) -> Float[Tensor, "place vocab"]:
+    """Logits; a bias of nothing but zeros, which TransformerLens puts there, is not added."""
+    part = bridge.unembed
+    linear = part.original_component
+    bias = getattr(linear, "bias", None)
+    if type(linear) is not torch.nn.Linear or bias is None or bool(bias.any()) or _is_watched(part):
+        return part(hidden)
+    return torch.nn.functional.linear(hidden, linear.weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from firsttok.models.blocks import CACHE_NAMES, replaced_forward
 from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
+from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed, unembed
 from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Tail:
             with _changed(model, self.layer, None if above else change):
                 hidden = self._run_padded(model, hidden, packing.real, where)[where]
         for chunk in bridge.ln_final(hidden).split(size):
-            yield bridge.unembed(chunk)
+            yield unembed(bridge, chunk)
 
     def _run_padded(
         self, model: "Model", hidden: Tensor, real: Tensor, where: Tensor
