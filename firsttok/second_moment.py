@@ -140,7 +140,7 @@ class SecondMoment(Shown):
         )
 
     def _digest(self) -> str:
-        return hashlib.sha256(self.matrix.contiguous().numpy()).hexdigest()
+        return hashlib.sha256(self.matrix.contiguous().numpy().data).hexdigest()
 
     @cached_property
     def _factor(self) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:

@@ -61,6 +61,13 @@ def test_a_hook_of_pytorch_is_seen_too(tiny: TinyFactory) -> None:
     assert is_fusible(blocks)
 
 
+def test_hooks_that_hugging_face_leaves_do_not_count(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    hf_model: Any = model.bridge.original_model
+    hf_model(ragged(model).tokens, output_hidden_states=True, output_attentions=True)
+    assert is_fusible(blocks_of(model))
+
+
 @pytest.mark.parametrize("arch", FUSED)
 def test_a_packed_pass_is_the_padded_one(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)
@@ -157,6 +164,7 @@ def test_packing_and_unpacking() -> None:
     assert torch.equal(whole.unpack(whole.pack(padded)), padded)
 
 
+@pytest.mark.filterwarnings("ignore:A forward hook edited")
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_a_norm_runs_once_unless_somebody_looks_inside(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)

@@ -31,6 +31,7 @@ _SWITCHES = (
     "rotary_adjacent_pairs",
 )
 """What TransformerLens's configuration may ask for besides."""
+_KEEPING = ("transformer_lens.", "transformers.utils.output_capturing")
 _MASK, _ANGLES = "attention_mask", "position_embeddings"
 
 
@@ -207,7 +208,6 @@ def _is_watched(block: Any) -> bool:
 
     for part in block.modules():
         hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        # Norms carry one of TransformerLens's own, which only keeps what it sees.
         if part._backward_hooks or any(
             isinstance(part, HookPoint) or not _is_own(hook) for hook in hooks
         ):
@@ -216,7 +216,11 @@ def _is_watched(block: Any) -> bool:
 
 
 def _is_own(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
+    """Whether a library put a hook there for itself, which keeps what it sees and no more.
+
+    TransformerLens has one on each norm; Hugging Face leaves some once it was asked for all states.
+    """
+    return str(getattr(hook, "__module__", "")).startswith(_KEEPING)
 
 
 def _is_plain_call(block: Any, arguments: Mapping[str, Any]) -> bool:
