@@ -32,6 +32,7 @@ _SWITCHES = (
 )
 """What TransformerLens's configuration may ask for besides."""
 _KEEPING = ("transformer_lens.", "transformers.utils.output_capturing")
+"""Where the hooks come from that libraries leave for themselves."""
 _MASK, _ANGLES = "attention_mask", "position_embeddings"
 
 
@@ -228,7 +229,9 @@ def _is_plain_call(block: Any, arguments: Mapping[str, Any]) -> bool:
     if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.is_floating_point():
         return False
     size = getattr(getattr(block.attn, "original_component", None), "head_dim", None)
-    return isinstance(angles, tuple) and all(each.shape[-1:] == (size,) for each in angles)
+    return isinstance(angles, tuple) and all(
+        each.ndim == 3 and each.shape[-1] == size for each in angles
+    )
 
 
 def _is_plain_attention(attention: Any) -> bool:
@@ -240,7 +243,8 @@ def _is_plain_attention(attention: Any) -> bool:
     if type(attention) is not PositionEmbeddingsAttentionBridge:
         return False
     original: Any = attention.original_component
-    config = original.config
+    config: Any = getattr(original, "config", None)
+    weight = getattr(attention.q.original_component, "weight", None)
     special = [getattr(holder, name, None) for holder in (original, config) for name in _SPECIAL]
     switched = [getattr(attention.config, name, False) for name in _SWITCHES]
     scaled = (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta")
@@ -251,7 +255,7 @@ def _is_plain_attention(attention: Any) -> bool:
         and not any(switched)
         and not any(found is not None for found in (*special, scaled))
         and {"q", "k", "v", "o"} == set(attention.submodules)
-        and attention.q.original_component.weight.dtype is torch.float32
+        and getattr(weight, "dtype", None) is torch.float32
     )
 
 
@@ -262,7 +266,8 @@ def _attention_forward(
     past: tuple[Tensor, Tensor] | None,
     keep: list[tuple[Tensor, Tensor]] | None,
 ) -> Callable[..., tuple[Tensor, None]]:
-    size, scaling = attention.original_component.head_dim, attention.original_component.scaling
+    size = attention.original_component.head_dim
+    scaling = getattr(attention.original_component, "scaling", size**-0.5)
     rows, columns = packing.real.shape
     mask = arguments[_MASK]
     padded_angles = (each.expand(rows, -1, -1) for each in arguments[_ANGLES])
