@@ -21,7 +21,7 @@ from rich.progress import Progress
 from firsttok.cases import all_listed_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import Fact
-from firsttok.keys import fact_keys
+from firsttok.keys import keys_of_facts
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.probes import normalise, project, save_points, scatter, separation, spread
@@ -32,6 +32,8 @@ from firsttok.study import Study
 SOLVED, MEAN, BARE = "C^-1 k_bar", "k_bar", "k^u"
 PANELS = {"a": SOLVED, "b": MEAN}
 SYMBOLS = {SOLVED: r"$C^{-1}\bar{k}$", MEAN: r"$\bar{k}$", BARE: "$k^u$"}
+TOGETHER = 8
+"""Facts between two steps of the progress bar."""
 Groups = dict[str, tuple[Fact, ...]]
 Vectors = dict[tuple[str, str], torch.Tensor]
 
@@ -41,12 +43,13 @@ def read(study: Study, groups: Groups, progress: Progress) -> Vectors:
     vectors: Vectors = {}
     for cases, facts in groups.items():
         found = {name: list[torch.Tensor]() for name in SYMBOLS}
-        for fact in facts:
-            keys = fact_keys(study.model, fact, study.contexts, layer=study.layer)
-            found[MEAN].append(keys.prefixed_mean)
-            found[BARE].append(keys.unprefixed)
-            found[SOLVED].append(study.second_moment.solve(keys.prefixed_mean))
-            progress.advance(task)
+        for start in range(0, len(facts), TOGETHER):
+            some = facts[start : start + TOGETHER]
+            for keys in keys_of_facts(study.model, some, study.contexts, layer=study.layer):
+                found[MEAN].append(keys.prefixed_mean)
+                found[BARE].append(keys.unprefixed)
+                found[SOLVED].append(study.second_moment.solve(keys.prefixed_mean))
+            progress.advance(task, len(some))
         vectors |= {(cases, name): torch.stack(rows) for name, rows in found.items()}
     return vectors
 

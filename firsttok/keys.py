@@ -12,9 +12,9 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
 from firsttok.errors import NonFiniteError
-from firsttok.models import Model, capture
+from firsttok.models import Model, capture, keys_behind
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions, sees_later
-from firsttok.tensors import Intervention, KeyMatrix, KeyVector
+from firsttok.tensors import Intervention, KeyMatrix, KeyVector, TokenBatch
 
 __all__ = [
     "ORDINARY_KEYS",
@@ -29,6 +29,8 @@ __all__ = [
     "keys_of_facts",
 ]
 
+_TOGETHER = 8
+"""Facts whose prompts share a batch; keys and values of their beginnings are all in memory."""
 _SHOWN = 12
 """Prompts whose norms are listed; ``norms`` holds all."""
 _DRAWN = 6
@@ -209,14 +211,73 @@ def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> 
 def keys_of_facts(
     model: Model, facts: Sequence[Fact], contexts: ContextSet, *, layer: int
 ) -> list[FactKeys]:
-    """As :func:`fact_keys`, for several facts whose prompts share their batches."""
+    """As :func:`fact_keys`, for several facts, which share batches and what contexts begin with."""
     templates = (*contexts.templates, "{}")
-    prompts = [fact_prompt(model, fact, template) for fact in facts for template in templates]
-    keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
-    return [
-        FactKeys(prefixed_mean=own[:-1].mean(0), unprefixed=own[-1])
-        for own in keys.split(len(templates))
+    found: list[FactKeys] = []
+    for start in range(0, len(facts), _TOGETHER):
+        some = facts[start : start + _TOGETHER]
+        prompts = [fact_prompt(model, fact, template) for fact in some for template in templates]
+        keys = _behind_beginnings(model, prompts, len(templates), layer=layer)
+        if keys is None:
+            keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
+        found += [
+            FactKeys(prefixed_mean=own[:-1].mean(0), unprefixed=own[-1])
+            for own in keys.split(len(templates))
+        ]
+    return found
+
+
+def _behind_beginnings(
+    model: Model, prompts: Sequence[Prompt], templates: int, *, layer: int
+) -> KeyMatrix | None:
+    """Keys of prompts of which every so many have one template; what these share is run once.
+
+    Returns:
+        The keys; None if nothing is shared, or if the model cannot be run in parts.
+    """
+    at = positions(prompts).tolist()
+    shared = [
+        _shared_beginning(
+            [prompts[i].token_ids[: at[i]] for i in range(t, len(prompts), templates)]
+        )
+        for t in range(templates)
     ]
+    cut = max(shared)
+    if len(prompts) == templates or not cut or model.interventions:
+        return None
+    begin = [shared[i % templates] for i in range(len(prompts))]
+    width = cut + max(position + 1 - own for position, own in zip(at, begin, strict=True))
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    starts = torch.tensor([cut - own for own in begin])
+    for row, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
+        columns = slice(int(starts[row]), int(starts[row]) + position + 1)
+        tokens[row, columns] = torch.tensor(prompt.token_ids[: position + 1])
+        mask[row, columns] = 1
+    batch = TokenBatch(
+        tokens=tokens.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
+        starts=starts.to(model.device),
+    )
+    keys = keys_behind(model, batch, layer=layer, cut=cut)
+    if keys is None:
+        return None
+    read = batch.columns(torch.tensor(at)) - cut
+    picked = keys[torch.arange(len(prompts), device=model.device), read].to(model.wide_dtype)
+    if not bool(torch.isfinite(picked).all()):
+        raise NonFiniteError(f"a key of {model.name} is NaN or infinite; load the model in float32")
+    return picked
+
+
+def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    count = 0
+    for column in zip(*rows, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
 
 
 @runtime_checkable

@@ -27,9 +27,10 @@ from tiny import (
 from firsttok.contexts import ContextSet
 from firsttok.errors import LayerOutOfRangeError, NonFiniteError
 from firsttok.evaluation import perplexity
-from firsttok.keys import capture_keys, fact_keys, keys_at
+from firsttok.keys import capture_keys, fact_keys, keys_at, keys_of_facts
 from firsttok.models import BosPolicy, capture, logits
-from firsttok.prompts import PadSide, fact_prompt, pad
+from firsttok.models import replay as replay_module
+from firsttok.prompts import PadSide, fact_prompt, pad, positions, text_prompt
 from firsttok.tensors import TokenBatch
 
 SIDES: tuple[PadSide, ...] = ("left", "right", "subject")
@@ -299,3 +300,38 @@ def test_every_dtype_loads_and_gives_nearly_the_same_keys(
 def test_padding_never_spreads_nan(tiny: TinyFactory, arch: str, side: PadSide, dtype: str) -> None:
     model = tiny(arch, dtype)
     assert bool(torch.isfinite(logits(model, pad(model, fact_prompts(model), side=side))).all())
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_keys_of_facts_that_share_beginnings_are_those_of_each(
+    tiny: TinyFactory, arch: str
+) -> None:
+    model = tiny(arch)
+    together = keys_of_facts(model, FACTS * 2, CONTEXTS, layer=2)
+    assert len(together) == 2 * len(FACTS)
+    for fact, found in zip(FACTS * 2, together, strict=True):
+        alone = fact_keys(model, fact, CONTEXTS, layer=2)
+        assert relative(found.prefixed_mean, alone.prefixed_mean) < 1e-5
+        assert relative(found.unprefixed, alone.unprefixed) < 1e-5
+
+
+def test_what_prompts_begin_with_runs_once(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama").with_bos(BosPolicy.WITHOUT)
+    tokens: list[int] = []
+    run = replay_module.run_packed
+
+    def counted(*args: Any, **options: Any) -> Any:
+        tokens.append(len(args[2]))
+        return run(*args, **options)
+
+    monkeypatch.setattr(replay_module, "run_packed", counted)
+    facts = [fact for fact in FACTS if fact.template.startswith("{}")]
+    keys_of_facts(model, facts, CONTEXTS, layer=2)
+    beginnings, rest = tokens
+    contexts = [text_prompt(model, text.removesuffix("{}")) for text in CONTEXTS.prefixed]
+    # BPE may take the last blank to the word that follows it.
+    assert beginnings <= sum(len(prompt.token_ids) for prompt in contexts)
+    prompts = [fact_prompt(model, fact, t) for fact in facts for t in (*CONTEXTS.templates, "{}")]
+    assert beginnings * len(facts) + rest == int((positions(prompts) + 1).sum())

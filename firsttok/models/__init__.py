@@ -9,7 +9,7 @@ from firsttok.models.embedded import embedded_folder, is_pulled, pull
 from firsttok.models.forward import capture, logits
 from firsttok.models.loading import load
 from firsttok.models.model import Model
-from firsttok.models.replay import capture_tail, find_replay
+from firsttok.models.replay import capture_tail, find_replay, keys_behind
 from firsttok.models.sites import EditSite, find_sites
 from firsttok.models.tail import Replay, Tail
 
@@ -28,6 +28,7 @@ __all__ = [
     "find_sites",
     "find_spec",
     "is_pulled",
+    "keys_behind",
     "load",
     "logits",
     "pull",

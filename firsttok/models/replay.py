@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.errors import UnsupportedModelError
@@ -23,7 +24,7 @@ from firsttok.tensors import TokenBatch
 if TYPE_CHECKING:
     from firsttok.models.model import Model
 
-__all__ = ["capture_tail", "find_replay"]
+__all__ = ["capture_tail", "find_replay", "keys_behind"]
 
 logger = logging.getLogger(__name__)
 _Past = tuple[tuple[Tensor, Tensor], ...]
@@ -62,11 +63,8 @@ def capture_tail(
     arguments = call_arguments(model, batch)
     past: _Past = ()
     if cut:
-        past = _prefix_pass(model, batch, cut)
-        arguments |= {
-            "position_ids": batch.position_ids[:, cut:],
-            "past_key_values": new_cache(past, 0),
-        }
+        past = _prefix_pass(model, batch, cut, blocks=model.n_layers)
+        arguments |= _behind(batch, cut, past)
     found = None
     if mode is Replay.ABOVE:
         found = _seen_packed(model, batch, layer, cut, arguments, past)
@@ -81,6 +79,29 @@ def capture_tail(
         arguments=tuple(calls),
         past=past[first:],
     )
+
+
+def keys_behind(
+    model: "Model", batch: TokenBatch, *, layer: int, cut: int
+) -> Float[Tensor, "prompt suffix d_mlp"] | None:
+    """Keys at a layer in the columns from ``cut`` on, columns before it run once if they are equal.
+
+    Args:
+        model: A decoder.
+        batch: The prompts, padded so that equal beginnings end at ``cut``.
+        layer: The layer.
+        cut: The first column whose keys are wanted.
+
+    Returns:
+        The keys, of no meaning at padding; None if this model cannot be run in parts like that.
+    """
+    bridge: Any = model.bridge
+    if not model.can_be_edited or batch.visible is not None or not is_fusible(list(bridge.blocks)):
+        return None
+    past = _prefix_pass(model, batch, cut, blocks=layer + 1)
+    arguments = call_arguments(model, batch) | _behind(batch, cut, past)
+    found = _seen_packed(model, batch, layer, cut, arguments, past)
+    return None if found is None else found[0]["keys"]
 
 
 def find_replay(model: "Model") -> Replay:
@@ -207,24 +228,29 @@ def _seen_packed(
     return {name: packing.unpack(found) for name, found in seen.items()}, list(calls[layer + 1 :])
 
 
-def _prefix_pass(model: "Model", batch: TokenBatch, cut: int) -> _Past:
-    """Every block's keys and values of the columns before ``cut``; equal prefixes run once."""
+def _behind(batch: TokenBatch, cut: int, past: _Past) -> dict[str, Any]:
+    """What a pass over the columns from ``cut`` on is called with besides."""
+    return {"position_ids": batch.position_ids[:, cut:], "past_key_values": new_cache(past, 0)}
+
+
+def _prefix_pass(model: "Model", batch: TokenBatch, cut: int, *, blocks: int) -> _Past:
+    """The lowest blocks' keys and values of the columns before ``cut``; equal prefixes run once."""
     parts = (batch.tokens, batch.attention_mask, batch.position_ids)
     columns = torch.cat([part[:, :cut] for part in parts], dim=1)
     distinct, inverse = torch.unique(columns, dim=0, return_inverse=True)
     tokens, mask, position_ids = distinct.split(cut, dim=1)
     arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
-    found = _keys_and_values(model.bridge, tokens, mask, arguments)
+    found = _keys_and_values(model.bridge, tokens, mask, arguments, blocks)
     return tuple((keys[inverse], values[inverse]) for keys, values in found)
 
 
 @torch.no_grad()
 def _keys_and_values(
-    bridge: Any, tokens: Tensor, mask: Tensor, arguments: dict[str, Any]
+    bridge: Any, tokens: Tensor, mask: Tensor, arguments: dict[str, Any], count: int
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    blocks = list(bridge.blocks)
-    if is_fusible(blocks):
-        hidden, given = block_arguments(bridge, tokens, arguments)
+    if is_fusible(list(bridge.blocks)):
+        hidden, calls = block_arguments(bridge, tokens, arguments)
+        blocks, given = list(bridge.blocks[:count]), calls[:count]
         if has_plain_arguments(blocks, given):
             packing, kept = Packing(mask.bool()), list[tuple[Tensor, Tensor]]()
             run_packed(blocks, packing, packing.pack(hidden), given, keep=kept)
