@@ -32,10 +32,13 @@ from firsttok.tensors import ValueMatrix, ValueVector
 __all__ = ["Value", "optimise_values"]
 
 CPU_BUDGET = 3 * 2**27
-"""Bytes of activations of one batch on a CPU; on a GPU it is half of what is free.
+"""Bytes of activations of one batch for each thread on a CPU; on a GPU it is half of what is free.
 
-More is somewhat faster, but two scripts of ``firsttok reproduce`` hold it at the same time.
+More is somewhat faster, the more so the more threads there are; but scripts of ``firsttok
+reproduce``, of one thread each, hold it at the same time.
 """
+_MOST_THREADS = 4
+"""Threads that the budget grows with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -227,7 +230,7 @@ def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[in
 
 def _budget(model: Model) -> int:
     if model.device.type != "cuda":
-        return CPU_BUDGET
+        return CPU_BUDGET * min(torch.get_num_threads(), _MOST_THREADS)
     free = torch.cuda.mem_get_info(model.device)[0]
     # What the allocator holds in reserve is free as well.
     held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
