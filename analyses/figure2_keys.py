@@ -21,7 +21,7 @@ from rich.progress import Progress
 from firsttok.cases import all_listed_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import Fact
-from firsttok.keys import keys_of_facts
+from firsttok.keys import TOGETHER, keys_of_facts
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.probes import normalise, project, save_points, scatter, separation, spread
@@ -32,8 +32,6 @@ from firsttok.study import Study
 SOLVED, MEAN, BARE = "C^-1 k_bar", "k_bar", "k^u"
 PANELS = {"a": SOLVED, "b": MEAN}
 SYMBOLS = {SOLVED: r"$C^{-1}\bar{k}$", MEAN: r"$\bar{k}$", BARE: "$k^u$"}
-TOGETHER = 8
-"""Facts between two steps of the progress bar."""
 Groups = dict[str, tuple[Fact, ...]]
 Vectors = dict[tuple[str, str], torch.Tensor]
 

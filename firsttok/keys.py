@@ -14,10 +14,11 @@ from firsttok.display import Panel, Plot, Shown, Table, short_hash
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture, keys_behind
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions, sees_later
-from firsttok.tensors import Intervention, KeyMatrix, KeyVector, TokenBatch
+from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
 __all__ = [
     "ORDINARY_KEYS",
+    "TOGETHER",
     "FactKeys",
     "IntervenedKeys",
     "KeySource",
@@ -29,8 +30,10 @@ __all__ = [
     "keys_of_facts",
 ]
 
-_TOGETHER = 8
+TOGETHER = 8
 """Facts whose prompts share a batch; keys and values of their beginnings are all in memory."""
+_MAX_TOKENS = 4096
+"""Most tokens of a padded batch."""
 _SHOWN = 12
 """Prompts whose norms are listed; ``norms`` holds all."""
 _DRAWN = 6
@@ -136,7 +139,7 @@ def keys_at(
     *,
     layers: Iterable[int],
     stack: str | None = None,
-    max_tokens: int = 4096,
+    max_tokens: int = _MAX_TOKENS,
 ) -> Keys:
     """Capture keys at any layers in one pass per batch, stopping above the highest layer.
 
@@ -170,10 +173,8 @@ def keys_at(
         rows = torch.arange(len(group), device=columns.device)
         for index, site in enumerate(sites):
             values[index, group] = seen[site.key_hook][rows, columns].to(values.dtype)
-    if not bool(torch.isfinite(values).all()):
-        raise NonFiniteError(f"a key of {model.name} is NaN or infinite; load the model in float32")
     return Keys(
-        values=values,
+        values=_finite(model, values),
         layers=tuple(site.layer for site in sites),
         prompts=tuple(prompts),
         positions=tuple(at),
@@ -214,8 +215,8 @@ def keys_of_facts(
     """As :func:`fact_keys`, for several facts, which share batches and what contexts begin with."""
     templates = (*contexts.templates, "{}")
     found: list[FactKeys] = []
-    for start in range(0, len(facts), _TOGETHER):
-        some = facts[start : start + _TOGETHER]
+    for start in range(0, len(facts), TOGETHER):
+        some = facts[start : start + TOGETHER]
         prompts = [fact_prompt(model, fact, template) for fact in some for template in templates]
         keys = _behind_beginnings(model, prompts, len(templates), layer=layer)
         if keys is None:
@@ -243,31 +244,32 @@ def _behind_beginnings(
         for t in range(templates)
     ]
     cut = max(shared)
-    if len(prompts) == templates or not cut or model.interventions:
+    if len(prompts) == templates or not cut or sees_later(model):
         return None
-    begin = [shared[i % templates] for i in range(len(prompts))]
-    width = cut + max(position + 1 - own for position, own in zip(at, begin, strict=True))
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    starts = torch.tensor([cut - own for own in begin])
-    for row, (prompt, position) in enumerate(zip(prompts, at, strict=True)):
-        columns = slice(int(starts[row]), int(starts[row]) + position + 1)
-        tokens[row, columns] = torch.tensor(prompt.token_ids[: position + 1])
-        mask[row, columns] = 1
-    batch = TokenBatch(
-        tokens=tokens.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
-        starts=starts.to(model.device),
-    )
+    # Nothing behind a read token is run, and beginnings stand below one another.
+    aligned = [
+        replace(
+            prompt,
+            token_ids=prompt.token_ids[: position + 1],
+            subject_position=shared[row % templates],
+        )
+        for row, (prompt, position) in enumerate(zip(prompts, at, strict=True))
+    ]
+    batch = pad(model, aligned, side="subject")
+    columns = batch.columns(torch.tensor(at))
+    if batch.tokens.numel() > 2 * _MAX_TOKENS:
+        return None
     keys = keys_behind(model, batch, layer=layer, cut=cut)
     if keys is None:
         return None
-    read = batch.columns(torch.tensor(at)) - cut
-    picked = keys[torch.arange(len(prompts), device=model.device), read].to(model.wide_dtype)
-    if not bool(torch.isfinite(picked).all()):
+    rows = torch.arange(len(prompts), device=columns.device)
+    return _finite(model, keys[rows, columns - cut].to(model.wide_dtype))
+
+
+def _finite(model: Model, keys: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "... d_mlp"]:
+    if not bool(torch.isfinite(keys).all()):
         raise NonFiniteError(f"a key of {model.name} is NaN or infinite; load the model in float32")
-    return picked
+    return keys
 
 
 def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:

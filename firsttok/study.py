@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -167,7 +168,9 @@ class Study(Shown):
             )
             vars(self)["original_perplexity"] = kept
         except (BadInputError, KeyError, TypeError, ValueError):
-            write_json(path, asdict(self.original_perplexity))
+            # A model that gives NaN has nothing to keep, and JSON has no such number.
+            if not math.isnan(self.original_perplexity.corpus):
+                write_json(path, asdict(self.original_perplexity))
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_reproduce_runs_scripts_side_by_side_but_none_before_what_it_reads(
     for name, others in AFTER.items():
         assert all(names.index(other) < names.index(name) for other in others)
     printed = capsys.readouterr().out
-    assert all(f"\n{name}\n" in printed for name in SCRIPTS)
+    assert all(re.search(rf"^{name} \(\d+ s\)$", printed, re.M) for name in SCRIPTS)
     assert str(tmp_path / "out" / "some-model" / "index.html") in printed
     stop.write_text("2", "utf-8")
     assert main(command) == 2

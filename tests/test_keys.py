@@ -29,7 +29,7 @@ from firsttok.errors import LayerOutOfRangeError, NonFiniteError
 from firsttok.evaluation import perplexity
 from firsttok.keys import capture_keys, fact_keys, keys_at, keys_of_facts
 from firsttok.models import BosPolicy, capture, logits
-from firsttok.models import replay as replay_module
+from firsttok.models import fused as fused_module
 from firsttok.prompts import PadSide, fact_prompt, pad, positions, text_prompt
 from firsttok.tensors import TokenBatch
 
@@ -320,13 +320,13 @@ def test_what_prompts_begin_with_runs_once(
 ) -> None:
     model = tiny("llama").with_bos(BosPolicy.WITHOUT)
     tokens: list[int] = []
-    run = replay_module.run_packed
+    run = fused_module.run_packed
 
     def counted(*args: Any, **options: Any) -> Any:
         tokens.append(len(args[2]))
         return run(*args, **options)
 
-    monkeypatch.setattr(replay_module, "run_packed", counted)
+    monkeypatch.setattr(fused_module, "run_packed", counted)
     facts = [fact for fact in FACTS if fact.template.startswith("{}")]
     keys_of_facts(model, facts, CONTEXTS, layer=2)
     beginnings, rest = tokens

@@ -47,6 +47,7 @@ def test_no_more_than_the_lanes_run_and_none_before_what_it_waits_for(
     ended = list(run_in_lanes(jobs, lanes=lanes))
     assert sorted(each.job.name for each in ended) == ["a", "b", "c", "d", "e"]
     assert {each.code for each in ended} == {0}
+    assert all(each.seconds > 0.1 for each in ended)
     lines = log.read_text("utf-8").splitlines()
     assert most_at_once(lines) == lanes
     assert lines.index("end a") < lines.index("start b")

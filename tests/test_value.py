@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -456,14 +457,12 @@ def test_every_fact_is_in_one_batch_and_the_budget_is_kept(
     alone = [[index] for index in range(len(facts))]
     extra = module.BATCH_COST["cpu"]
     assert cost(groups) + extra * len(groups) <= cost(alone) + extra * len(alone)
-    largest = max(module._bytes_of(model, [row], 1) for row in rows)
+    held = partial(module._bytes_of, model, layer=1, packed=model.runs_packed)
+    largest = max(held([row]) for row in rows)
     for budget in (1, largest, 3 * largest):
         monkeypatch.setattr(module, "CPU_BUDGET", budget)
         for group in module._groups(model, rows, 1):
-            held = module._bytes_of(model, [rows[i] for i in group], 1)
-            assert len(group) == 1 or held <= budget
+            assert len(group) == 1 or held([rows[i] for i in group]) <= budget
     # A long prefix costs the memory of all that share its batch.
     short = [rows[0]] * 4
-    assert module._bytes_of(model, [*short, rows[-1]], 1) > module._bytes_of(
-        model, short, 1
-    ) + module._bytes_of(model, [rows[-1]], 1)
+    assert held([*short, rows[-1]]) > held(short) + held([rows[-1]])

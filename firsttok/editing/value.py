@@ -222,7 +222,7 @@ def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[in
     split = cheapest_split(
         len(order),
         tokens,
-        lambda start, end: _bytes_of(model, batch(start, end), layer) <= budget,
+        lambda start, end: _bytes_of(model, batch(start, end), layer, packed=packed) <= budget,
         batch_cost=BATCH_COST["cuda" if model.device.type == "cuda" else "cpu"],
     )
     return [[order[place] for place in places] for places in split]
@@ -237,7 +237,7 @@ def _budget(model: Model) -> int:
     return (free + held) // 2
 
 
-def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int) -> int:
+def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int, *, packed: bool) -> int:
     """What autograd keeps of the rows of some facts, roughly.
 
     For each block, about a dozen vectors of the residual stream's width and four of the MLP's for
@@ -254,7 +254,7 @@ def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int) -> int:
     for_run, for_kept = 12, 6
     if not _cuts(model):
         run, kept = run + kept, 0
-    elif model.runs_packed:
+    elif packed:
         run, for_run, for_kept = sum(fact.tokens for fact in batch), 8, 2
     if model.replay is Replay.WHOLE:
         blocks, places = model.n_layers, run

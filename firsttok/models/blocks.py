@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ __all__ = [
     "CACHE_NAMES",
     "block_arguments",
     "named_arguments",
+    "passed_by",
     "replaced_forward",
     "stopped_above",
 ]
@@ -61,10 +62,40 @@ def named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return {name: value for name, value in named.items() if name not in _OWN_ARGUMENTS}
 
 
+@contextlib.contextmanager
+def passed_by(
+    blocks: Iterable[Any], calls: list[dict[str, Any]], hand_on: Callable[[Tensor], Any]
+) -> Generator[list[Tensor], None, None]:
+    """Let blocks hand on what they are given, for what they are called with is of interest only.
+
+    Args:
+        blocks: Blocks of a bridge.
+        calls: Where to put what each is called with.
+        hand_on: What a block gives back, from the hidden states it was given.
+
+    Yields:
+        The hidden states that each was given.
+    """
+    entered: list[Tensor] = []
+
+    def passer(block: Any) -> Callable[..., Any]:
+        def pass_by(*args: Any, **kwargs: Any) -> Any:
+            calls.append(named_arguments(block, args, kwargs))
+            entered.append(args[0] if args else kwargs["hidden_states"])
+            return hand_on(entered[-1])
+
+        return pass_by
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replaced_forward(block, passer(block)))
+        yield entered
+
+
 @torch.no_grad()
 def block_arguments(
-    bridge: Any, tokens: Tensor, arguments: dict[str, Any]
-) -> tuple[Tensor, tuple[dict[str, Any], ...]]:
+    bridge: Any, tokens: Tensor, arguments: Mapping[str, Any]
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """What enters the first block, and what each block is called with; no block is run.
 
     Args:
@@ -72,20 +103,10 @@ def block_arguments(
         tokens: Token ids ``[prompt, pos]``.
         arguments: What else the model is called with.
     """
-    entered: list[Tensor] = []
     calls: list[dict[str, Any]] = []
-
-    def passer(block: Any) -> Callable[..., Tensor]:
-        def pass_by(*args: Any, **kwargs: Any) -> Tensor:
-            calls.append(named_arguments(block, args, kwargs))
-            entered.append(args[0] if args else kwargs["hidden_states"])
-            return entered[0]
-
-        return pass_by
-
-    with contextlib.ExitStack() as stack:
-        for block in bridge.blocks:
-            stack.enter_context(replaced_forward(block, passer(block)))
-        stack.enter_context(stopped_above(bridge))
+    with (
+        passed_by(bridge.blocks, calls, lambda hidden: hidden) as entered,
+        stopped_above(bridge),
+    ):
         bridge(tokens, **arguments)
-    return entered[0], tuple(calls)
+    return entered[0], calls

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from firsttok.models.blocks import block_arguments
-from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
+from firsttok.models.fused import pack_call
 from firsttok.tensors import Logits, TokenBatch
 
 if TYPE_CHECKING:
@@ -63,14 +62,12 @@ def capture(
     arguments = call_arguments(model, batch)
     bridge: Any = model.bridge
     only_keys = {*hook_names} <= {site.key_hook for site in model.sites}
-    if only_keys and model.can_be_edited and is_fusible(list(bridge.blocks)):
-        hidden, calls = block_arguments(bridge, batch.tokens, arguments)
-        blocks, given = list(bridge.blocks[:stop_at_layer]), calls[:stop_at_layer]
-        if has_plain_arguments(blocks, given):
-            packing = Packing(batch.attention_mask.bool())
+    if only_keys and model.can_be_edited:
+        call = pack_call(bridge, batch.tokens, batch.attention_mask, arguments)
+        if call is not None:
             with bridge.hooks(fwd_hooks=[(name, keep) for name in hook_names]):
-                run_packed(blocks, packing, packing.pack(hidden), given)
-            return {name: packing.unpack(found[0]) for name, found in seen.items()}
+                call.run(stop_at_layer)
+            return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
     if stop_at_layer is not None and stop_at_layer < model.n_layers:
         arguments["stop_at_layer"] = stop_at_layer
     bridge.run_with_hooks(

@@ -16,9 +16,17 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from firsttok.models.blocks import replaced_forward
+from firsttok.models.blocks import block_arguments, replaced_forward
 
-__all__ = ["Packing", "has_plain_arguments", "is_fusible", "run_packed", "unembed"]
+__all__ = [
+    "PackedCall",
+    "Packing",
+    "has_plain_arguments",
+    "is_fusible",
+    "pack_call",
+    "run_packed",
+    "unembed",
+]
 
 _SPECIAL = ("sinks", "attn_logit_softcapping", "key_multiplier", "clip_qkv")
 """What an attention may have besides, as attributes of Hugging Face's module or configuration."""
@@ -117,6 +125,64 @@ def run_packed(
             output = block(state, **given)
         state = output[0] if isinstance(output, tuple) else output
     return state[0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedCall:
+    """A forward pass up to its first block, whose blocks can be run packed."""
+
+    blocks: Sequence[Any]
+    """All blocks."""
+    packing: Packing
+    """Where the tokens stand."""
+    hidden: Float[Tensor, "place d_model"]
+    """What enters the first block."""
+    arguments: Sequence[dict[str, Any]]
+    """What each block is called with."""
+
+    def run(
+        self,
+        count: int | None = None,
+        *,
+        past: Sequence[tuple[Tensor, Tensor]] = (),
+        keep: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Float[Tensor, "place d_model"]:
+        """Run the lowest blocks; see :func:`run_packed`.
+
+        Args:
+            count: How many; None for all.
+            past: Keys and values of earlier columns, of those blocks at least.
+            keep: Where to put each attention's keys and values of these columns.
+        """
+        return run_packed(
+            self.blocks[:count],
+            self.packing,
+            self.hidden,
+            self.arguments[:count],
+            past=past[:count],
+            keep=keep,
+        )
+
+
+def pack_call(
+    bridge: Any, tokens: Tensor, mask: Tensor, arguments: Mapping[str, Any]
+) -> PackedCall | None:
+    """Go up to the first block; None if blocks of this model cannot be run packed.
+
+    Args:
+        bridge: A decoder's bridge.
+        tokens: Token ids ``[prompt, pos]``.
+        mask: 1 at each of them that is real, 0 at padding.
+        arguments: What else the model is called with.
+    """
+    blocks = list(bridge.blocks)
+    if not is_fusible(blocks):
+        return None
+    hidden, calls = block_arguments(bridge, tokens, arguments)
+    if not has_plain_arguments(blocks, calls):
+        return None
+    packing = Packing(mask.bool())
+    return PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
 
 
 def unembed(bridge: Any, hidden: Float[Tensor, "place d_model"]) -> Float[Tensor, "place vocab"]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.errors import UnsupportedModelError
-from firsttok.models.blocks import (
-    block_arguments,
-    named_arguments,
-    replaced_forward,
-    stopped_above,
-)
+from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
+from firsttok.models.fused import is_fusible, pack_call
 from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch
 
@@ -209,23 +204,19 @@ def _seen_packed(
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
     """Keys, residual stream and arguments, the blocks up to ``layer`` run packed if they can be."""
     bridge: Any = model.bridge
-    if not is_fusible(list(bridge.blocks)):
-        return None
-    hidden, calls = block_arguments(bridge, batch.tokens[:, cut:], arguments)
-    below, given = list(bridge.blocks[: layer + 1]), calls[: layer + 1]
-    if not has_plain_arguments(below, given):
+    columns = slice(cut, None)
+    call = pack_call(bridge, batch.tokens[:, columns], batch.attention_mask[:, columns], arguments)
+    if call is None:
         return None
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
         seen["keys"] = activation[0]
 
-    packing = Packing(batch.attention_mask[:, cut:].bool())
     with bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]):
-        seen["residual"] = run_packed(
-            below, packing, packing.pack(hidden), given, past=past[: layer + 1]
-        )
-    return {name: packing.unpack(found) for name, found in seen.items()}, list(calls[layer + 1 :])
+        seen["residual"] = call.run(layer + 1, past=past)
+    unpacked = {name: call.packing.unpack(found) for name, found in seen.items()}
+    return unpacked, list(call.arguments[layer + 1 :])
 
 
 def _behind(batch: TokenBatch, cut: int, past: _Past) -> dict[str, Any]:
@@ -248,13 +239,11 @@ def _prefix_pass(model: "Model", batch: TokenBatch, cut: int, *, blocks: int) ->
 def _keys_and_values(
     bridge: Any, tokens: Tensor, mask: Tensor, arguments: dict[str, Any], count: int
 ) -> Sequence[tuple[Tensor, Tensor]]:
-    if is_fusible(list(bridge.blocks)):
-        hidden, calls = block_arguments(bridge, tokens, arguments)
-        blocks, given = list(bridge.blocks[:count]), calls[:count]
-        if has_plain_arguments(blocks, given):
-            packing, kept = Packing(mask.bool()), list[tuple[Tensor, Tensor]]()
-            run_packed(blocks, packing, packing.pack(hidden), given, keep=kept)
-            return kept
+    call = pack_call(bridge, tokens, mask, arguments)
+    if call is not None:
+        kept: list[tuple[Tensor, Tensor]] = []
+        call.run(count, keep=kept)
+        return kept
     cache = new_cache((), 0)
     with stopped_above(bridge):
         bridge(tokens, **arguments, past_key_values=cache)
@@ -298,14 +287,6 @@ def _observed(
         if first > layer:
             seen["residual"] = output[0] if isinstance(output, tuple) else output
 
-    def passer(block: Any) -> Callable[..., Any]:
-        def pass_by(*args: Any, **kwargs: Any) -> Any:
-            remember(block, args, kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if as_tuple[0] else hidden
-
-        return pass_by
-
     def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
         seen["keys"] = activation
 
@@ -319,8 +300,10 @@ def _observed(
         if first == layer:
             until_exit(edited.register_forward_pre_hook(enter, with_kwargs=True))
             until_exit(edited.register_forward_pre_hook(remember, with_kwargs=True))
-        for block in bridge.blocks[layer + 1 :]:
-            stack.enter_context(replaced_forward(block, passer(block)))
+        above = bridge.blocks[layer + 1 :]
+        stack.enter_context(
+            passed_by(above, calls, lambda hidden: (hidden,) if as_tuple[0] else hidden)
+        )
         stack.enter_context(stopped_above(bridge))
         stack.enter_context(bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]))
         yield
