@@ -39,6 +39,7 @@ from firsttok.evaluation import (
 )
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, Replay, load
+from firsttok.probes import SeesAll
 from firsttok.prompts import fact_prompt, text_prompt, with_target
 from firsttok.second_moment import SecondMoment
 
@@ -124,6 +125,20 @@ def test_prepared_texts_measure_what_perplexity_does(
         assert expected.mean != pytest.approx(before.mean, rel=1e-3)
         assert measured.per_sentence == pytest.approx(expected.per_sentence, rel=1e-5)
         assert measured.corpus == pytest.approx(expected.corpus, rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [None, SeesAll(position=0)])
+def test_a_last_token_is_run_only_where_others_see_it(
+    tiny: TinyFactory, change: SeesAll | None
+) -> None:
+    model = tiny("llama") if change is None else tiny("llama").intervened(change)
+    prepared = prepare_texts(model, SENTENCES, layer=1)
+    run = sum(int(group.tail.batch.attention_mask.sum()) for group in prepared.groups)
+    ids = [text_prompt(model.with_bos(BosPolicy.WITHOUT), text).token_ids for text in SENTENCES]
+    assert run == sum(map(len, ids)) - (len(ids) if change is None else 0)
+    nothing = replace(strong_edit(tiny("llama")), right=torch.zeros(model.bridge.cfg.d_model))
+    (found,) = prepared.measure_edits(model, [nothing])
+    assert found.per_sentence == pytest.approx(perplexity(model, SENTENCES).per_sentence, rel=1e-5)
 
 
 @pytest.mark.parametrize("most", [1, 100_000])

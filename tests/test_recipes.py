@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ from firsttok.models import (
     CATALOG,
     BosPolicy,
     Model,
+    checkpoints,
     embedded,
     embedded_folder,
     is_pulled,
@@ -163,6 +165,18 @@ def test_an_encoder_that_lacks_a_weight_is_refused(headless: Path, tmp_path: Pat
     (tmp_path / "made").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"lacks the weight bert\.encoder\.layer\.3"):
         from_encoder(folder / "model.safetensors", tmp_path / "made", "tiny")
+
+
+def test_a_gguf_file_is_read_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    path, plain = str(tmp_path / "tiny.gguf"), gguf.GGUFReader
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(KeyError, match="half-way"), checkpoints._read_once():
+        assert gguf.GGUFReader(path) is gguf.GGUFReader(path)
+        raise KeyError("half-way")
+    assert gguf.GGUFReader is plain
 
 
 @pytest.mark.real_model

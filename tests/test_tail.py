@@ -174,7 +174,10 @@ def test_logits_come_in_chunks_of_any_size(tiny: TinyFactory, arch: str) -> None
             tail = capture_tail(model, batch, layer=1, replay=replay)
             chunks = list(tail.logit_chunks(model, where, size=7))
             assert {len(chunk) for chunk in chunks[:-1]} == {7}
-            assert relative(torch.cat(chunks), tail.logits(model, where)) < 1e-5
+            expected = tail.logits(model, where)
+            assert relative(torch.cat(chunks), expected) < 1e-5
+            again = tail.logit_chunks(model, where, size=7, overwrite=True)
+            assert relative(torch.cat([chunk.clone() for chunk in again]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("arch", DECODERS)

@@ -13,7 +13,7 @@ from firsttok.display import Panel, Shown, Table
 from firsttok.editing import RankOneEdit
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
-from firsttok.prompts import Prompt, batches, pad, text_prompt
+from firsttok.prompts import Prompt, batches, pad, sees_later, text_prompt
 
 __all__ = ["COLLAPSE_THRESHOLD", "Perplexity", "PreparedTexts", "perplexity", "prepare_texts"]
 
@@ -71,7 +71,7 @@ class _Group:
             tail = tail.rows(torch.arange(len(self.indices), device=model.device).repeat(count))
         change = torch.cat([self.tail.rank_one(edit.left, edit.right) for edit in edits])
         where = self.where.repeat(count, 1)
-        chunks = tail.logit_chunks(model, where, change, size=_PLACES)
+        chunks = tail.logit_chunks(model, where, change, size=_PLACES, overwrite=True)
         nll = _nlls(model, chunks, self.labels.repeat(count)).split(len(self.labels))
         return [_by_sentence(each, self.where, self.indices) for each in nll]
 
@@ -183,14 +183,13 @@ def prepare_texts(
     for indices in batches(prompts, max_tokens=_MAX_TOKENS):
         batch = pad(model, [prompts[i] for i in indices])
         where = _scored(batch.attention_mask, skip)
-        groups.append(
-            _Group(
-                indices=indices,
-                where=where,
-                labels=batch.tokens[:, 1:][where[:, :-1]],
-                tail=capture_tail(model, batch, layer=layer),
-            )
-        )
+        labels = batch.tokens[:, 1:][where[:, :-1]]
+        if not sees_later(model):
+            # Nothing is predicted from a sentence's last token, and no other one sees it.
+            batch = pad(model, [_without_last(prompts[i]) for i in indices])
+            where = where[:, :-1]
+        tail = capture_tail(model, batch, layer=layer)
+        groups.append(_Group(indices=indices, where=where, labels=labels, tail=tail))
     weight = model.site(layer).weight.detach().clone()
     return PreparedTexts(layer=layer, groups=tuple(groups), weight=weight)
 
@@ -208,6 +207,10 @@ def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:
     return prompts
 
 
+def _without_last(prompt: Prompt) -> Prompt:
+    return Prompt(text=prompt.text, token_ids=prompt.token_ids[:-1])
+
+
 def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt pos"]:
     """Columns that predict a scored token (right padding): BOS and the first token are not."""
     following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
@@ -218,13 +221,17 @@ def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt 
 def _nlls(
     model: Model, chunks: Iterable[Float[Tensor, "place vocab"]], labels: Int[Tensor, "place"]
 ) -> Float[Tensor, "place"]:
-    """NLL of each label, over logits that come a few places at a time; float64, for the sums."""
-    cross_entropy = torch.nn.functional.cross_entropy
+    """NLL of each label, over logits that come a few places at a time; float64, for the sums.
+
+    The logits are overwritten: another tensor of their size costs more than the arithmetic.
+    """
     found: list[Tensor] = []
     start = 0
     for chunk in chunks:
-        wanted = labels[start : start + len(chunk)]
-        found.append(cross_entropy(chunk.to(model.wide_dtype), wanted, reduction="none"))
+        wide = chunk.to(model.wide_dtype)
+        wide -= wide.amax(1, keepdim=True)
+        wanted = wide.gather(1, labels[start : start + len(chunk), None])[:, 0]
+        found.append(wide.exp_().sum(1).log_() - wanted)
         start += len(chunk)
     return torch.cat(found).double()
 

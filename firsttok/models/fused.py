@@ -185,13 +185,28 @@ def pack_call(
     return PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
 
 
-def unembed(bridge: Any, hidden: Float[Tensor, "place d_model"]) -> Float[Tensor, "place vocab"]:
-    """Logits; a bias of nothing but zeros, which TransformerLens puts there, is not added."""
+def unembed(
+    bridge: Any,
+    hidden: Float[Tensor, "place d_model"],
+    *,
+    into: Float[Tensor, "most vocab"] | None = None,
+) -> Float[Tensor, "place vocab"]:
+    """Logits; a bias of nothing but zeros, which TransformerLens puts there, is not added.
+
+    Args:
+        bridge: A decoder's bridge.
+        hidden: What the last norm puts out.
+        into: Logits that are not needed any more, of as many places at least. They may be
+            overwritten: the system clears every page of a large tensor that is made anew. Not
+            where a gradient is wanted.
+    """
     part = bridge.unembed
     linear = part.original_component
     bias = getattr(linear, "bias", None)
     if type(linear) is not torch.nn.Linear or bias is None or bool(bias.any()) or _is_watched(part):
         return part(hidden)
+    if into is not None:
+        return torch.mm(hidden, linear.weight.T, out=into[: len(hidden)])
     return torch.nn.functional.linear(hidden, linear.weight)
 
 

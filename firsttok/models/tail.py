@@ -109,8 +109,17 @@ class Tail:
         change: Float[Tensor, "prompt suffix d_model"] | None = None,
         *,
         size: int,
+        overwrite: bool = False,
     ) -> Iterator[Float[Tensor, "place vocab"]]:
-        """As :meth:`logits`, a few places at a time, so that they need not all be in memory."""
+        """As :meth:`logits`, a few places at a time, so that they need not all be in memory.
+
+        Args:
+            model: The model the tail was captured on.
+            where: The places whose logits are wanted, in row-major order.
+            change: What is added to the MLP's output at layer L.
+            size: Places of a chunk.
+            overwrite: Put a chunk where the one before it was, which is lost; not for gradients.
+        """
         bridge: Any = model.bridge
         if self.replay is Replay.WHOLE:
             with _changed(model, self.layer, change):
@@ -137,8 +146,10 @@ class Tail:
         else:
             with _changed(model, self.layer, None if above else change):
                 hidden = self._run_padded(model, hidden, packing.real, where)[where]
+        found: Tensor | None = None
         for chunk in bridge.ln_final(hidden).split(size):
-            yield unembed(bridge, chunk)
+            found = unembed(bridge, chunk, into=found if overwrite else None)
+            yield found
 
     def _run_padded(
         self, model: "Model", hidden: Tensor, real: Tensor, where: Tensor
