@@ -28,7 +28,7 @@ def processes(setting: Setting) -> Plan:
     """Processes from start to end; a process that only imports torch is the measure of the rest."""
     from random_models import SIZES, random_folder
 
-    from firsttok.models import embedded_folder
+    from firsttok.models import embedded_folder, load
 
     if setting.size:
         name = folder = str(random_folder(SIZES[setting.size], setting.folder))
@@ -48,13 +48,22 @@ def processes(setting: Setting) -> Plan:
     def runner(command: Sequence[str]) -> Any:
         return lambda: _run(command)
 
+    def load_here() -> None:
+        load(name, dtype=setting.dtype)
+
+    def warm() -> None:
+        load_here()
+        for command in commands.values():
+            _run(command)
+
+    whole = (
+        Side(label=label, run=runner(command), items=1, unit="process")
+        for label, command in commands.items()
+    )
     return Plan(
-        sides=tuple(
-            Side(label=label, run=runner(command), items=1, unit="process")
-            for label, command in commands.items()
-        ),
+        sides=(*whole, Side(label="load, all imported", run=load_here, items=1, unit="model")),
         pairs=(("load a model from the cache, against transformers alone", "load", "plain load"),),
-        warm=lambda: [_run(command) for command in commands.values()],
+        warm=warm,
     )
 
 

@@ -4,6 +4,7 @@ import json
 import re
 from decimal import Decimal
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -41,6 +42,25 @@ def test_rounding_is_told_from_another_number() -> None:
     assert not agrees("5.8e9", 5_927_819_842.9)
     assert agrees("26 084.66", 26084.66)
     assert not agrees("9.91", 9.904)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "pattern"),
+    [
+        ("edits", r"24 facts was edited ([\d.]+) times"),
+        ("single", r"one fact ([\d.]+) times"),
+        ("perplexity", r"the perplexity of an edit was measured ([\d.]+) times"),
+    ],
+)
+def test_speed(benchmark: str, pattern: str) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
+    pair = results["benchmarks"][benchmark]["comparisons"][0]
+    fast, naive = (
+        [seconds / pair[side]["items"] for seconds in pair[side]["seconds"]]
+        for side in ("fast", "naive")
+    )
+    (written,) = re.findall(pattern, README)
+    assert agrees(written, median(slow / own for slow, own in zip(naive, fast, strict=True)))
 
 
 @pytest.mark.parametrize("part", ["numerator", "denominator"])
