@@ -27,7 +27,6 @@ PACKAGE = ROOT / "firsttok"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORIGINS = packages_distributions()
 NOT_IMPORTED = {
-    "gguf": "transformers reads the embedded model's file through it",
     "pip": "it is run, and not imported, to fetch models from the package index",
 }
 """Declared for another reason than an import."""
