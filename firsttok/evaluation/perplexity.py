@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -186,8 +186,8 @@ def prepare_texts(
         labels = batch.tokens[:, 1:][where[:, :-1]]
         if not sees_later(model):
             # Nothing is predicted from a sentence's last token, and no other one sees it.
-            batch = pad(model, [_without_last(prompts[i]) for i in indices])
-            where = where[:, :-1]
+            read = [replace(prompts[i], token_ids=prompts[i].token_ids[:-1]) for i in indices]
+            batch, where = pad(model, read), where[:, :-1]
         tail = capture_tail(model, batch, layer=layer)
         groups.append(_Group(indices=indices, where=where, labels=labels, tail=tail))
     weight = model.site(layer).weight.detach().clone()
@@ -205,10 +205,6 @@ def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:
                 f"sentence {prompt.text!r} has one token, and the first is not scored; lengthen it"
             )
     return prompts
-
-
-def _without_last(prompt: Prompt) -> Prompt:
-    return Prompt(text=prompt.text, token_ids=prompt.token_ids[:-1])
 
 
 def _scored(mask: Int[Tensor, "prompt pos"], skip: int) -> Bool[Tensor, "prompt pos"]:
