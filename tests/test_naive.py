@@ -74,7 +74,10 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.nn.functional.softmax
 
     def softmax(
-        scores: torch.Tensor, dim: int | None = None, *, dtype: torch.dtype | None = None
+        scores: torch.Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         wanted = None if scores.dtype is torch.float64 else dtype
         return plain(scores, dim=dim, dtype=wanted)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
+from firsttok.models.products import FastProducts
 from firsttok.prompts import Prompt, pad, text_prompt
 
 __all__ = ["continuation", "generation_entropy", "sample_continuations", "top_predictions"]
@@ -139,13 +140,14 @@ def _last_logits(
         # They are made to whole prompts, and may let a token see later ones.
         return logits(model, batch)[:, -1]
     known = cache.get_seq_length()
-    output: Tensor = model.bridge(
-        batch.tokens[:, known:],
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids[:, known:],
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with FastProducts():
+        output: Tensor = model.bridge(
+            batch.tokens[:, known:],
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids[:, known:],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return output[:, -1]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from firsttok.models.fused import pack_call
+from firsttok.models.products import FastProducts
 from firsttok.tensors import Logits, TokenBatch
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def logits(model: "Model", batch: TokenBatch) -> Logits:
     Returns:
         Logits at every column of the batch, padding included.
     """
-    output: Tensor = model.bridge(batch.tokens, **call_arguments(model, batch))
+    with FastProducts():
+        output: Tensor = model.bridge(batch.tokens, **call_arguments(model, batch))
     return output
 
 
@@ -70,10 +72,11 @@ def capture(
             return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
     if stop_at_layer is not None and stop_at_layer < model.n_layers:
         arguments["stop_at_layer"] = stop_at_layer
-    bridge.run_with_hooks(
-        batch.tokens,
-        return_type="logits",
-        fwd_hooks=[(name, keep) for name in hook_names],
-        **arguments,
-    )
+    with FastProducts():
+        bridge.run_with_hooks(
+            batch.tokens,
+            return_type="logits",
+            fwd_hooks=[(name, keep) for name in hook_names],
+            **arguments,
+        )
     return seen

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from firsttok.models.blocks import block_arguments, replaced_forward
+from firsttok.models.products import FastProducts, linear, linear_into
 
 __all__ = [
     "PackedCall",
@@ -122,6 +123,7 @@ def run_packed(
                     stack.enter_context(replaced_forward(norm, _norm_forward(norm)))
             if index == len(blocks) - 1:
                 stack.enter_context(last(block))
+            stack.enter_context(FastProducts())
             output = block(state, **given)
         state = output[0] if isinstance(output, tuple) else output
     return state[0]
@@ -201,13 +203,18 @@ def unembed(
             where a gradient is wanted.
     """
     part = bridge.unembed
-    linear = part.original_component
-    bias = getattr(linear, "bias", None)
-    if type(linear) is not torch.nn.Linear or bias is None or bool(bias.any()) or _is_watched(part):
+    projection = part.original_component
+    bias = getattr(projection, "bias", None)
+    if (
+        type(projection) is not torch.nn.Linear
+        or bias is None
+        or bool(bias.any())
+        or _is_watched(part)
+    ):
         return part(hidden)
     if into is not None:
-        return torch.mm(hidden, linear.weight.T, out=into[: len(hidden)])
-    return torch.nn.functional.linear(hidden, linear.weight)
+        return linear_into(into[: len(hidden)], hidden, projection.weight)
+    return linear(hidden, projection.weight)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -13,6 +13,7 @@ from firsttok.errors import UnsupportedModelError
 from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import is_fusible, pack_call
+from firsttok.models.products import FastProducts
 from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch
 
@@ -180,7 +181,7 @@ def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
         seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
 
     names = [site.key_hook, site.residual_hook]
-    with torch.no_grad():
+    with torch.no_grad(), FastProducts():
         model.bridge.run_with_hooks(
             batch.tokens,
             fwd_hooks=[(name, keep) for name in names],
@@ -245,7 +246,7 @@ def _keys_and_values(
         call.run(count, keep=kept)
         return kept
     cache = new_cache((), 0)
-    with stopped_above(bridge):
+    with stopped_above(bridge), FastProducts():
         bridge(tokens, **arguments, past_key_values=cache)
     return [(entry.keys, entry.values) for entry in cache.layers]
 
@@ -256,7 +257,7 @@ def _seen_padded(
     bridge: Any = model.bridge
     seen: dict[str, Tensor] = {}
     calls: list[dict[str, Any]] = []
-    with torch.no_grad(), _observed(model, layer, first, seen, calls):
+    with torch.no_grad(), _observed(model, layer, first, seen, calls), FastProducts():
         bridge(batch.tokens[:, cut:], **arguments)
     return seen, calls
 
