@@ -17,6 +17,7 @@ import transformers
 
 import firsttok as ft
 from firsttok.models import embedded_folder
+from firsttok.models.products import linear
 
 __all__ = ["main"]
 
@@ -51,7 +52,7 @@ def main() -> None:
     together = [_seconds(plain) for _ in range(args.repeats)]
     ratio = statistics.median(together) / statistics.median(alone)
     print(f"{'one thread instead of ' + str(threads):36} {ratio:5.2f} times as fast")
-    _report_packed(args.repeats)
+    _report_products(args.repeats)
 
 
 def _layers(dtype: torch.dtype, attention: str) -> list[Any]:
@@ -101,23 +102,30 @@ def _report(name: str, plain: Trial, trial: Trial, repeats: int) -> None:
     )
 
 
-def _report_packed(repeats: int) -> None:
-    """A matrix product with oneDNN's packed weights beside the usual one."""
+def _report_products(repeats: int) -> None:
+    """A matrix product as firsttok makes it, and with oneDNN's packed weights, beside PyTorch's."""
     model = ft.load()
     weight = model.site(15).matrix.T.contiguous()
     keys = torch.randn(ROWS * COLUMNS, weight.shape[1])
     ops: Any = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight, len(keys))
 
-    def usual() -> None:
-        for _ in range(20):
-            torch.nn.functional.linear(keys, weight)
+    def repeated(multiply: Callable[[], Any]) -> Trial:
+        def run() -> None:
+            for _ in range(20):
+                multiply()
 
-    def with_packed() -> None:
-        for _ in range(20):
-            ops._linear_pointwise(keys, packed, None, "none", [], "")
+        return run
 
-    _report("oneDNN-packed weights (product only)", usual, with_packed, repeats)
+    usual = repeated(lambda: torch.nn.functional.linear(keys, weight))
+    ways = {
+        "products.linear (product only)": lambda: linear(keys, weight),
+        "oneDNN-packed weights (product only)": lambda: ops._linear_pointwise(
+            keys, packed, None, "none", [], ""
+        ),
+    }
+    for name, multiply in ways.items():
+        _report(name, usual, repeated(multiply), repeats)
 
 
 if __name__ == "__main__":

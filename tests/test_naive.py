@@ -37,7 +37,7 @@ from firsttok.editing import METHODS, ROME, Method, RankOneEdit, Slot, compute_e
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys, fact_keys
-from firsttok.models import BosPolicy, Model
+from firsttok.models import BosPolicy, Model, products
 from firsttok.prompts import fact_prompt, positions, with_target
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study
@@ -69,7 +69,8 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of a float64 model in float64, where transformers asks for float32.
 
     Its rounding depends on padding, and Adam blows it up; without it the two paths agree a thousand
-    times more closely than the tests ask.
+    times more closely than the tests ask. While products are made otherwise, PyTorch calls what
+    stands in its own place with a level of the stack.
     """
     plain = torch.nn.functional.softmax
 
@@ -83,6 +84,14 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(scores, dim=dim, dtype=wanted)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+
+
+@pytest.fixture(autouse=True)
+def products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small products are made like large ones; the naive model multiplies as PyTorch does."""
+    if torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(products, "_LEAST", 0)
+        monkeypatch.setattr(products, "_is_faster", lambda: True)
 
 
 def moment_of(size: int) -> SecondMoment:

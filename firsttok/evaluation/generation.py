@@ -12,7 +12,7 @@ from torch import Tensor
 
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
-from firsttok.models.products import FastProducts
+from firsttok.models.products import fast_products
 from firsttok.prompts import Prompt, pad, text_prompt
 
 __all__ = ["continuation", "generation_entropy", "sample_continuations", "top_predictions"]
@@ -140,7 +140,7 @@ def _last_logits(
         # They are made to whole prompts, and may let a token see later ones.
         return logits(model, batch)[:, -1]
     known = cache.get_seq_length()
-    with FastProducts():
+    with fast_products(model.device):
         output: Tensor = model.bridge(
             batch.tokens[:, known:],
             attention_mask=batch.attention_mask,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from firsttok.models.fused import pack_call
-from firsttok.models.products import FastProducts
+from firsttok.models.products import fast_products
 from firsttok.tensors import Logits, TokenBatch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def logits(model: "Model", batch: TokenBatch) -> Logits:
     Returns:
         Logits at every column of the batch, padding included.
     """
-    with FastProducts():
+    with fast_products(batch.device):
         output: Tensor = model.bridge(batch.tokens, **call_arguments(model, batch))
     return output
 
@@ -72,7 +72,7 @@ def capture(
             return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
     if stop_at_layer is not None and stop_at_layer < model.n_layers:
         arguments["stop_at_layer"] = stop_at_layer
-    with FastProducts():
+    with fast_products(batch.device):
         bridge.run_with_hooks(
             batch.tokens,
             return_type="logits",

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from firsttok.models.blocks import block_arguments, replaced_forward
-from firsttok.models.products import FastProducts, linear, linear_into
+from firsttok.models.products import fast_products, linear, linear_into
 
 __all__ = [
     "PackedCall",
@@ -123,7 +123,7 @@ def run_packed(
                     stack.enter_context(replaced_forward(norm, _norm_forward(norm)))
             if index == len(blocks) - 1:
                 stack.enter_context(last(block))
-            stack.enter_context(FastProducts())
+            stack.enter_context(fast_products(hidden.device))
             output = block(state, **given)
         state = output[0] if isinstance(output, tuple) else output
     return state[0]
@@ -211,7 +211,8 @@ def unembed(
         or bool(bias.any())
         or _is_watched(part)
     ):
-        return part(hidden)
+        with fast_products(hidden.device):
+            return part(hidden)
     if into is not None:
         return linear_into(into[: len(hidden)], hidden, projection.weight)
     return linear(hidden, projection.weight)

@@ -13,7 +13,7 @@ from firsttok.errors import UnsupportedModelError
 from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import is_fusible, pack_call
-from firsttok.models.products import FastProducts
+from firsttok.models.products import fast_products
 from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch
 
@@ -181,7 +181,7 @@ def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
         seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
 
     names = [site.key_hook, site.residual_hook]
-    with torch.no_grad(), FastProducts():
+    with torch.no_grad(), fast_products(batch.device):
         model.bridge.run_with_hooks(
             batch.tokens,
             fwd_hooks=[(name, keep) for name in names],
@@ -246,7 +246,7 @@ def _keys_and_values(
         call.run(count, keep=kept)
         return kept
     cache = new_cache((), 0)
-    with stopped_above(bridge), FastProducts():
+    with stopped_above(bridge), fast_products(tokens.device):
         bridge(tokens, **arguments, past_key_values=cache)
     return [(entry.keys, entry.values) for entry in cache.layers]
 
@@ -257,7 +257,8 @@ def _seen_padded(
     bridge: Any = model.bridge
     seen: dict[str, Tensor] = {}
     calls: list[dict[str, Any]] = []
-    with torch.no_grad(), _observed(model, layer, first, seen, calls), FastProducts():
+    observed = _observed(model, layer, first, seen, calls)
+    with torch.no_grad(), observed, fast_products(batch.device):
         bridge(batch.tokens[:, cut:], **arguments)
     return seen, calls
 

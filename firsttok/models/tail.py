@@ -19,7 +19,7 @@ from torch import Tensor
 from firsttok.models.blocks import CACHE_NAMES, replaced_forward
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed, unembed
-from firsttok.models.products import FastProducts
+from firsttok.models.products import fast_products
 from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Tail:
         """
         bridge: Any = model.bridge
         if self.replay is Replay.WHOLE:
-            with _changed(model, self.layer, change), FastProducts():
+            with _changed(model, self.layer, change), fast_products(model.device):
                 whole: Tensor = bridge(self.batch.tokens, **call_arguments(model, self.batch))
             yield from whole[where].split(size)
             return
@@ -161,7 +161,7 @@ class Tail:
             block: Any = model.bridge.blocks[layer]
             with_cache = {} if cache is None else {_cache_name(block): cache}
             read = None if layer == self.layer else where if layer == last else real
-            with _mlp_only_at(block, read), FastProducts():
+            with _mlp_only_at(block, read), fast_products(hidden.device):
                 output = block(hidden, **arguments, **with_cache)
             hidden = output[0] if isinstance(output, tuple) else output
         return hidden

@@ -25,7 +25,7 @@ from firsttok.errors import (
 )
 from firsttok.models import Model, Replay, Tail, capture, capture_tail, logits
 from firsttok.models.forward import call_arguments
-from firsttok.models.products import FastProducts
+from firsttok.models.products import fast_products
 from firsttok.models.tail import new_cache
 from firsttok.prompts import Prompt, fact_prompt, pad, sees_later
 from firsttok.storage import content_hash
@@ -348,7 +348,7 @@ def run_corrupted(model: Model, fact: Fact, corruption: Corruption) -> Runs:
     cache = new_cache((), 0)
     arguments = call_arguments(model, both) | ({"past_key_values": cache} if replays else {})
     bridge: Any = model.bridge
-    with bridge.hooks(fwd_hooks=hooks), FastProducts():
+    with bridge.hooks(fwd_hooks=hooks), fast_products(model.device):
         output: Tensor = bridge(both.tokens, **arguments)[:, -1]
     missing = [name for name in read if name not in seen]
     if missing:
