@@ -172,7 +172,7 @@ def _is_faster() -> bool:
     except OSError:
         maker = platform.processor()
     return (
-        torch.backends.mkldnn.is_available()
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "GenuineIntel" not in maker
     )
