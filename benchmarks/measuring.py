@@ -19,6 +19,7 @@ from firsttok.models.products import linear
 from firsttok.provenance import versions
 
 __all__ = [
+    "MIB",
     "Comparison",
     "Extras",
     "Outcome",
