@@ -63,6 +63,16 @@ def test_speed(benchmark: str, pattern: str) -> None:
     assert agrees(written, median(slow / own for slow, own in zip(naive, fast, strict=True)))
 
 
+@pytest.mark.parametrize(
+    ("row", "pattern"), [(0, r"takes ([\d.]+) minutes there"), (1, r"([\d ]+\d) MiB of memory")]
+)
+def test_the_whole_reproduction(row: int, pattern: str) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
+    _, value = results["benchmarks"]["reproduce"]["extras"]["tables"][0]["rows"][row]
+    (written,) = re.findall(pattern, README)
+    assert agrees(written, value)
+
+
 @pytest.mark.parametrize("part", ["numerator", "denominator"])
 @pytest.mark.parametrize("cases", ["collapse", "normal"])
 def test_table_1(part: str, cases: str) -> None:
