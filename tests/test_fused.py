@@ -6,11 +6,12 @@ import pytest
 import torch
 from tiny import DECODERS, LAYERS, TinyFactory, fact_prompts, relative, sentence_prompts
 
-from firsttok.models import Model, capture, capture_tail, logits
-from firsttok.models import fused as fused_module
+from firsttok.models import Model, capture, capture_tail, fusibility, logits
 from firsttok.models.blocks import block_arguments
 from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed
+from firsttok.models.fused import Packing, run_packed
+from firsttok.models.fusibility import has_plain_arguments, is_fusible, plain_norm
+from firsttok.models.kernels import rms_norm, rotate
 from firsttok.prompts import pad, positions
 from firsttok.tensors import TokenBatch
 
@@ -105,7 +106,7 @@ def test_the_gradient_is_the_padded_ones(
         return change.grad[where]
 
     fused = gradient()
-    monkeypatch.setattr(fused_module, "_is_plain_attention", lambda _: False)
+    monkeypatch.setattr(fusibility, "_is_plain_attention", lambda _: False)
     assert not model.runs_packed
     assert relative(fused, gradient()) < 1e-4
 
@@ -132,24 +133,25 @@ def test_a_norm_and_a_rotation_have_the_right_gradient() -> None:
 
     states = random(3, 2, 8).requires_grad_()
     weight, cos, sin = random(8), random(3, 1, 8), random(3, 1, 8)
-    assert torch.autograd.gradcheck(
-        lambda x: fused_module._RMSNorm.apply(x, weight, 1e-5), (states,)
-    )
-    assert torch.autograd.gradcheck(lambda x: fused_module._Rotation.apply(x, cos, sin), (states,))
+    assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, 1e-5), (states,))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (states,))
 
 
 def test_a_norm_of_another_formula_is_left_alone(tiny: TinyFactory) -> None:
     model = tiny("llama")
     norm: Any = blocks_of(model)[0].ln1
-    assert fused_module._is_plain_norm(norm)
     own = norm.original_component
+    found = plain_norm(norm)
+    assert found is not None
+    assert found[0] is own.weight
+    assert found[1] == own.variance_epsilon
     plain = own.forward
     own.forward = lambda hidden: plain(hidden) + own.weight
     try:
-        assert not fused_module._is_plain_norm(norm)
+        assert plain_norm(norm) is None
     finally:
         del own.forward
-    assert fused_module._is_plain_norm(norm)
+    assert plain_norm(norm) is not None
 
 
 def test_packing_and_unpacking() -> None:

@@ -17,32 +17,16 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from firsttok.models.blocks import block_arguments, replaced_forward
+from firsttok.models.fusibility import (
+    has_plain_arguments,
+    is_fusible,
+    is_watched,
+    plain_norm,
+)
+from firsttok.models.kernels import rms_norm, rotate
 from firsttok.models.products import fast_products, linear, linear_into
 
-__all__ = [
-    "PackedCall",
-    "Packing",
-    "has_plain_arguments",
-    "is_fusible",
-    "pack_call",
-    "run_packed",
-    "unembed",
-]
-
-_SPECIAL = ("sinks", "attn_logit_softcapping", "key_multiplier", "clip_qkv")
-"""What an attention may have besides, as attributes of Hugging Face's module or configuration."""
-_SWITCHES = (
-    "use_split_qkv_input",
-    "use_attn_in",
-    "use_attn_result",
-    "gated_q_proj",
-    "rotary_interleaved_cos_sin",
-    "rotary_adjacent_pairs",
-)
-"""What TransformerLens's configuration may ask for besides."""
-_KEEPING = ("transformer_lens.", "transformers.utils.output_capturing")
-"""Where the hooks come from that libraries leave for themselves."""
-_MASK, _ANGLES = "attention_mask", "position_embeddings"
+__all__ = ["PackedCall", "Packing", "pack_call", "run_packed", "unembed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +54,6 @@ class Packing:
             return packed.unflatten(0, (rows, columns))
         flat = packed.new_zeros(rows * columns, *packed.shape[1:])
         return flat.index_copy(0, self.places, packed).unflatten(0, (rows, columns))
-
-
-def is_fusible(blocks: Sequence[Any]) -> bool:
-    """Whether blocks can be run packed: attention as in Llama, float32, and nobody looking on.
-
-    Hooks would be given tokens without their rows, so with one in place nothing is fused.
-    """
-    return all(_is_plain_attention(getattr(block, "attn", None)) for block in blocks) and not any(
-        map(_is_watched, blocks)
-    )
-
-
-def has_plain_arguments(blocks: Sequence[Any], arguments: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether blocks are called with one mask to be added and with angles of the usual size."""
-    return all(map(_is_plain_call, blocks, arguments))
 
 
 def run_packed(
@@ -119,8 +88,9 @@ def run_packed(
             stack.enter_context(replaced_forward(block.attn, attend))
             for name in ("ln1", "ln2"):
                 norm = getattr(block, name, None)
-                if norm is not None and _is_plain_norm(norm):
-                    stack.enter_context(replaced_forward(norm, _norm_forward(norm)))
+                plain = None if norm is None else plain_norm(norm)
+                if plain is not None:
+                    stack.enter_context(replaced_forward(norm, _norm_forward(*plain)))
             if index == len(blocks) - 1:
                 stack.enter_context(last(block))
             stack.enter_context(fast_products(hidden.device))
@@ -209,7 +179,7 @@ def unembed(
         type(projection) is not torch.nn.Linear
         or bias is None
         or bool(bias.any())
-        or _is_watched(part)
+        or is_watched(part)
     ):
         with fast_products(hidden.device):
             return part(hidden)
@@ -218,134 +188,11 @@ def unembed(
     return linear(hidden, projection.weight)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, hidden: Tensor, weight: Tensor, epsilon: float
-    ) -> Tensor:
-        square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).square_()
-        inverse = square.div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(hidden, weight, inverse)
-        return (hidden * inverse).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden, weight, inverse = ctx.saved_tensors
-        scaled = gradient * weight
-        along = (scaled * hidden).sum(-1, keepdim=True)
-        along *= inverse**3 / hidden.shape[-1]
-        return scaled.mul_(inverse).addcmul_(hidden, along, value=-1), None, None
-
-
-class _Rotation(torch.autograd.Function):
-    """Rotary embedding in Llama's convention: a token's two halves are the planes' two axes."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, states: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        half = states.shape[-1] // 2
-        turned = states * cos
-        turned[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(states[..., :half], sin[..., half:])
-        return turned
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        cos, sin = ctx.saved_tensors
-        half = gradient.shape[-1] // 2
-        turned = gradient * cos
-        turned[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
-        turned[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
-        return turned, None, None
-
-
-def _is_plain_norm(norm: Any) -> bool:
-    """Whether a bridge's norm is ``x / sqrt(mean(x^2) + eps) * weight``, by trial."""
-    epsilon = _epsilon(norm)
-    weight = getattr(norm.original_component, "weight", None)
-    if epsilon is None or not isinstance(weight, Tensor) or weight.dtype is not torch.float32:
-        return False
-    if weight.requires_grad:
-        return False
-    # One row far above epsilon and one below it.
-    row = torch.linspace(-1, 1.5, weight.numel(), device=weight.device)
-    rows = torch.stack([row, row * epsilon**0.5])
-    with torch.no_grad():
-        expected = norm.original_component(rows)
-        found = _RMSNorm.apply(rows, weight, epsilon)
-    return torch.allclose(found, expected, rtol=1e-5, atol=0)
-
-
-def _epsilon(norm: Any) -> float | None:
-    found = getattr(norm.original_component, "variance_epsilon", None)
-    return found if isinstance(found, float) else None
-
-
-def _norm_forward(norm: Any) -> Callable[..., Tensor]:
-    weight, epsilon = norm.original_component.weight, _epsilon(norm)
-
+def _norm_forward(weight: Tensor, epsilon: float) -> Callable[..., Tensor]:
     def forward(hidden_states: Tensor) -> Tensor:
-        return _RMSNorm.apply(hidden_states, weight, epsilon)
+        return rms_norm(hidden_states, weight, epsilon)
 
     return forward
-
-
-def _is_watched(block: Any) -> bool:
-    """Whether a hook, TransformerLens's or PyTorch's, is on any part of a block."""
-    from transformer_lens.hook_points import HookPoint
-
-    for part in block.modules():
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        if part._backward_hooks or any(
-            isinstance(part, HookPoint) or not _is_own(hook) for hook in hooks
-        ):
-            return True
-    return False
-
-
-def _is_own(hook: Any) -> bool:
-    """Whether a library put a hook there for itself, which keeps what it sees and no more.
-
-    TransformerLens has one on each norm; Hugging Face leaves some once it was asked for all states.
-    """
-    return str(getattr(hook, "__module__", "")).startswith(_KEEPING)
-
-
-def _is_plain_call(block: Any, arguments: Mapping[str, Any]) -> bool:
-    mask, angles = arguments.get(_MASK), arguments.get(_ANGLES)
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or not mask.is_floating_point():
-        return False
-    size = getattr(getattr(block.attn, "original_component", None), "head_dim", None)
-    return isinstance(angles, tuple) and all(
-        each.ndim == 3 and each.shape[-1] == size for each in angles
-    )
-
-
-def _is_plain_attention(attention: Any) -> bool:
-    """Whether a bridge's attention is Llama's: rotary, with nothing else between the products."""
-    from transformer_lens.model_bridge.generalized_components import (
-        PositionEmbeddingsAttentionBridge,
-    )
-
-    if type(attention) is not PositionEmbeddingsAttentionBridge:
-        return False
-    original: Any = attention.original_component
-    config: Any = getattr(original, "config", None)
-    weight = getattr(attention.q.original_component, "weight", None)
-    special = [getattr(holder, name, None) for holder in (original, config) for name in _SPECIAL]
-    switched = [getattr(attention.config, name, False) for name in _SWITCHES]
-    scaled = (getattr(config, "rope_parameters", None) or {}).get("llama_4_scaling_beta")
-    return (
-        not attention.compatibility_mode
-        and not attention.training
-        and not attention.is_cross_attention
-        and not any(switched)
-        and not any(found is not None for found in (*special, scaled))
-        and {"q", "k", "v", "o"} == set(attention.submodules)
-        and getattr(weight, "dtype", None) is torch.float32
-    )
 
 
 def _attention_forward(
@@ -358,8 +205,8 @@ def _attention_forward(
     size = attention.original_component.head_dim
     scaling = getattr(attention.original_component, "scaling", size**-0.5)
     rows, columns = packing.real.shape
-    mask = arguments[_MASK]
-    padded_angles = (each.expand(rows, -1, -1) for each in arguments[_ANGLES])
+    mask = arguments["attention_mask"]
+    padded_angles = (each.expand(rows, -1, -1) for each in arguments["position_embeddings"])
     angles = tuple(packing.pack(each)[:, None] for each in padded_angles)
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -367,7 +214,7 @@ def _attention_forward(
 
         def heads(projection: Any, turned: bool) -> Tensor:
             states = projection(hidden)[0].unflatten(-1, (-1, size))
-            states = _Rotation.apply(states, *angles) if turned else states
+            states = rotate(states, *angles) if turned else states
             return packing.unpack(states).transpose(1, 2)
 
         keys, values = heads(attention.k, turned=True), heads(attention.v, turned=False)

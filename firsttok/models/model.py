@@ -11,7 +11,7 @@ from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import LayerOutOfRangeError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
-from firsttok.models.fused import is_fusible
+from firsttok.models.fusibility import is_fusible
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import EditSite
 from firsttok.models.tail import Replay

@@ -12,7 +12,8 @@ from torch import Tensor
 from firsttok.errors import UnsupportedModelError
 from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
-from firsttok.models.fused import is_fusible, pack_call
+from firsttok.models.fused import pack_call
+from firsttok.models.fusibility import is_fusible
 from firsttok.models.products import fast_products
 from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from firsttok.models.blocks import CACHE_NAMES, replaced_forward
 from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, has_plain_arguments, is_fusible, run_packed, unembed
+from firsttok.models.fused import Packing, run_packed, unembed
+from firsttok.models.fusibility import has_plain_arguments, is_fusible
 from firsttok.models.products import fast_products
 from firsttok.tensors import KeyVector, TokenBatch, ValueVector
 
