@@ -7,6 +7,7 @@ from edit_cases import many_edits, one_edit, profile
 from growth_cases import growth_in_facts, growth_in_length, growth_in_size
 from measuring import Plan
 from pass_cases import keys, perplexity_of_edits, second_moment
+from precision_cases import bfloat16
 from process_cases import processes, reproduce
 from setting import Setting
 
@@ -41,6 +42,7 @@ CASES: dict[str, Case] = {
         plan=second_moment,
         memory=("fast", "naive"),
     ),
+    "bfloat16": Case(title="bfloat16 instead of float32", plan=bfloat16),
     "processes": Case(title="Start, help, load", plan=processes),
     "growth-facts": Case(title="Growth with the number of facts", plan=growth_in_facts),
     "growth-length": Case(title="Growth with the length of the prompt", plan=growth_in_length),

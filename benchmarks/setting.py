@@ -47,6 +47,8 @@ class Amounts:
     """Facts that both sides edit while the growth in length and in size is measured."""
     sentences: int = 50
     """Sentences of the perplexity."""
+    precision_cases: int = 6
+    """Collapse cases, and as many normal ones, that are edited in both types."""
     sizes: int = 3
     """Random models between which the time grows."""
     memory_sides: int = 3
@@ -68,6 +70,7 @@ class Amounts:
             growth_facts=(1, 2),
             growth_pairs=1,
             sentences=8,
+            precision_cases=1,
             sizes=2,
             memory_sides=1,
             steps=3,
