@@ -73,6 +73,23 @@ def test_the_whole_reproduction(row: int, pattern: str) -> None:
     assert agrees(written, value)
 
 
+@pytest.mark.parametrize(
+    ("cases", "pattern"),
+    [
+        ("normal", r"denominators moved by up to ([\d.]+) %"),
+        ("collapse", r"near zero, by up to ([\d.]+) %"),
+    ],
+)
+def test_bfloat16(cases: str, pattern: str) -> None:
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
+    table, _ = results["benchmarks"]["bfloat16"]["extras"]["tables"]
+    rows = {tuple(row[:3]): row[3:] for row in table["rows"]}
+    limits = (ROOT / "docs" / "explanation" / "limits.md").read_text("utf-8")
+    (written,) = re.findall(pattern, limits)
+    assert agrees(written, 100 * rows["ROME", cases, "|denominator|"][-1])
+    assert rows["ROME", cases, "collapsed"][-1] == "0 cases"
+
+
 @pytest.mark.parametrize("part", ["numerator", "denominator"])
 @pytest.mark.parametrize("cases", ["collapse", "normal"])
 def test_table_1(part: str, cases: str) -> None:
