@@ -7,6 +7,7 @@ import torch
 from tiny import DECODERS, LAYERS, TinyFactory, fact_prompts, relative, sentence_prompts
 
 from firsttok.models import Model, capture, capture_tail, fusibility, logits
+from firsttok.models import tail as tail_module
 from firsttok.models.blocks import block_arguments
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import Packing, run_packed
@@ -56,10 +57,17 @@ def test_with_a_hook_in_place_nothing_is_fused(tiny: TinyFactory, name: str) -> 
 
 def test_a_hook_of_pytorch_is_seen_too(tiny: TinyFactory) -> None:
     blocks = blocks_of(tiny("mistral"))
-    handle = blocks[1].mlp.register_forward_hook(lambda *_: None)
-    assert not is_fusible(blocks)
-    handle.remove()
-    assert is_fusible(blocks)
+    part = blocks[1].mlp
+    for register in (
+        part.register_forward_hook,
+        part.register_forward_pre_hook,
+        part.register_full_backward_hook,
+        part.register_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert not is_fusible(blocks)
+        handle.remove()
+        assert is_fusible(blocks)
 
 
 def test_hooks_that_hugging_face_leaves_do_not_count(tiny: TinyFactory) -> None:
@@ -96,6 +104,15 @@ def test_the_gradient_is_the_padded_ones(
     batch = pad(model, prompts, side="subject")
     start = int(positions(prompts).max()) if cut else 0
 
+    runs: list[int] = []
+    run = tail_module.run_packed
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        runs.append(1)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(tail_module, "run_packed", counted)
+
     def gradient() -> torch.Tensor:
         tail = capture_tail(model, batch, layer=1, cut=start)
         change = torch.zeros_like(tail.residual, requires_grad=True)
@@ -106,9 +123,12 @@ def test_the_gradient_is_the_padded_ones(
         return change.grad[where]
 
     fused = gradient()
+    assert runs
+    runs.clear()
     monkeypatch.setattr(fusibility, "_is_plain_attention", lambda _: False)
     assert not model.runs_packed
     assert relative(fused, gradient()) < 1e-4
+    assert not runs
 
 
 @pytest.mark.parametrize("arch", FUSED)

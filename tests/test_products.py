@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, DECODERS, LAYERS, TinyFactory, relative, sentence_prompts
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from firsttok.evaluation import sample_continuations
@@ -55,7 +56,7 @@ def test_it_is_the_plain_product(
     expected = torch.nn.functional.linear(inputs.double(), weight.double(), wide)
     assert found.shape == expected.shape
     assert (found - expected).norm() <= 1e-6 * expected.norm()
-    assert bool(calls) == bool(inputs.numel())
+    assert bool(calls) == (inputs.numel() > 24)
 
 
 def test_few_shapes_are_asked_for(calls: list[tuple[int, int]]) -> None:
@@ -97,9 +98,16 @@ def test_what_is_overwritten_holds_the_product(calls: list[tuple[int, int]], row
     inputs, weight = noise(rows, 24), noise(2100, 24, seed=1)
     assert linear_into(out, inputs, weight) is out
     assert relative(out, inputs.double() @ weight.double().T) < 1e-6
-    assert calls
+    assert bool(calls) == (rows > 1)
 
 
+def test_what_is_overwritten_has_to_be_of_the_type(calls: list[tuple[int, int]]) -> None:
+    with pytest.raises(RuntimeError, match="type"):
+        linear_into(torch.zeros(20, 30).double(), noise(20, 24), noise(30, 24))
+    assert not calls
+
+
+@pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("enabled", [True, False])
 def test_nothing_is_overwritten_where_a_gradient_is_asked_for(enabled: bool) -> None:
     out = torch.zeros(20, 30)
@@ -112,13 +120,14 @@ def test_nothing_is_overwritten_where_a_gradient_is_asked_for(enabled: bool) -> 
 
 
 @pytest.mark.parametrize(
-    "why", ["small", "float64", "trained weight", "trained bias", "off", "vector", "sparse"]
+    "why",
+    ["small", "one row", "float64", "trained weight", "trained bias", "off", "vector", "sparse"],
 )
 def test_where_it_does_not_pay_the_product_is_pytorchs_own(
     calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     module = torch.nn.Linear(24, 30, bias=why != "vector").requires_grad_(False)
-    inputs = noise(20, 24)
+    inputs = noise(1 if why == "one row" else 20, 24)
     if why == "small":
         monkeypatch.setattr(products, "_LEAST", 20 * 24 * 30 + 1)
     if why == "float64":
@@ -177,6 +186,42 @@ def test_another_sum_of_a_product_is_left_alone(calls: list[tuple[int, int]], ch
     assert not calls
 
 
+@pytest.mark.parametrize(
+    ("maker", "capability", "mkl", "expected"),
+    [
+        ("AuthenticAMD", "AVX512", True, True),
+        ("AuthenticAMD", "AVX2", True, False),
+        ("GenuineIntel", "AVX512", True, False),
+        ("AuthenticAMD", "AVX512", False, False),
+    ],
+)
+def test_which_processors_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, maker: str, capability: str, mkl: bool, expected: bool
+) -> None:
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this build of PyTorch has no oneDNN")
+    is_faster = vars(products)["_is_faster"].__wrapped__
+    monkeypatch.setattr(products.Path, "read_text", lambda *_, **__: f"vendor_id : {maker}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert is_faster() == expected
+
+
+class Plain(TorchDispatchMode):
+    """Notes the products of two matrices that PyTorch makes itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[torch.Size, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.shapes.append(tuple(each.shape for each in args))
+        return func(*args, **(kwargs or {}))
+
+
 def passes(model: Model) -> dict[str, Callable[[], Any]]:
     """What firsttok runs models by."""
     batch = pad(model, sentence_prompts(model))
@@ -209,13 +254,15 @@ def test_every_pass_takes_it(tiny: TinyFactory, calls: list[tuple[int, int]], ar
     model = tiny(arch)
     for name, run in passes(model).items():
         calls.clear()
-        run()
-        # Two matrices of each MLP and the attention's, in three blocks at least.
-        assert len(calls) >= 4 * (LAYERS - 1), name
+        with Plain() as plain:
+            run()
+        assert calls, name
+        assert not plain.shapes, name
         calls.clear()
-        with torch.backends.mkldnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=False), Plain() as plain:
             run()
         assert not calls, name
+        assert plain.shapes, name
 
 
 def test_keys_behind_a_shared_beginning_take_it(

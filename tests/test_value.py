@@ -320,13 +320,17 @@ def test_the_first_loss_is_the_targets_nll(tiny: TinyFactory, kl: float) -> None
         assert value.losses[0] == pytest.approx(sum(s.nll for s in scores) / len(scores), rel=1e-5)
 
 
-def test_optimisation_leaves_the_model_and_the_gradient_switch_alone(tiny: TinyFactory) -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("arch", DECODERS)
+def test_optimisation_leaves_the_model_and_the_gradient_switch_alone(
+    tiny: TinyFactory, arch: str
+) -> None:
+    model = tiny(arch)
     before = weights(model)
     with torch.no_grad():
         optimise(model, FACTS[:2], Hyperparameters(steps=3))
         assert not torch.is_grad_enabled()
     assert same_weights(weights(model), before)
+    assert not any(parameter.requires_grad for parameter in model.bridge.parameters())
     assert all(parameter.grad is None for parameter in model.bridge.parameters())
 
 

@@ -47,8 +47,10 @@ def is_watched(part: Any) -> bool:
 
     for each in part.modules():
         hooks = (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
-        if each._backward_hooks or any(
-            isinstance(each, HookPoint) or not _is_own(hook) for hook in hooks
+        if (
+            each._backward_hooks
+            or each._backward_pre_hooks
+            or any(isinstance(each, HookPoint) or not _is_own(hook) for hook in hooks)
         ):
             return True
     return False

@@ -164,6 +164,8 @@ def _bridge(hf_model: "PreTrainedModel", lens_tokenizer: Any, name: str) -> "Tra
             f"TransformerLens does not support {name} ({reason}); "
             "choose an architecture of its TransformerBridge"
         ) from None
+    # TransformerLens makes GPT-2's queries, keys and values weights of their own, to be trained.
+    bridge.requires_grad_(False)
     skip_idle_hooks(bridge)
     if hf_model.dtype == torch.float64:
         # The softmax runs in float32, where float64's mask value is minus infinity, and the row of

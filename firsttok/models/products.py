@@ -19,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["fast_products", "linear", "linear_into"]
 
 _LEAST = 2**22
-"""Multiplications below which setting up a product by oneDNN costs more than it saves."""
+"""Multiplications below which setting up a product by oneDNN costs more than it saves.
+
+Neither does it pay for one row, where a product is as fast as the weight is read.
+"""
 _FEWEST_ROWS, _MOST_ROWS, _COLUMNS = 16, 256, 2048
 """Rows and columns of one call.
 
@@ -68,7 +71,8 @@ def linear_into(
     """
     if torch.is_grad_enabled() and any(each.requires_grad for each in (out, inputs, weight)):
         raise RuntimeError("a product that overwrites a tensor has no gradient; use linear")
-    if not _pays(inputs, weight):
+    fits = _is_plain(out) and out.shape == (len(inputs), len(weight))
+    if not (fits and _pays(inputs, weight)):
         return torch.mm(inputs, weight.T, out=out)
     _fill(out, inputs, weight, None)
     return out
@@ -139,6 +143,7 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _pays(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         weight.ndim == 2
+        and inputs.numel() > weight.shape[1]
         and inputs.numel() * len(weight) >= _LEAST
         and inputs.shape[-1] == weight.shape[1]
         and all(map(_is_plain, (inputs, weight)))
@@ -173,6 +178,7 @@ def _is_faster() -> bool:
         maker = platform.processor()
     return (
         hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "GenuineIntel" not in maker
     )
