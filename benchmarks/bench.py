@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return child_main(args.child)
     if args.quick and args.out is None:
         parser.error("--quick measures nothing worth keeping; give it a folder with --out")
-    names = args.only or [name for name, case in CASES.items() if not case.only_if_asked]
+    names = _names(parser, args)
     out = Path(args.out or FOLDER)
     failed = False
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -73,6 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.remove_task(part)
             progress.advance(whole)
     return int(failed)
+
+
+def _names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The benchmarks to run; one that cannot follow a given option is not among them."""
+    names: list[str] = args.only or [n for n, case in CASES.items() if not case.only_if_asked]
+    given = {key for key, value in vars(args).items() if value != parser.get_default(key)}
+    deaf = [name for name in names if CASES[name].deaf_to in given]
+    if args.only and deaf:
+        parser.error(
+            f"{deaf[0]} does not go with --{CASES[deaf[0]].deaf_to}; leave one of them out"
+        )
+    return [name for name in names if name not in deaf]
 
 
 def _measure(name: str, setting: Setting, progress: Progress, part: TaskID) -> dict[str, Any]:

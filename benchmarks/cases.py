@@ -26,6 +26,8 @@ class Case:
     """Sides whose peak memory is measured, each in a process of its own."""
     only_if_asked: bool = False
     """Whether it is left out unless named by ``--only``."""
+    deaf_to: str | None = None
+    """An option that it cannot follow."""
 
 
 CASES: dict[str, Case] = {
@@ -42,12 +44,12 @@ CASES: dict[str, Case] = {
         plan=second_moment,
         memory=("fast", "naive"),
     ),
-    "bfloat16": Case(title="bfloat16 instead of float32", plan=bfloat16),
+    "bfloat16": Case(title="bfloat16 instead of float32", plan=bfloat16, deaf_to="dtype"),
     "processes": Case(title="Start, help, load", plan=processes),
     "growth-facts": Case(title="Growth with the number of facts", plan=growth_in_facts),
     "growth-length": Case(title="Growth with the length of the prompt", plan=growth_in_length),
     "growth-size": Case(title="Growth with the size of the model", plan=growth_in_size),
     "profile": Case(title="Where the time of an edit goes", plan=profile),
-    "reproduce": Case(title="make reproduce", plan=reproduce, only_if_asked=True),
+    "reproduce": Case(title="make reproduce", plan=reproduce, only_if_asked=True, deaf_to="size"),
 }
 """All of them, in the order of the results."""

@@ -1,6 +1,7 @@
 """What bfloat16 does to the results of edits, and to their time."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean, median
@@ -12,7 +13,13 @@ from setting import REPOSITORY, Setting
 from firsttok.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.data import builtin_facts, builtin_sentences
 from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edits
-from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
+from firsttok.evaluation import (
+    COLLAPSE_THRESHOLD,
+    Perplexity,
+    PreparedTexts,
+    perplexity,
+    prepare_texts,
+)
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
 __all__ = ["bfloat16"]
@@ -21,14 +28,8 @@ METHODS = (ROME, C_ROME)
 TYPES = ("float32", "bfloat16")
 _COLLAPSE = REPOSITORY / "figures" / "smollm2-135m" / "collapse_cases.json"
 
-QUANTITIES = {
-    "numerator": fmean,
-    "|denominator|": fmean,
-    "norm of the update": fmean,
-    "last loss": fmean,
-    "perplexity": median,
-}
-"""What is compared, each with how its cases are put together."""
+DENOMINATOR = "|denominator|"
+IN_WEIGHTS = "perplexity, in the weights"
 
 _Edits = dict[str, list[RankOneEdit]]
 _Perplexities = dict[str, list[Perplexity]]
@@ -74,8 +75,18 @@ class _Work:
             name: self.texts.measure_edits(self.setting.model, some) for name, some in edits.items()
         }
 
-    def plain_perplexity(self) -> float:
-        """That of the unedited model."""
+    def in_weights(self, edits: _Edits) -> dict[str, list[float]]:
+        """The same with each edit standing in the weights, rounded as they are."""
+        found: dict[str, list[float]] = {}
+        for name, some in edits.items():
+            found[name] = []
+            for edit in some:
+                with edit.applied(self.setting.model):
+                    found[name].append(self.perplexity())
+        return found
+
+    def perplexity(self) -> float:
+        """That of the model as it stands."""
         sentences = builtin_sentences()[: self.setting.amounts.sentences]
         return perplexity(self.setting.model, sentences).mean
 
@@ -86,19 +97,22 @@ class _Outcomes:
 
     edits: Sequence[RankOneEdit]
     """The edits."""
-    measured: Sequence[Perplexity]
+    perplexities: Sequence[float]
     """The perplexity after each."""
+    in_weights: Sequence[float]
+    """The same, rounded into the weights."""
 
-    def of(self, name: str) -> list[float]:
-        """A quantity of each."""
-        found = {
+    @property
+    def quantities(self) -> dict[str, Sequence[float]]:
+        """What is compared, one number an edit."""
+        return {
             "numerator": [edit.report.numerator for edit in self.edits],
-            "|denominator|": [abs(edit.report.denominator) for edit in self.edits],
+            DENOMINATOR: [edit.report.denominator for edit in self.edits],
             "norm of the update": [edit.report.delta_norm for edit in self.edits],
             "last loss": [edit.losses[-1] for edit in self.edits],
-            "perplexity": [one.mean for one in self.measured],
+            "perplexity": self.perplexities,
+            IN_WEIGHTS: self.in_weights,
         }
-        return found[name]
 
 
 def bfloat16(setting: Setting) -> Plan:
@@ -119,9 +133,16 @@ def bfloat16(setting: Setting) -> Plan:
             work.perplexities(work.edits(1))
 
     def check(results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> Extras:
-        plain = [works[name].plain_perplexity() for name in TYPES]
+        standing = {name: works[name].in_weights(edited[name]) for name in TYPES}
+        plain = [works[name].perplexity() for name in TYPES]
         rows: list[tuple[str | float, ...]] = [
-            ("none", "-", "perplexity", *plain, _difference(*plain))
+            (
+                "none",
+                "-",
+                "perplexity",
+                *map(_cell, plain),
+                _largest_difference([plain[0]], [plain[1]]),
+            )
         ]
         groups = {"collapse": cases.collapse, "normal": cases.normal}
         for method in METHODS:
@@ -131,8 +152,11 @@ def bfloat16(setting: Setting) -> Plan:
                 start += len(some)
                 outcomes = [
                     _Outcomes(
-                        edits=results[f"edits, {name}"][method.name][part],
-                        measured=results[f"perplexity, {name}"][method.name][part],
+                        edits=edited[name][method.name][part],
+                        perplexities=[
+                            one.mean for one in results[f"perplexity, {name}"][method.name][part]
+                        ],
+                        in_weights=standing[name][method.name][part],
                     )
                     for name in TYPES
                 ]
@@ -153,7 +177,9 @@ def bfloat16(setting: Setting) -> Plan:
             notes=(
                 "Weights and activations are in bfloat16; delta, Adam and losses are in float32 "
                 "all the same, and the second moment is summed in float64. Perplexities are "
-                "medians, other quantities means; a difference is relative to float32.",
+                "medians, other quantities means of sizes; a difference is relative to float32, "
+                "with the sign. A perplexity is measured with the edit added to the MLP's output, "
+                "as in every script; in the weights, an edit is rounded with them.",
             ),
         )
 
@@ -176,19 +202,44 @@ def bfloat16(setting: Setting) -> Plan:
 def _compare(plain: _Outcomes, half: _Outcomes) -> list[tuple[str | float, ...]]:
     """Rows of what came out in either type."""
     rows: list[tuple[str | float, ...]] = []
-    for name, average in QUANTITIES.items():
-        pairs = list(zip(plain.of(name), half.of(name), strict=True))
-        both = [average(values) for values in zip(*pairs, strict=True)]
-        rows.append((name, *both, max(_difference(*pair) for pair in pairs)))
-    collapsed = [sum(one.collapsed for one in side.measured) for side in (plain, half)]
-    apart = sum(
-        a.collapsed != b.collapsed for a, b in zip(plain.measured, half.measured, strict=True)
-    )
-    return [*rows, ("collapsed", *collapsed, f"{apart} cases")]
+    for name, values in plain.quantities.items():
+        others = half.quantities[name]
+        average = median if name.startswith("perplexity") else _mean_size
+        both = (_cell(average(values)), _cell(average(others)))
+        rows.append((name, *both, _largest_difference(values, others)))
+        if name == DENOMINATOR:
+            rows.append(("denominator below 0", *_counts(values, others, lambda x: x < 0)))
+    for name in ("perplexity", IN_WEIGHTS):
+        found = _counts(
+            plain.quantities[name], half.quantities[name], lambda x: not x <= COLLAPSE_THRESHOLD
+        )
+        rows.append((name.replace("perplexity", "collapsed"), *found))
+    return rows
 
 
-def _difference(plain: float, half: float) -> float:
-    return abs(half / plain - 1)
+def _mean_size(values: Sequence[float]) -> float:
+    return fmean(map(abs, values))
+
+
+def _counts(
+    plain: Sequence[float], half: Sequence[float], holds: Callable[[float], bool]
+) -> tuple[str | float, ...]:
+    """How many of either type something holds of, and of how many cases in one type only."""
+    apart = sum(holds(a) != holds(b) for a, b in zip(plain, half, strict=True))
+    return sum(map(holds, plain)), sum(map(holds, half)), f"{apart} cases"
+
+
+def _largest_difference(plain: Sequence[float], half: Sequence[float]) -> str | float:
+    """Relative to the first, signs and all."""
+    pairs = [(a, b) for a, b in zip(plain, half, strict=True) if a != b]
+    if not all(math.isfinite(b) and math.isfinite(a) and a for a, b in pairs):
+        return "no number"
+    return max((abs(b / a - 1) for a, b in pairs), default=0.0)
+
+
+def _cell(value: float) -> str | float:
+    """A number, or its name where JSON has none for it."""
+    return value if math.isfinite(value) else str(value)
 
 
 def _ratio(seconds: Mapping[str, Sequence[float]], what: str) -> float:

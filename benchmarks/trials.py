@@ -48,13 +48,9 @@ def main() -> None:
         trials["torch.compile, own products"] = compiled
     for name, trial in trials.items():
         _report(name, usual, trial, args.repeats)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = [_seconds(usual) for _ in range(args.repeats)]
-    torch.set_num_threads(threads)
-    together = [_seconds(usual) for _ in range(args.repeats)]
-    ratio = statistics.median(together) / statistics.median(alone)
-    print(f"{'one thread instead of ' + str(threads):36} {ratio:5.2f} times as fast")
+    if torch.get_num_threads() > 1:
+        name = f"one thread instead of {torch.get_num_threads()}"
+        _report(name, usual, _on_one_thread(usual), args.repeats)
     _report_products(args.repeats)
 
 
@@ -92,6 +88,19 @@ def _blocks_pass(
         state.sum().backward()
 
     run.facts = facts  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def _on_one_thread(trial: Trial) -> Trial:
+    threads = torch.get_num_threads()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        try:
+            trial()
+        finally:
+            torch.set_num_threads(threads)
+
     return run
 
 
