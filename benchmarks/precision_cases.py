@@ -1,7 +1,8 @@
 """What bfloat16 does to the results of edits, and to their time."""
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean, median
@@ -13,13 +14,7 @@ from setting import REPOSITORY, Setting
 from firsttok.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.data import builtin_facts, builtin_sentences
 from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edits
-from firsttok.evaluation import (
-    COLLAPSE_THRESHOLD,
-    Perplexity,
-    PreparedTexts,
-    perplexity,
-    prepare_texts,
-)
+from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
 __all__ = ["bfloat16"]
@@ -27,9 +22,6 @@ __all__ = ["bfloat16"]
 METHODS = (ROME, C_ROME)
 TYPES = ("float32", "bfloat16")
 _COLLAPSE = REPOSITORY / "figures" / "smollm2-135m" / "collapse_cases.json"
-
-DENOMINATOR = "|denominator|"
-IN_WEIGHTS = "perplexity, in the weights"
 
 _Edits = dict[str, list[RankOneEdit]]
 _Perplexities = dict[str, list[Perplexity]]
@@ -49,11 +41,15 @@ class _Work:
         """C of the model in that type, as every command takes it."""
         return compute_second_moment(self.setting.model, layer=self.setting.layer)
 
+    @property
+    def sentences(self) -> Sequence[str]:
+        """What the perplexity is measured on."""
+        return builtin_sentences()[: self.setting.amounts.sentences]
+
     @cached_property
     def texts(self) -> PreparedTexts:
-        """The sentences, up to the layer."""
-        sentences = builtin_sentences()[: self.setting.amounts.sentences]
-        return prepare_texts(self.setting.model, sentences, layer=self.setting.layer)
+        """The same, up to the layer."""
+        return prepare_texts(self.setting.model, self.sentences, layer=self.setting.layer)
 
     def edits(self, count: int | None = None) -> _Edits:
         """The edits of the first facts, by method."""
@@ -75,20 +71,18 @@ class _Work:
             name: self.texts.measure_edits(self.setting.model, some) for name, some in edits.items()
         }
 
-    def in_weights(self, edits: _Edits) -> dict[str, list[float]]:
+    def in_weights(self, edits: _Edits) -> _Perplexities:
         """The same with each edit standing in the weights, rounded as they are."""
-        found: dict[str, list[float]] = {}
+        found: _Perplexities = {name: [] for name in edits}
         for name, some in edits.items():
-            found[name] = []
             for edit in some:
                 with edit.applied(self.setting.model):
                     found[name].append(self.perplexity())
         return found
 
-    def perplexity(self) -> float:
+    def perplexity(self) -> Perplexity:
         """That of the model as it stands."""
-        sentences = builtin_sentences()[: self.setting.amounts.sentences]
-        return perplexity(self.setting.model, sentences).mean
+        return perplexity(self.setting.model, self.sentences)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,9 +91,9 @@ class _Outcomes:
 
     edits: Sequence[RankOneEdit]
     """The edits."""
-    perplexities: Sequence[float]
+    perplexities: Sequence[Perplexity]
     """The perplexity after each."""
-    in_weights: Sequence[float]
+    in_weights: Sequence[Perplexity]
     """The same, rounded into the weights."""
 
     @property
@@ -107,11 +101,20 @@ class _Outcomes:
         """What is compared, one number an edit."""
         return {
             "numerator": [edit.report.numerator for edit in self.edits],
-            DENOMINATOR: [edit.report.denominator for edit in self.edits],
+            "|denominator|": [edit.report.denominator for edit in self.edits],
             "norm of the update": [edit.report.delta_norm for edit in self.edits],
             "last loss": [edit.losses[-1] for edit in self.edits],
-            "perplexity": self.perplexities,
-            IN_WEIGHTS: self.in_weights,
+            "perplexity": [one.mean for one in self.perplexities],
+            "perplexity, in the weights": [one.mean for one in self.in_weights],
+        }
+
+    @property
+    def verdicts(self) -> dict[str, Sequence[bool]]:
+        """What holds of some, one answer an edit."""
+        return {
+            "denominator below 0": [edit.report.denominator < 0 for edit in self.edits],
+            "collapsed": [one.collapsed for one in self.perplexities],
+            "collapsed, in the weights": [one.collapsed for one in self.in_weights],
         }
 
 
@@ -134,33 +137,22 @@ def bfloat16(setting: Setting) -> Plan:
 
     def check(results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> Extras:
         standing = {name: works[name].in_weights(edited[name]) for name in TYPES}
-        plain = [works[name].perplexity() for name in TYPES]
+        plain = [works[name].perplexity().mean for name in TYPES]
         rows: list[tuple[str | float, ...]] = [
-            (
-                "none",
-                "-",
-                "perplexity",
-                *map(_cell, plain),
-                _largest_difference([plain[0]], [plain[1]]),
-            )
+            ("none", "-", *_row("perplexity", plain[:1], plain[1:]))
         ]
-        groups = {"collapse": cases.collapse, "normal": cases.normal}
-        for method in METHODS:
-            start = 0
-            for group, some in groups.items():
-                part = slice(start, start + len(some))
-                start += len(some)
-                outcomes = [
-                    _Outcomes(
-                        edits=edited[name][method.name][part],
-                        perplexities=[
-                            one.mean for one in results[f"perplexity, {name}"][method.name][part]
-                        ],
-                        in_weights=standing[name][method.name][part],
-                    )
-                    for name in TYPES
-                ]
-                rows += [(method.label, group, *row) for row in _compare(*outcomes)]
+        count = len(cases.collapse)
+        groups = {"collapse": slice(count), "normal": slice(count, None)}
+        for method, (group, part) in itertools.product(METHODS, groups.items()):
+            outcomes = [
+                _Outcomes(
+                    edits=edited[name][method.name][part],
+                    perplexities=results[f"perplexity, {name}"][method.name][part],
+                    in_weights=standing[name][method.name][part],
+                )
+                for name in TYPES
+            ]
+            rows += [(method.label, group, *row) for row in _compare(*outcomes)]
         return Extras(
             tables=(
                 Table(
@@ -201,32 +193,21 @@ def bfloat16(setting: Setting) -> Plan:
 
 def _compare(plain: _Outcomes, half: _Outcomes) -> list[tuple[str | float, ...]]:
     """Rows of what came out in either type."""
-    rows: list[tuple[str | float, ...]] = []
-    for name, values in plain.quantities.items():
-        others = half.quantities[name]
-        average = median if name.startswith("perplexity") else _mean_size
-        both = (_cell(average(values)), _cell(average(others)))
-        rows.append((name, *both, _largest_difference(values, others)))
-        if name == DENOMINATOR:
-            rows.append(("denominator below 0", *_counts(values, others, lambda x: x < 0)))
-    for name in ("perplexity", IN_WEIGHTS):
-        found = _counts(
-            plain.quantities[name], half.quantities[name], lambda x: not x <= COLLAPSE_THRESHOLD
-        )
-        rows.append((name.replace("perplexity", "collapsed"), *found))
+    rows = [_row(name, values, half.quantities[name]) for name, values in plain.quantities.items()]
+    for name, holds in plain.verdicts.items():
+        others = half.verdicts[name]
+        apart = sum(a != b for a, b in zip(holds, others, strict=True))
+        rows.append((name, sum(holds), sum(others), f"{apart} cases"))
     return rows
 
 
-def _mean_size(values: Sequence[float]) -> float:
-    return fmean(map(abs, values))
+def _row(name: str, plain: Sequence[float], half: Sequence[float]) -> tuple[str | float, ...]:
+    both = [_average(name, values) for values in (plain, half)]
+    return name, *map(_cell, both), _largest_difference(plain, half)
 
 
-def _counts(
-    plain: Sequence[float], half: Sequence[float], holds: Callable[[float], bool]
-) -> tuple[str | float, ...]:
-    """How many of either type something holds of, and of how many cases in one type only."""
-    apart = sum(holds(a) != holds(b) for a, b in zip(plain, half, strict=True))
-    return sum(map(holds, plain)), sum(map(holds, half)), f"{apart} cases"
+def _average(name: str, values: Sequence[float]) -> float:
+    return median(values) if name.startswith("perplexity") else fmean(map(abs, values))
 
 
 def _largest_difference(plain: Sequence[float], half: Sequence[float]) -> str | float:

@@ -14,6 +14,10 @@ import psutil
 from measuring import MIB, Extras, Plan, Side, Table
 from setting import REPOSITORY, Setting
 
+from firsttok.models import find_spec, load
+from firsttok.models.location import locate
+from firsttok.storage import cache_folder
+
 __all__ = ["processes", "reproduce"]
 
 COMMAND = Path(sys.executable).with_name("firsttok")
@@ -27,14 +31,7 @@ LOAD = "import sys, firsttok; firsttok.load(sys.argv[1], dtype=sys.argv[2], devi
 
 def processes(setting: Setting) -> Plan:
     """Processes from start to end; a process that only imports torch is the measure of the rest."""
-    from random_models import SIZES, random_folder
-
-    from firsttok.models import find_spec, load
-    from firsttok.models.location import locate
-
-    name = setting.name
-    if setting.size:
-        name = str(random_folder(SIZES[setting.size], setting.folder))
+    name = setting.source
     place = locate(name, find_spec(name))
     how = [setting.dtype, setting.device]
     python = sys.executable
@@ -75,10 +72,6 @@ def reproduce(setting: Setting) -> Plan:
     Only the models that the user's cache holds are linked into the new one: second moments and
     whatever else is kept are made inside the clock.
     """
-    from firsttok.models import find_spec
-    from firsttok.models.location import locate
-    from firsttok.storage import cache_folder
-
     # One of the package index is pulled, if need be.
     locate(setting.name, find_spec(setting.name))
     models = [path for path in cache_folder("models").iterdir() if path.is_dir()]

@@ -101,11 +101,15 @@ class Setting:
         """The model's name as results show it."""
         return f"random {self.size}" if self.size else Path(self.name).name
 
+    @property
+    def source(self) -> str:
+        """What the model is loaded by; a random one is made first, if it is not there."""
+        return str(random_folder(SIZES[self.size], self.folder)) if self.size else self.name
+
     @cached_property
     def model(self) -> Model:
         """The model, without BOS."""
-        name = str(random_folder(SIZES[self.size], self.folder)) if self.size else self.name
-        return load(name, bos=BosPolicy.WITHOUT, dtype=self.dtype, device=self.device)
+        return load(self.source, bos=BosPolicy.WITHOUT, dtype=self.dtype, device=self.device)
 
     @property
     def layer(self) -> int:

@@ -14,6 +14,7 @@ from firsttok.report.view import build_report
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures" / "smollm2-135m"
 README = (ROOT / "README.md").read_text("utf-8")
+BENCHMARKS = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))["benchmarks"]
 ROME = "smollm2-135m, ROME"
 TRACING = "extra_causal_tracing"
 
@@ -53,8 +54,7 @@ def test_rounding_is_told_from_another_number() -> None:
     ],
 )
 def test_speed(benchmark: str, pattern: str) -> None:
-    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
-    pair = results["benchmarks"][benchmark]["comparisons"][0]
+    pair = BENCHMARKS[benchmark]["comparisons"][0]
     fast, naive = (
         [seconds / pair[side]["items"] for seconds in pair[side]["seconds"]]
         for side in ("fast", "naive")
@@ -67,8 +67,7 @@ def test_speed(benchmark: str, pattern: str) -> None:
     ("row", "pattern"), [(0, r"takes ([\d.]+) minutes there"), (1, r"([\d ]+\d) MiB of memory")]
 )
 def test_the_whole_reproduction(row: int, pattern: str) -> None:
-    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
-    _, value = results["benchmarks"]["reproduce"]["extras"]["tables"][0]["rows"][row]
+    _, value = BENCHMARKS["reproduce"]["extras"]["tables"][0]["rows"][row]
     (written,) = re.findall(pattern, README)
     assert agrees(written, value)
 
@@ -81,8 +80,7 @@ def test_the_whole_reproduction(row: int, pattern: str) -> None:
     ],
 )
 def test_bfloat16(cases: str, pattern: str) -> None:
-    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
-    table, _ = results["benchmarks"]["bfloat16"]["extras"]["tables"]
+    table, _ = BENCHMARKS["bfloat16"]["extras"]["tables"]
     rows = {tuple(row[:3]): row[3:] for row in table["rows"]}
     limits = (ROOT / "docs" / "explanation" / "limits.md").read_text("utf-8")
     (written,) = re.findall(pattern, limits)

@@ -70,7 +70,7 @@ def load(
     location = locate(name, spec)
     with collection_paused(), quiet_libraries():
         hf_model, tokenizer = _load_files(location, DTYPES[dtype], name)
-        movable: Any = hf_model.requires_grad_(False).eval()
+        movable: Any = hf_model.eval()
         movable.to(torch.device(device))
         with ThreadPoolExecutor(max_workers=1) as beside:
             # Hashing holds no lock, so it costs no time beside an import. It has to be done before
@@ -164,7 +164,7 @@ def _bridge(hf_model: "PreTrainedModel", lens_tokenizer: Any, name: str) -> "Tra
             f"TransformerLens does not support {name} ({reason}); "
             "choose an architecture of its TransformerBridge"
         ) from None
-    # TransformerLens makes GPT-2's queries, keys and values weights of their own, to be trained.
+    # Not before: of GPT-2's queries, keys and values the bridge makes weights of its own.
     bridge.requires_grad_(False)
     skip_idle_hooks(bridge)
     if hf_model.dtype == torch.float64:
