@@ -266,3 +266,14 @@ def test_reproduce_runs_every_script_in_order_and_then_the_report(
         path = tmp_path / "out" / "some-model" / page
         assert path.stat().st_size > 1000
         assert str(path) in printed
+
+
+def test_what_every_script_refuses_is_not_blamed_on_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = stub_command(tmp_path, tmp_path / "log", tmp_path / "stop")
+    for name in SCRIPTS:
+        (tmp_path / "analyses" / f"{name}.py").write_text("raise SystemExit(2)", "utf-8")
+    assert main([*command, "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "no script could be run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
             refused.append(name)
         elif code:
             raise SystemExit(code)
+    if len(refused) == len(jobs):
+        raise BadInputError("no script could be run; each said why above")
     # Not before: with it comes torch, which this process would hold while the scripts run.
     from firsttok.report import write_reports
 
