@@ -83,8 +83,8 @@ def save_scan(path: Path, study: Study, facts: Sequence[Fact], rows: Sequence[Ca
     )
 
 
-def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], str]:
-    """Read every scanned row of a list, and the fingerprint of the model it was made on.
+def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
+    """Read every scanned row of a list, and the record of the model it was made on.
 
     Raises:
         BadInputError: If the file is missing or malformed.
@@ -94,7 +94,7 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], str]:
     try:
         record = cast(dict[str, Any], content)
         rows = tuple(CaseRow(**row) for row in record["rows"])
-        return rows, str(record["provenance"]["model"]["fingerprint"])
+        return rows, dict(record["provenance"]["model"])
     except (KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
 
@@ -108,15 +108,15 @@ def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:
     return _load_list(Path(path), facts)[0]
 
 
-def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], str]:
-    """Case ids, and the fingerprint of the model they collapse."""
+def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], dict[str, Any]]:
+    """Case ids, and the record of the model they collapse."""
     if not path.is_file():
         raise BadInputError(f"no list of collapse cases at {path}; make one with: firsttok scan")
     content = read_json(path, "collapse cases")
     try:
         record = cast(dict[str, Any], content)
         ids, made_from = record["collapse"], record["provenance"]["facts"]
-        fingerprint = str(record["provenance"]["model"]["fingerprint"])
+        made_on = dict(record["provenance"]["model"])
         numbers = [int(case_id) for case_id in ids]
     except (KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
@@ -127,7 +127,7 @@ def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], str]:
     known = {fact.case_id for fact in facts}
     if not known.issuperset(numbers):
         raise BadInputError(f"{path} names cases that are not among the facts; make it again")
-    return numbers, fingerprint
+    return numbers, made_on
 
 
 def select_cases(
@@ -167,7 +167,7 @@ def choose_cases(options: ScriptOptions) -> CaseSelection:
     Raises:
         BadInputError: If the list of collapse cases is unusable.
     """
-    ids, fingerprint = _load_list(options.cases, options.facts)
+    ids, made_on = _load_list(options.cases, options.facts)
     selection = select_cases(
         options.facts,
         ids,
@@ -175,7 +175,7 @@ def choose_cases(options: ScriptOptions) -> CaseSelection:
         normal=options.normal,
         seed=options.seed,
     )
-    return replace(selection, borrowed=fingerprint != options.study.model.fingerprint)
+    return replace(selection, borrowed=not options.study.model.is_of(made_on))
 
 
 def all_listed_cases(options: ScriptOptions) -> CaseSelection:

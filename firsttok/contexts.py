@@ -1,6 +1,7 @@
 """The prefixes x_i that simulate different contexts (Equation 1), sampled once and saved."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,9 +12,9 @@ from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError
 from firsttok.models import Model, logits
 from firsttok.prompts import Prompt, pad, text_prompt
-from firsttok.storage import content_hash, read_json, write_json
+from firsttok.storage import cache_folder, content_hash, locked, read_json, write_json
 
-__all__ = ["ContextSet", "load_contexts", "sample_contexts"]
+__all__ = ["ContextSet", "kept_contexts", "load_contexts", "sample_contexts"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class ContextSet(Shown):
     """Fingerprint of the model they were sampled from; None for a hand-made set."""
     leading_ids: tuple[int, ...] | None = None
     """BOS tokens they were sampled behind; None for a hand-made set."""
+    model_identity: str | None = None
+    """Identity of that model, its edits included (``Model.identity``); None for a hand-made set."""
 
     def __post_init__(self) -> None:
         """Check the templates."""
@@ -100,6 +103,7 @@ class ContextSet(Shown):
             "seed": self.seed,
             "model_fingerprint": self.model_fingerprint,
             "leading_ids": None if self.leading_ids is None else list(self.leading_ids),
+            "model_identity": self.model_identity,
         }
         write_json(Path(path), record)
 
@@ -114,11 +118,12 @@ def load_contexts(path: str | Path) -> ContextSet:
     seed: Any = None
     fingerprint: Any = None
     leading: Any = None
+    identity: Any = None
     if isinstance(content, dict):
         record = cast(dict[str, Any], content)
         content = record.get("templates")
         seed, fingerprint = record.get("seed"), record.get("model_fingerprint")
-        leading = record.get("leading_ids")
+        leading, identity = record.get("leading_ids"), record.get("model_identity")
     if not isinstance(content, list):
         raise BadInputError(f"{path} should hold a JSON list of templates with one '{{}}' each")
     templates = cast(list[Any], content)
@@ -131,6 +136,7 @@ def load_contexts(path: str | Path) -> ContextSet:
             seed=seed if isinstance(seed, int) else None,
             model_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
             leading_ids=tuple(leading) if isinstance(leading, list) else None,
+            model_identity=identity if isinstance(identity, str) else None,
         )
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
@@ -145,17 +151,67 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
 
     Args:
         model: The model, whose BOS policy holds while sampling; interventions of its view do not,
-            since contexts are text that every view shares.
+            since contexts are text that every view shares. Edits that stand in it do.
         seed: Seed of the sampler.
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
             written.
     """
-    if path is not None and path.is_file():
-        saved = load_contexts(path)
-        wanted = (seed, model.fingerprint, model.leading_ids)
-        if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
-            return saved
     model = replace(model, interventions=())
+    is_kept = path is not None and model.disturbance is None
+    if path is not None and is_kept and path.is_file():
+        saved = load_contexts(path)
+        if _is_of(saved, model, seed):
+            return saved
+    contexts = _sampled(model, seed)
+    if path is not None and is_kept:
+        contexts.save(path)
+    return contexts
+
+
+def kept_contexts(
+    model: Model, seed: int = 0, *, look_in: Sequence[Path] = (), leave_in: Path | None = None
+) -> ContextSet:
+    """Return the contexts of a seed that were kept for this model, or else sample and keep them.
+
+    The cache keeps one set for each model, seed and BOS policy, whoever asked for it.
+
+    Args:
+        model: The model.
+        seed: The seed.
+        look_in: Folders in which a set may be, besides the cache.
+        leave_in: A folder that the set is copied to if none of the folders has it.
+
+    Raises:
+        BadInputError: If a file in one of the folders is no set of contexts.
+    """
+    model = replace(model, interventions=())
+    if model.disturbance is not None:
+        return _sampled(model, seed)
+    bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
+    name = f"contexts-seed{seed}{bos}.json"
+    cached = cache_folder("contexts") / f"{model.identity()[:20]}-seed{seed}.json"
+    for folder in (*look_in, *([leave_in] if leave_in else [])):
+        if (folder / name).is_file():
+            saved = load_contexts(folder / name)
+            if _is_of(saved, model, seed):
+                return saved
+    with locked(cached):
+        try:
+            contexts = sample_contexts(model, seed=seed, path=cached)
+        except BadInputError:
+            logger.warning("cached contexts are damaged and are sampled again")
+            cached.unlink()
+            contexts = sample_contexts(model, seed=seed, path=cached)
+    if leave_in is not None:
+        contexts.save(leave_in / name)
+    return contexts
+
+
+def _is_of(saved: ContextSet, model: Model, seed: int) -> bool:
+    return (saved.seed, saved.model_identity) == (seed, model.identity())
+
+
+def _sampled(model: Model, seed: int) -> ContextSet:
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
     for length in LENGTHS:
@@ -163,15 +219,13 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
             for text in _sample(model, word, length, generator):
                 plain = text.replace("{", " ").replace("}", " ")
                 templates.append(plain + ". {}")
-    contexts = ContextSet(
+    return ContextSet(
         templates=tuple(templates),
         seed=seed,
         model_fingerprint=model.fingerprint,
         leading_ids=model.leading_ids,
+        model_identity=model.identity(),
     )
-    if path is not None:
-        contexts.save(path)
-    return contexts
 
 
 def _sample(model: Model, word: str, length: int, generator: torch.Generator) -> list[str]:

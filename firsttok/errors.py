@@ -19,6 +19,7 @@ __all__ = [
     "TextFormatError",
     "UnknownModelError",
     "UnsupportedModelError",
+    "ViewError",
     "WorkerError",
 ]
 
@@ -85,6 +86,10 @@ class NonFiniteError(FirsttokError):
 
 class EditMismatchError(FirsttokError):
     """An edit does not belong to this model."""
+
+
+class ViewError(FirsttokError):
+    """A view of a model was taken for the model itself."""
 
 
 class CacheError(FirsttokError):

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firsttok.contexts import ContextSet
+from firsttok.contexts import ContextSet, kept_contexts
 from firsttok.data import Fact, builtin_sentences
 from firsttok.display import Note, Panel, Shown, Table
-from firsttok.editing import METHODS, ROME, Method, RankOneEdit, UpdateReport, compute_edits
+from firsttok.editing import METHODS, ROME, Method, RankOneEdit, UpdateReport
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -18,7 +18,6 @@ from firsttok.evaluation import (
     top_predictions,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.inputs import kept_contexts
 from firsttok.keys import KeySource
 from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import SecondMoment, compute_second_moment
@@ -168,12 +167,9 @@ def prepare_study(
             "read with ft.capture_keys, but only decoders can be edited"
         )
     site = model.site(layer)
-    if contexts is None:
-        folder = cache_folder("contexts", model.fingerprint[:20])
-        contexts = kept_contexts(model, 0, kept=folder, folder=folder)
     return Study(
         model=model,
-        contexts=contexts,
+        contexts=contexts or kept_contexts(model),
         second_moment=second_moment or compute_second_moment(model, layer=site.layer),
         layer=site.layer,
         hyperparameters=hyperparameters or model.hyperparameters,
@@ -273,26 +269,14 @@ def _results(
 ) -> tuple[WhatIf, ...]:
     if key_source is not None:
         study = study.varied(key_source=key_source)
-    # Nothing is kept on disk: values are filed under the weights as loaded, and here the model may
-    # stand in the middle of another edit.
-    ((_, edits),) = compute_edits(
-        study.model,
-        [fact],
-        methods=methods,
-        contexts=study.contexts,
-        second_moment=study.second_moment,
-        layer=study.layer,
-        hyperparameters=study.hyperparameters,
-        key_source=study.key_source,
-    )
+    ((_, edits),) = study.edits([fact], methods)
     chosen = [edits[method.name] for method in methods]
     measured = study.prepared_texts.measure_edits(study.evaluated, chosen)
     before = observe(study, fact, study.original_perplexity)
     strip, origin = tokens(study.model, fact), study.origin
     results: list[WhatIf] = []
     for method, edit, found in zip(methods, chosen, measured, strict=True):
-        with edit.applied(study.model):
-            after = observe(study, fact, found)
+        after = observe(study.varied(model=study.model.edited(edit)), fact, found)
         results.append(
             WhatIf(
                 fact=fact,

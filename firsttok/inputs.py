@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from firsttok.contexts import ContextSet, load_contexts, sample_contexts
+from firsttok.contexts import ContextSet, kept_contexts, load_contexts
 from firsttok.data import (
     Fact,
     FactFile,
@@ -26,7 +26,6 @@ __all__ = [
     "fact_file",
     "facts_from",
     "hyperparameters_from",
-    "kept_contexts",
     "model_from",
     "open_study",
 ]
@@ -79,15 +78,17 @@ def open_study(
     progress: Progress | None,
     *,
     contexts_folder: Path | None = None,
+    leave_in: Path | None = None,
     without_bos: bool = False,
 ) -> Study:
     """Read every input file first, then load the model, then compute what is missing.
 
     Args:
         args: Parsed options of :func:`add_model_options` and :func:`add_edit_options`.
-        folder: Where contexts and finished parts are kept.
+        folder: Where finished parts are kept.
         progress: Where to show progress.
-        contexts_folder: Where contexts may lie already; they are not sampled again then.
+        contexts_folder: Where contexts may be already, besides the cache.
+        leave_in: Where to put contexts that were not there.
         without_bos: Take BOS away where the tokenizer puts one by itself and no policy is asked
             for, so that the first token is a word (Appendices A.2 and A.4).
 
@@ -112,7 +113,8 @@ def open_study(
     settings = hyperparameters_from(args, model)
     moment = _second_moment(args, model, site, corpus, progress)
     if contexts is None:
-        contexts = kept_contexts(model, args.seed, kept=contexts_folder or folder, folder=folder)
+        look_in = [contexts_folder] if contexts_folder else []
+        contexts = kept_contexts(model, args.seed, look_in=look_in, leave_in=leave_in)
     return Study(
         model=model,
         contexts=contexts,
@@ -123,26 +125,6 @@ def open_study(
         work=folder / ".work",
         text_bos=BosPolicy(args.text_bos),
     )
-
-
-def kept_contexts(model: Model, seed: int, *, kept: Path, folder: Path) -> ContextSet:
-    """Contexts of a seed: those that were kept for this model, or else sampled and kept.
-
-    Args:
-        model: The model.
-        seed: The seed.
-        kept: Folder in which they may lie.
-        folder: Folder they are kept in if they do not.
-    """
-    bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
-    name = f"contexts-seed{seed}{bos}.json"
-    path = folder / name
-    if (kept / name).is_file():
-        saved = load_contexts(kept / name)
-        wanted = (seed, model.fingerprint, model.leading_ids)
-        if (saved.seed, saved.model_fingerprint, saved.leading_ids) == wanted:
-            path = kept / name
-    return sample_contexts(model, seed=seed, path=path)
 
 
 def _second_moment(
@@ -163,12 +145,10 @@ def _second_moment(
             progress=progress,
         )
     moment = load_second_moment(args.second_moment, d_mlp=site.d_mlp)
-    made_for = (moment.model_fingerprint, moment.layer)
-    if made_for not in ((None, None), (model.fingerprint, site.layer)):
-        raise BadInputError(
-            f"{args.second_moment} was computed for layer {moment.layer} of another model or "
-            f"another layer than {site.layer} of {model.name}; compute it for this one"
-        )
+    try:
+        moment.check(model, site.layer)
+    except BadInputError as error:
+        raise BadInputError(f"{args.second_moment}: {error}") from None
     return moment
 
 

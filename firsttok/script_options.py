@@ -60,7 +60,7 @@ class ScriptOptions:
 
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
-        return kept_contexts(self.study.model, seed, kept=self.cases.parent, folder=self.out)
+        return kept_contexts(self.study.model, seed, look_in=[self.cases.parent], leave_in=self.out)
 
 
 def parse_script(
@@ -99,7 +99,14 @@ def parse_script(
         if value is not None and value < 1:
             raise BadInputError(f"--{name} is {value}; give at least 1")
     count = 8 if args.profile == "quick" else 24
-    study = open_study(args, out, progress, contexts_folder=cases.parent, without_bos=without_bos)
+    study = open_study(
+        args,
+        out,
+        progress,
+        contexts_folder=cases.parent,
+        leave_in=out,
+        without_bos=without_bos,
+    )
     study.keep_original_perplexity()
     return ScriptOptions(
         study=study,

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.errors import BadInputError, NonFiniteError
+from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, pad, text_prompt
 from firsttok.storage import (
@@ -57,7 +57,9 @@ class SecondMoment(Shown):
     layer: int | None
     """Layer of the keys; None for an identity."""
     model_fingerprint: str | None
-    """The model; None if the file does not say."""
+    """The model's weights as loaded; None if the file does not say."""
+    model_identity: str | None = None
+    """All that decides the keys: ``Model.base_identity(below=layer)``; None if it is not known."""
 
     def __post_init__(self) -> None:
         """Check the matrix."""
@@ -105,6 +107,38 @@ class SecondMoment(Shown):
             },
         )
 
+    def check(self, model: Model, layer: int) -> None:
+        """Refuse to stand for C of a layer that it was not computed at.
+
+        The identity fits everywhere. C of the model as loaded may be used while edits stand in it,
+        as released sequences of edits do.
+
+        Args:
+            model: The model, or a view of it.
+            layer: The layer.
+
+        Raises:
+            BadInputError: If it was computed at another layer, or on another model.
+        """
+        site = model.site(layer)
+        if self.layer is not None and self.layer != site.layer:
+            raise BadInputError(
+                f"the second moment was computed for layer {self.layer}, and the edit is of layer "
+                f"{site.layer}; compute it with layer={site.layer}"
+            )
+        if self.matrix.shape[0] != site.d_mlp:
+            raise BadInputError(
+                f"the second moment has shape {list(self.matrix.shape)}, and the keys of layer "
+                f"{site.layer} of {model.name} have {site.d_mlp} components"
+            )
+        known = (model.base_identity(site.layer), model.loaded_identity)
+        other = self.model_fingerprint not in (None, model.fingerprint)
+        if other or (self.model_identity is not None and self.model_identity not in known):
+            raise BadInputError(
+                f"the second moment was computed for another model than {model.name}, or with "
+                f"other edits below layer {site.layer}; compute it for this one"
+            )
+
     def solve(self, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
         """Return ``C^-1 key`` by Cholesky, in the key's own type and place."""
         factor, _ = self._factor
@@ -121,6 +155,7 @@ class SecondMoment(Shown):
             "corpus_hash": self.corpus_hash,
             "layer": "" if self.layer is None else str(self.layer),
             "model_fingerprint": self.model_fingerprint or "",
+            "model_identity": self.model_identity or "",
             "condition_number": repr(self.condition_number),
             "ridge": f"{self.ridge:g}",
         }
@@ -168,6 +203,8 @@ def compute_second_moment(
 ) -> SecondMoment:
     """Compute C over a corpus, streaming in float64; cached, and resumed after an interruption.
 
+    It is kept by what decides it: edits below the layer count, those at the layer or above do not.
+
     Documents are cut into windows of at most 128 tokens; every token counts, first positions
     included (note 3 of Section "C" in Meng et al.'s code).
 
@@ -181,15 +218,17 @@ def compute_second_moment(
 
     Raises:
         BadInputError: If the corpus yields no token.
+        EditMismatchError: If the model is changed meanwhile.
     """
     site = model.site(layer)
     documents = default_corpus() if corpus is None else tuple(corpus)
     name = corpus_name or ("pydoc topics" if corpus is None else "text")
     settings = [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
-    # A view of the model has keys of its own.
-    settings += [repr(change) for change in model.interventions]
-    identity = content_hash(settings)
-    stem = content_hash([identity, model.fingerprint, site.layer])[:20]
+    corpus_hash = content_hash(settings)
+    if model.disturbance is not None:
+        return _stream(model, documents, name, corpus_hash, layer, max_tokens, None, progress)
+    identity = model.identity(site.layer)
+    stem = content_hash([corpus_hash, identity, site.stack, site.layer])[:20]
     path = cache_folder("second_moments") / f"{stem}.safetensors"
     with locked(path):
         if path.is_file():
@@ -197,7 +236,11 @@ def compute_second_moment(
                 return load_second_moment(path, d_mlp=site.d_mlp)
             except (BadInputError, NonFiniteError):
                 logger.warning("a cached second moment is damaged and is computed again")
-        result = _stream(model, documents, name, identity, layer, max_tokens, path, progress)
+        result = _stream(model, documents, name, corpus_hash, layer, max_tokens, path, progress)
+        if model.identity(site.layer) != identity:
+            raise EditMismatchError(
+                f"{model.name} was changed while its second moment was computed; compute it again"
+            )
         result.save(path)
         path.with_suffix(".partial").unlink(missing_ok=True)
     return result
@@ -235,6 +278,7 @@ def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
         corpus_hash=metadata.get("corpus_hash", ""),
         layer=layer if layer >= 0 else None,
         model_fingerprint=metadata.get("model_fingerprint") or None,
+        model_identity=metadata.get("model_identity") or None,
     )
     if not math.isnan(condition_number):
         # Finding it takes longer than all the rest of reading a file.
@@ -266,10 +310,10 @@ def _stream(
     model: Model,
     documents: Sequence[str],
     name: str,
-    identity: str,
+    corpus_hash: str,
     layer: int | None,
     max_tokens: int,
-    path: Path,
+    path: Path | None,
     progress: Progress | None,
 ) -> SecondMoment:
     site = model.site(layer)
@@ -279,7 +323,7 @@ def _stream(
     groups = list(batches(windows))
     stop = site.layer + 1 if site.stack == "blocks" else None
     plan = content_hash(groups)
-    partial = path.with_suffix(".partial")
+    partial = None if path is None else path.with_suffix(".partial")
     total, tokens, done = _resume(partial, site.d_mlp, plan)
     task = None
     if progress is not None:
@@ -294,20 +338,23 @@ def _stream(
         tokens += keys.shape[0]
         if progress is not None and task is not None:
             progress.advance(task)
-        if index % 10 == 9:
+        if index % 10 == 9 and partial is not None:
             _checkpoint(partial, total, tokens, index + 1, plan)
     return SecondMoment(
         matrix=total / tokens,
         tokens=tokens,
         corpus=name,
-        corpus_hash=identity,
+        corpus_hash=corpus_hash,
         layer=site.layer,
         model_fingerprint=model.fingerprint,
+        model_identity=model.base_identity(site.layer),
     )
 
 
-def _resume(partial: Path, d_mlp: int, plan: str) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
-    if partial.is_file():
+def _resume(
+    partial: Path | None, d_mlp: int, plan: str
+) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
+    if partial is not None and partial.is_file():
         try:
             tensors, metadata = read_safetensors(partial, "a partial second moment")
             total = tensors["sum"]

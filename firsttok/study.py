@@ -4,10 +4,9 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.progress import Progress
 
@@ -27,13 +26,19 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt
-from firsttok.provenance import versions
+from firsttok.provenance import described, versions
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import content_hash, read_json, write_json
 
 __all__ = ["CaseRow", "Study", "case_row", "measure_facts"]
 
 logger = logging.getLogger(__name__)
+
+_Measured = TypeVar("_Measured")
+_MEMORIES = 12
+"""Measurements of the unedited model that are kept in memory."""
+_FORMAT = 2
+"""Goes up when rows are measured otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,11 @@ class CaseRow:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study(Shown):
-    """One model with its contexts, second moment, texts and settings."""
+    """One model with its contexts, second moment, texts and settings.
+
+    Raises:
+        BadInputError: If the second moment is of another layer or model.
+    """
 
     model: Model
     """The model, unedited."""
@@ -106,6 +115,12 @@ class Study(Shown):
     """The view the perplexity is measured on; None for ``model`` itself."""
     text_bos: BosPolicy = BosPolicy.WITHOUT
     """BOS policy of the sentences; the papers put none, even on Llama."""
+    memo: dict[tuple[str, str], Any] = field(default_factory=dict[tuple[str, str], Any])
+    """What was measured of the unedited model, by all that decides it; varied studies share it."""
+
+    def __post_init__(self) -> None:
+        """Check that the second moment is of this model and layer."""
+        self.second_moment.check(self.model, self.layer)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -140,25 +155,32 @@ class Study(Shown):
         """The view the perplexity is measured on."""
         return self.model if self.judge is None else self.judge
 
-    @cached_property
+    @property
     def prepared_texts(self) -> PreparedTexts:
-        """The sentences, run up to the edited layer once."""
-        return prepare_texts(self.evaluated, self.texts, layer=self.layer, bos=self.text_bos)
+        """The sentences, run up to the edited layer once for each state of the model."""
+        return self._measured(
+            "texts",
+            [self.layer],
+            lambda: prepare_texts(self.evaluated, self.texts, layer=self.layer, bos=self.text_bos),
+        )
 
-    @cached_property
+    @property
     def original_perplexity(self) -> Perplexity:
-        """Perplexity of the unedited model."""
-        return perplexity(self.evaluated, self.texts, bos=self.text_bos)
+        """Perplexity of the model as it is, measured once for each state of it."""
+        return self._measured(
+            "perplexity", [], lambda: perplexity(self.evaluated, self.texts, bos=self.text_bos)
+        )
 
     def keep_original_perplexity(self) -> None:
         """Take :attr:`original_perplexity` from the work folder, or measure it and leave it there.
 
-        To be called before anything is edited: what is kept goes by the weights as loaded.
+        It is kept by the identity of the view it is measured on. While something disturbs the model
+        (``Model.disturbance``) nothing is read or left.
         """
-        view = self.evaluated
-        parts = [view.fingerprint, str(view.dtype), repr(view.interventions), list(self.texts)]
-        name = content_hash([*parts, self.text_bos.value])[:24]
-        path = self.work / "original" / f"{name}.json"
+        if self.evaluated.disturbance is not None:
+            return
+        key = self._measured_on([])
+        path = self.work / "original" / f"{key[:24]}.json"
         try:
             record = read_json(path, "a kept perplexity")
             kept = Perplexity(
@@ -166,11 +188,12 @@ class Study(Shown):
                 corpus=float(record["corpus"]),
                 per_sentence=tuple(map(float, record["per_sentence"])),
             )
-            vars(self)["original_perplexity"] = kept
+            self.memo["perplexity", key] = kept
         except (BadInputError, KeyError, TypeError, ValueError):
+            found = self.original_perplexity
             # A model that gives NaN has nothing to keep, and JSON has no such number.
-            if not math.isnan(self.original_perplexity.corpus):
-                write_json(path, asdict(self.original_perplexity))
+            if not math.isnan(found.corpus) and self._measured_on([]) == key:
+                write_json(path, asdict(found))
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
@@ -194,17 +217,29 @@ class Study(Shown):
         Args:
             changes: New values of fields, by name.
         """
-        study = replace(self, **changes)
-        if study._measured_on() == self._measured_on():
-            for name in ("prepared_texts", "original_perplexity"):
-                if name in vars(self):
-                    vars(study)[name] = vars(self)[name]
-        return study
+        return replace(self, **changes)
 
-    def _measured_on(self) -> list[Any]:
-        """What determines a measurement of the unedited model; its own BOS policy does not."""
-        view = self.evaluated
-        return [view.bridge, view.interventions, self.layer, self.texts, self.text_bos]
+    def _measured(
+        self, what: str, settings: list[Any], measure: Callable[[], _Measured]
+    ) -> _Measured:
+        """What was measured of the model as it is now, or else is now."""
+        if self.evaluated.disturbance is not None:
+            return measure()
+        key = (what, self._measured_on(settings))
+        if key not in self.memo:
+            found = measure()
+            if self._measured_on(settings) != key[1]:
+                return found
+            # The oldest goes; no more than a few views of a model take turns.
+            while len(self.memo) >= _MEMORIES:
+                del self.memo[next(iter(self.memo))]
+            self.memo[key] = found
+        return self.memo[key]
+
+    def _measured_on(self, settings: list[Any]) -> str:
+        """What decides a measurement of the model as it is; its own BOS policy does not."""
+        identity = self.evaluated.with_bos(self.text_bos).identity()
+        return content_hash([identity, list(self.texts), *settings])
 
     def edits(
         self,
@@ -240,14 +275,7 @@ class Study(Shown):
         """Everything that determines the numbers of this study."""
         model, moment = self.model, self.second_moment
         return {
-            "model": {
-                "name": model.label,
-                "source": model.source,
-                "fingerprint": model.fingerprint,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "bos": model.bos.value,
-                "bos_token_ids": list(model.leading_ids),
-            },
+            "model": model.record(),
             "layer": self.layer,
             "contexts": {"hash": self.contexts.content_hash, "seed": self.contexts.seed},
             "second_moment": {
@@ -308,12 +336,19 @@ def measure_facts(
         if progress is not None and task is not None:
             progress.advance(task, count / (slots * study.hyperparameters.steps + 3))
 
+    settings = _row_settings(study)
+
+    def path_of(fact: Fact, method: Method) -> Path | None:
+        if settings is None:
+            return None
+        return study.work / "rows" / f"{_row_hash(settings, fact, method)[:24]}.json"
+
     paths = {
-        (fact.case_id, method.name): _row_path(study, fact, method)
-        for fact in facts
-        for method in methods
+        (fact.case_id, method.name): path_of(fact, method) for fact in facts for method in methods
     }
-    known = {key: row for key, path in paths.items() if (row := _read_row(path)) is not None}
+    known = {
+        key: row for key, path in paths.items() if path and (row := _read_row(path)) is not None
+    }
     open_facts = [
         fact
         for fact in facts
@@ -327,7 +362,10 @@ def measure_facts(
         )
         for method, found in zip(missing, measured, strict=True):
             row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
-            write_json(paths[fact.case_id, method.name], asdict(row))
+            path = paths[fact.case_id, method.name]
+            # An edit that was put into the model meanwhile would be filed under the model without.
+            if path and _row_settings(study) == settings:
+                write_json(path, asdict(row))
             known[fact.case_id, method.name] = row
         done += 1
         if progress is not None and task is not None:
@@ -375,19 +413,30 @@ def case_row(
     }
 
 
-def _row_path(study: Study, fact: Fact, method: Method) -> Path:
-    settings = {key: value for key, value in study.provenance().items() if key != "versions"}
-    # Its condition number is computed anew in every run, and its last digits hang on the machine.
-    settings["second_moment"] = study.second_moment.content_hash
-    if study.model.dtype is not study.model.wide_dtype:
-        settings["precision"] = "keys, deltas and changes in float32"
-    if "stages" in settings:
-        # By their fields, not by their names, which a user gives.
-        views = (study.model.interventions, study.evaluated.interventions)
-        settings["stages"] = [repr(study.key_source), study.text_bos.value, *map(repr, views)]
-    slots = [method.direction, method.residual, method.denominator, method.anchor]
-    key = [settings, fact.as_record(), [slot.value for slot in slots]]
-    return study.work / "rows" / f"{content_hash(key)[:24]}.json"
+def _row_settings(study: Study) -> list[Any] | None:
+    """What decides the rows of a study besides fact and method; None if they may not be kept."""
+    views = (study.model, study.evaluated)
+    try:
+        source = described(study.key_source)
+    except TypeError:
+        return None
+    if any(view.disturbance is not None for view in views):
+        return None
+    settings = [
+        *(view.identity() for view in views),
+        source,
+        study.layer,
+        study.contexts.content_hash,
+        study.second_moment.content_hash,
+        study.hyperparameters.as_dict(),
+        list(study.texts),
+        study.text_bos.value,
+    ]
+    return [_FORMAT, content_hash(settings)]
+
+
+def _row_hash(settings: list[Any], fact: Fact, method: Method) -> str:
+    return content_hash([settings, fact.as_record(), list(method.slots.values())])
 
 
 def _read_row(path: Path) -> CaseRow | None:

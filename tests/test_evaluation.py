@@ -136,7 +136,7 @@ def test_a_last_token_is_run_only_where_others_see_it(
     run = sum(int(group.tail.batch.attention_mask.sum()) for group in prepared.groups)
     ids = [text_prompt(model.with_bos(BosPolicy.WITHOUT), text).token_ids for text in SENTENCES]
     assert run == sum(map(len, ids)) - (len(ids) if change is None else 0)
-    nothing = replace(strong_edit(tiny("llama")), right=torch.zeros(model.bridge.cfg.d_model))
+    nothing = replace(strong_edit(tiny("llama")), right=torch.zeros(model.site(1).d_model))
     (found,) = prepared.measure_edits(model, [nothing])
     assert found.per_sentence == pytest.approx(perplexity(model, SENTENCES).per_sentence, rel=1e-5)
 

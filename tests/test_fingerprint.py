@@ -9,7 +9,7 @@ from tiny import TinyFactory, plain_model
 from torch import nn
 
 from firsttok.errors import NonFiniteError
-from firsttok.models.fingerprint import fingerprint_of
+from firsttok.models.fingerprint import hash_weights
 from firsttok.models.libraries import collection_paused
 
 
@@ -44,7 +44,7 @@ def test_a_scalar_and_a_transposed_matrix_are_read_row_by_row() -> None:
     weights = Weights([1.0, 2.0, 3.0], torch.float32)
     text = b"matrix (3, 2) torch.float32" + weights.matrix.numpy().tobytes(order="C")
     text += b"scalar () torch.float32" + weights.scalar.numpy().tobytes()
-    assert fingerprint_of(weights) == hashlib.sha256(text).hexdigest()
+    assert hash_weights(weights).fingerprint == hashlib.sha256(text).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -52,7 +52,7 @@ def test_weights_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     weights = Weights([largest, 1.0, largest], dtype)
     assert not torch.isfinite(weights.matrix.sum())
-    assert len(fingerprint_of(weights)) == 64
+    assert len(hash_weights(weights).fingerprint) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -60,7 +60,7 @@ def test_weights_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
 def test_nan_and_infinity_are_refused(values: tuple[str, ...], dtype: torch.dtype) -> None:
     weights = Weights([1.0, *map(float, values)], dtype)
     with pytest.raises(NonFiniteError, match="weight matrix holds NaN or infinity"):
-        fingerprint_of(weights)
+        hash_weights(weights)
 
 
 @pytest.mark.parametrize("running", [True, False])

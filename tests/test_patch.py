@@ -57,7 +57,8 @@ def test_applied_restores_to_the_bit(tiny: TinyFactory, arch: str, dtype: str) -
     before = weights(model)
     edit = replace(edit, provenance={"model": {"fingerprint": model.fingerprint}})
     with edit.applied(model) as edited:
-        assert edited is model
+        assert edited.stands
+        assert edited.edits == model.edits == (edit,)
         assert not same_weights(weights(model), before)
     assert same_weights(weights(model), before)
 
@@ -179,8 +180,14 @@ def test_an_edit_is_refused_on_another_model(tiny: TinyFactory, tmp_path: Path, 
         pass
     with pytest.raises(EditMismatchError, match="load that model"):
         edit.apply_(model)
-    assert edit.provenance["model"]["fingerprint"][:12] in str(raised.value)
-    assert model.fingerprint[:12] in str(raised.value)
+    with pytest.raises(EditMismatchError, match="load that model"):
+        model.edited(edit)
+    if other == "dtype":
+        assert "in float32, and this is" in str(raised.value)
+        assert "cast=True" in str(raised.value)
+    else:
+        assert edit.provenance["model"]["fingerprint"][:12] in str(raised.value)
+        assert model.fingerprint[:12] in str(raised.value)
     assert same_weights(weights(model), before)
 
 

@@ -15,7 +15,7 @@ from firsttok.editing import C_ROME, METHODS, ROME, compute_edit
 from firsttok.errors import BadInputError
 from firsttok.evaluation import perplexity
 from firsttok.models import BosPolicy
-from firsttok.probes import SECOND2FIRST
+from firsttok.probes import SECOND2FIRST, SeesAll
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study, measure_facts
 
@@ -212,7 +212,10 @@ def test_a_varied_study_measures_the_unedited_model_once(study: Study) -> None:
         study.varied(text_bos=BosPolicy.WITH),
         study.varied(model=study.model.intervened(SECOND2FIRST)),
     ):
-        assert not {"original_perplexity", "prepared_texts"} & set(vars(other))
+        assert other.prepared_texts is not prepared
+    assert study.varied(layer=1).original_perplexity is expected
+    other = study.varied(model=study.model.intervened(SeesAll(position=0)))
+    assert other.original_perplexity is not expected
 
 
 def test_facts_that_share_a_number_are_refused(study: Study) -> None:
@@ -233,7 +236,7 @@ def test_the_original_perplexity_is_measured_once_for_a_work_folder(
         return perplexity(*args, **settings)
 
     monkeypatch.setattr(study_module, "perplexity", counted)
-    again = replace(study)
+    again = replace(study, memo={})
     again.keep_original_perplexity()
     assert again.original_perplexity == study.original_perplexity
     assert not calls
@@ -242,7 +245,7 @@ def test_the_original_perplexity_is_measured_once_for_a_work_folder(
     assert len(calls) == 1
     assert other.original_perplexity != study.original_perplexity
     kept.write_text("[]", "utf-8")
-    damaged = replace(study)
+    damaged = replace(study, memo={})
     damaged.keep_original_perplexity()
     assert len(calls) == 2
     assert damaged.original_perplexity == study.original_perplexity

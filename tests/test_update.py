@@ -122,7 +122,7 @@ def test_the_edited_layer_maps_the_methods_key_to_its_value(
         edits = edits_of(model, fact, contexts=contexts, store=store)
         for method in METHODS:
             path = store.path(
-                model,
+                model.identity(),
                 fact,
                 contexts=contexts,
                 slot=method.anchor,

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         source="command line",
     )
     with progress_bar() as progress:
-        study = open_study(args, cache_folder("contexts", _safe(args.model)), progress)
+        study = open_study(args, cache_folder("explorations"), progress)
         prompt = with_target(study.model, fact_prompt(study.model, fact), fact.target_new)
         slots = len({method.anchor for method in methods})
         task = progress.add_task("editing", total=slots * study.hyperparameters.steps)
@@ -108,7 +108,3 @@ def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
         sys.stdout.write(f"\n{name}\n  next: {best}\n")
         sys.stdout.write(f"  {fact.prompt}{states[name]['continuation']!r}\n")
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

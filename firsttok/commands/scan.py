@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     facts = facts_from(args)
     out = Path(args.out) / model_label(args.model)
     with progress_bar() as progress:
-        study = open_study(args, out, progress)
+        study = open_study(args, out, progress, leave_in=out)
         study.warn_if_collapsed()
         rows = scan(study, facts, progress=progress)
     path = out / "collapse_cases.json"

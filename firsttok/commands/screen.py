@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     facts = _facts(args)
     out = Path(args.out) / model_label(args.model)
     with progress_bar() as progress:
-        study = open_study(args, out, progress)
+        study = open_study(args, out, progress, leave_in=out)
         start = time.perf_counter()
         screened = screen(study, facts, progress=progress, total=len(facts))
         rows = sorted(screened, key=lambda row: abs(row.denominator))
@@ -104,8 +104,8 @@ def _edited(
     path = Path(args.scan) if args.scan else out / "collapse_cases.json"
     if not path.is_file():
         return {}
-    known, fingerprint = load_scan(path)
-    if fingerprint != study.model.fingerprint:
+    known, made_on = load_scan(path)
+    if not study.model.is_of(made_on):
         reason = f"{path} was made on another model than {study.model.label}"
         if args.scan:
             raise BadInputError(f"{reason}; make it again with: firsttok scan")

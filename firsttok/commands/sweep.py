@@ -105,7 +105,8 @@ def _sweep_model(
     progress: Progress,
 ) -> None:
     chosen = argparse.Namespace(**{**vars(args), "model": name})
-    study = open_study(chosen, folder / "models" / model_label(name), progress)
+    own = folder / "models" / model_label(name)
+    study = open_study(chosen, own, progress, leave_in=own)
     study.warn_if_collapsed()
     label = study.model.label
     join_run(folder, entry, label, model_entry(study))

@@ -13,10 +13,11 @@ from firsttok.editing.patch import RankOneEdit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
+from firsttok.errors import EditMismatchError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
 from firsttok.models import Model
-from firsttok.provenance import versions
+from firsttok.provenance import described, versions
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
@@ -75,56 +76,105 @@ def compute_edits(
     """Compute the edits of many facts by several methods, a window of facts at a time.
 
     Methods whose values are anchored alike share the optimisation. With a store, values that are
-    there already are read and not computed again, and new ones are kept when their batch is done.
+    there already are read and not computed again, and new ones are kept when their batch is done;
+    not so while something disturbs the model (``Model.disturbance``).
 
-    The values are optimised on ``model`` with the interventions of its view; the keys come from
-    ``key_source``, which may intervene otherwise.
+    The values are optimised on ``model`` with the interventions and edits of its view; the keys
+    come from ``key_source``, which may intervene otherwise.
 
     Yields:
         Each fact with its edits by method name, in order.
+
+    Raises:
+        BadInputError: If the second moment is of another layer or model.
+        EditMismatchError: If the model is changed while edits are computed.
     """
     site = model.site(layer)
-    settings = hyperparameters or model.hyperparameters
+    second_moment.check(model, site.layer)
+    return _windows(
+        model,
+        facts,
+        methods,
+        contexts,
+        second_moment,
+        site.layer,
+        hyperparameters or model.hyperparameters,
+        key_source,
+        store,
+        on_step,
+    )
+
+
+def _windows(
+    model: Model,
+    facts: Sequence[Fact],
+    methods: Sequence[Method],
+    contexts: ContextSet,
+    moment: SecondMoment,
+    layer: int,
+    hyperparameters: Hyperparameters,
+    key_source: KeySource,
+    store: ValueStore | None,
+    on_step: Callable[[int], None] | None,
+) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
     slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
     for start in range(0, len(facts), WINDOW):
         chunk = facts[start : start + WINDOW]
+        # Edits may stand in the model by now that did not when the window before was computed.
+        identity, record, site = model.identity(), model.record(), model.site(layer)
         if key_source is ORDINARY_KEYS:
-            keys = keys_of_facts(model, chunk, contexts, layer=site.layer)
+            keys = keys_of_facts(model, chunk, contexts, layer=layer)
         else:
-            keys = [key_source.keys(model, fact, contexts, layer=site.layer) for fact in chunk]
+            keys = [key_source.keys(model, fact, contexts, layer=layer) for fact in chunk]
         values = {
             slot: _values(
                 model,
                 chunk,
                 keys,
+                identity=identity,
                 contexts=contexts,
                 slot=slot,
-                layer=site.layer,
-                hyperparameters=settings,
+                layer=layer,
+                hyperparameters=hyperparameters,
                 key_source=key_source,
-                store=store,
+                store=store if _may_be_kept(model, key_source) else None,
                 on_step=on_step,
             )
             for slot in slots
         }
+        # All before the first is handed out: whoever gets it may put it into the weights.
+        found: list[tuple[Fact, dict[str, RankOneEdit]]] = []
         for index, fact in enumerate(chunk):
             edits: dict[str, RankOneEdit] = {}
             for method in methods:
                 value = values[method.anchor][index]
-                left, right, report = solve_update(site, keys[index], value, method, second_moment)
+                left, right, report = solve_update(site, keys[index], value, method, moment)
                 edits[method.name] = RankOneEdit(
                     left=left,
                     right=right,
-                    layer=site.layer,
+                    layer=layer,
                     stack=site.stack,
                     report=report,
                     losses=value.losses,
                     provenance=_provenance(
-                        model, fact, method, contexts, second_moment, site.layer, settings
+                        record, fact, method, contexts, moment, layer, hyperparameters
                     )
                     | {"keys": key_source.name},
                 )
-            yield fact, edits
+            found.append((fact, edits))
+        if model.identity() != identity:
+            raise EditMismatchError(
+                f"{model.name} was changed while edits were computed on it; compute them again"
+            )
+        yield from found
+
+
+def _may_be_kept(model: Model, key_source: KeySource) -> bool:
+    try:
+        described(key_source)
+    except TypeError:
+        return False
+    return model.disturbance is None
 
 
 def _values(
@@ -132,6 +182,7 @@ def _values(
     facts: Sequence[Fact],
     keys: Sequence[FactKeys],
     *,
+    identity: str,
     contexts: ContextSet,
     slot: Slot,
     layer: int,
@@ -145,7 +196,7 @@ def _values(
 
     def path_of(fact: Fact, source: KeySource) -> Path | None:
         return store and store.path(
-            model,
+            identity,
             fact,
             contexts=contexts,
             slot=slot,
@@ -178,7 +229,7 @@ def _values(
         index = missing[number]
         found[index] = value
         path = paths[index]
-        if store and path:
+        if store and path and model.identity() == identity:
             store.write(path, value)
 
     optimise_values(
@@ -210,7 +261,7 @@ def _same_anchors(
 
 
 def _provenance(
-    model: Model,
+    model: dict[str, Any],
     fact: Fact,
     method: Method,
     contexts: ContextSet,
@@ -219,14 +270,7 @@ def _provenance(
     hyperparameters: Hyperparameters,
 ) -> dict[str, Any]:
     return {
-        "model": {
-            "name": model.label,
-            "source": model.source,
-            "fingerprint": model.fingerprint,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "bos": model.bos.value,
-            "interventions": [change.name for change in model.interventions],
-        },
+        "model": model,
         "layer": layer,
         "fact": fact.as_record(),
         "method": {"name": method.name, **method.slots},

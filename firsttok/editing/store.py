@@ -12,11 +12,12 @@ from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import Model
+from firsttok.provenance import described
 from firsttok.storage import atomic_path, content_hash, read_safetensors
 
 __all__ = ["ValueStore"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ValueStore:
@@ -28,7 +29,7 @@ class ValueStore:
 
     def path(
         self,
-        model: Model,
+        identity: str,
         fact: Fact,
         *,
         contexts: ContextSet,
@@ -37,23 +38,31 @@ class ValueStore:
         hyperparameters: Hyperparameters,
         key_source: KeySource = ORDINARY_KEYS,
     ) -> Path:
-        """Return where the value of a fact under these settings lies."""
+        """Return where the value of a fact under these settings is kept.
+
+        Args:
+            identity: Identity of the model's view that it is optimised on.
+            fact: The fact.
+            contexts: Contexts of the rewriting prompts.
+            slot: Which key's output the anchor is.
+            layer: The edited layer.
+            hyperparameters: Settings of the optimisation.
+            key_source: Where the keys come from.
+
+        Raises:
+            TypeError: If the key source cannot be described.
+        """
         key: list[Any] = [
             _FORMAT,
-            model.fingerprint,
-            str(model.dtype)
-            if model.dtype is model.wide_dtype
-            else f"{model.dtype}, float32 deltas",
-            list(model.leading_ids),
+            identity,
             [fact.subject, fact.template, fact.target_new],
             contexts.content_hash,
             slot.value,
             layer,
             hyperparameters.as_dict(),
         ]
-        if model.interventions or key_source is not ORDINARY_KEYS:
-            # By their fields, not by their names, which a user gives.
-            key.append([repr(key_source), *map(repr, model.interventions)])
+        if key_source is not ORDINARY_KEYS:
+            key.append(described(key_source))
         return self.folder / f"{content_hash(key)[:24]}.safetensors"
 
     def read(self, path: Path, model: Model) -> Value | None:

@@ -167,15 +167,16 @@ def optimise_values(
     rows = [_fact_rows(model, fact, contexts) for fact in facts]
     values: dict[int, Value] = {}
     for group in _groups(model, rows, layer):
-        computed = _optimise(
-            model,
-            _problem(model, [rows[i] for i in group], layer),
-            anchors[group],
-            [facts[i].prompt for i in group],
-            slot=slot,
-            hyperparameters=hyperparameters,
-            on_step=on_step,
-        )
+        with model.standing():
+            computed = _optimise(
+                model,
+                _problem(model, [rows[i] for i in group], layer),
+                anchors[group],
+                [facts[i].prompt for i in group],
+                slot=slot,
+                hyperparameters=hyperparameters,
+                on_step=on_step,
+            )
         for index, value in zip(group, computed, strict=True):
             values[index] = value
             if on_value is not None:
@@ -244,7 +245,7 @@ def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int, *, packed: b
     each token that runs, and six for each that is only attended to; eight, four and two where no
     padding runs. And the logits with their softmax and gradients.
     """
-    config = model.bridge.cfg
+    config = model.weights.bridge.cfg
     size = torch.finfo(model.dtype).bits // 8
     blocks, width = model.n_layers - layer, int(config.d_model)
     rows = sum(len(fact.prompts) for fact in batch)

@@ -140,8 +140,8 @@ def _last_logits(
         # They are made to whole prompts, and may let a token see later ones.
         return logits(model, batch)[:, -1]
     known = cache.get_seq_length()
-    with fast_products(model.device):
-        output: Tensor = model.bridge(
+    with model.running() as bridge, fast_products(model.device):
+        output: Tensor = bridge(
             batch.tokens[:, known:],
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids[:, known:],

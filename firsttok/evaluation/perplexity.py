@@ -84,8 +84,10 @@ class PreparedTexts:
     """The layer that edits change."""
     groups: tuple[_Group, ...]
     """The batches."""
-    weight: Float[Tensor, "rows columns"]
-    """The layer's weight as it was, in the model's layout."""
+    bos: BosPolicy
+    """BOS policy of the sentences."""
+    made_on: tuple[str, str | None]
+    """What decided the pass: identity of the view up to the layer, and what disturbed it."""
 
     @torch.no_grad()
     def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
@@ -95,20 +97,20 @@ class PreparedTexts:
         touched. As many edits share a batch as the device takes. In a 16-bit type an edit that
         stands in the weights is rounded with them; here it is not.
 
-        An edit that stands in a layer above is measured along; one below must not have been made
-        since the sentences were prepared.
+        An edit that stands in a layer above is measured along; what stands at the layer or below
+        must be what stood there when the sentences were prepared.
 
         Args:
-            model: The model these texts were prepared on, unedited.
+            model: The model these texts were prepared on.
             edits: Edits of the layer they were prepared for.
 
         Raises:
-            EditMismatchError: If an edit was made for another model, or stands in the weight.
+            EditMismatchError: If an edit was made for another model, or the model is not as it was.
             BadInputError: If an edit is of another layer.
         """
-        if not torch.equal(model.site(self.layer).weight, self.weight):
+        if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
             raise EditMismatchError(
-                f"layer {self.layer} of {model.name} was changed since the sentences were "
+                f"{model.name} was changed at or below layer {self.layer} since the sentences were "
                 "prepared; undo that edit first, or measure with perplexity(model)"
             )
         for edit in edits:
@@ -177,8 +179,8 @@ def prepare_texts(
         LayerOutOfRangeError: If there is no such layer.
         UnsupportedModelError: If the model is no decoder.
     """
-    prompts = _prompts(model.with_bos(bos), texts)
-    skip = len(model.with_bos(bos).leading_ids)
+    view = model.with_bos(bos)
+    prompts, skip, made_on = _prompts(view, texts), len(view.leading_ids), _passing(view, layer)
     groups: list[_Group] = []
     for indices in batches(prompts, max_tokens=_MAX_TOKENS):
         batch = pad(model, [prompts[i] for i in indices])
@@ -190,8 +192,16 @@ def prepare_texts(
             batch, where = pad(model, read), where[:, :-1]
         tail = capture_tail(model, batch, layer=layer)
         groups.append(_Group(indices=indices, where=where, labels=labels, tail=tail))
-    weight = model.site(layer).weight.detach().clone()
-    return PreparedTexts(layer=layer, groups=tuple(groups), weight=weight)
+    if _passing(view, layer) != made_on:
+        raise EditMismatchError(
+            f"{model.name} was changed while the sentences were prepared; prepare them again"
+        )
+    return PreparedTexts(layer=layer, groups=tuple(groups), bos=bos, made_on=made_on)
+
+
+def _passing(view: Model, layer: int) -> tuple[str, str | None]:
+    """What decides a pass up to the output of a layer."""
+    return view.identity(layer + 1), view.disturbance
 
 
 def _prompts(model: Model, texts: Sequence[str] | None) -> list[Prompt]:

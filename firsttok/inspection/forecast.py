@@ -175,7 +175,7 @@ def forecast(
         facts=tuple(rows),
         left_out=tuple(left_out),
         original_perplexity=original,
-        doubt=_doubt(original, int(study.model.bridge.cfg.d_vocab)),
+        doubt=_doubt(original, int(study.model.weights.bridge.cfg.d_vocab)),
         not_edited=not_edited,
     )
 

@@ -246,9 +246,9 @@ def _titled(panel: Panel) -> list[Part]:
 
 
 def _architecture(model: Model) -> Architecture:
-    config: Any = model.bridge.cfg
+    config: Any = model.weights.bridge.cfg
     site = model.site()
-    original: Any = model.bridge.original_model
+    original: Any = model.weights.bridge.original_model
     with torch.device("meta"):
         # The bridge puts copies of parts into the model, which are no weights of its own.
         plain: Any = type(original)(original.config)

@@ -12,6 +12,7 @@ from firsttok.models.model import Model
 from firsttok.models.replay import capture_tail, find_replay, keys_behind
 from firsttok.models.sites import EditSite, find_sites
 from firsttok.models.tail import Replay, Tail
+from firsttok.models.weights import Place, Standing, WeightEdit, Weights
 
 __all__ = [
     "CATALOG",
@@ -19,8 +20,12 @@ __all__ = [
     "EditSite",
     "Model",
     "ModelSpec",
+    "Place",
     "Replay",
+    "Standing",
     "Tail",
+    "WeightEdit",
+    "Weights",
     "capture",
     "capture_tail",
     "embedded_folder",

@@ -1,22 +1,42 @@
-"""The fingerprint of a model's weights, by which caches and committed results know the model."""
+"""Hashes of a model's parts: its weights, its configuration and its tokenizer."""
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from firsttok.errors import NonFiniteError
+from firsttok.storage import content_hash
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["fingerprint_of"]
+__all__ = ["HashedWeights", "config_hash", "hash_weights", "tensor_hash", "tokenizer_hash"]
+
+_UNDECIDING = frozenset({"dtype", "torch_dtype", "transformers_version", "use_cache"})
+"""Fields of a configuration that change no number, or that are told elsewhere."""
 
 
-def fingerprint_of(model: "nn.Module") -> str:
-    """SHA-256 over names, shapes, types and bytes of all weights, which have to be finite.
+@dataclass(frozen=True, kw_only=True)
+class HashedWeights:
+    """All weights of a model, hashed as a whole and one by one."""
+
+    fingerprint: str
+    """SHA-256 over names, shapes, types and bytes of all weights."""
+    by_place: Mapping[tuple[Any, ...], str]
+    """:func:`tensor_hash` of each, by where and how it is in memory."""
+
+    def hash_of(self, tensor: Shaped[Tensor, "..."]) -> str:
+        """Return :func:`tensor_hash` of a tensor; one of the weights is not read again."""
+        return self.by_place.get(_place(tensor)) or tensor_hash(tensor)
+
+
+def hash_weights(model: "nn.Module") -> HashedWeights:
+    """Hash the weights of a model, which have to be finite.
 
     Args:
         model: The model as loaded; its weights are read only.
@@ -25,17 +45,77 @@ def fingerprint_of(model: "nn.Module") -> str:
         NonFiniteError: If a weight is NaN or infinite.
     """
     digest = hashlib.sha256()
+    by_place: dict[tuple[Any, ...], str] = {}
     for key, weight in sorted(model.state_dict().items()):
         if weight.is_floating_point() and not _is_finite(weight):
             raise NonFiniteError(
                 f"weight {key} holds NaN or infinity; the model file is damaged, fetch it again"
             )
-        digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())
-        plain = weight.detach().cpu().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(plain.numpy()))
-    return digest.hexdigest()
+        digest.update(f"{key} {_kind(weight)}".encode())
+        content = _bytes(weight)
+        digest.update(content)
+        if _place(weight) not in by_place:
+            by_place[_place(weight)] = _hash(weight, content)
+    return HashedWeights(fingerprint=digest.hexdigest(), by_place=by_place)
+
+
+def tensor_hash(tensor: Shaped[Tensor, "..."]) -> str:
+    """SHA-256 over shape, type and bytes of a tensor, wherever it is."""
+    return _hash(tensor, _bytes(tensor))
+
+
+def config_hash(config: Any) -> str:
+    """SHA-256 of a Hugging Face configuration, less what changes no number.
+
+    Args:
+        config: The configuration; what a file leaves at the default of its class does not count.
+    """
+    fields: dict[str, Any] = config.to_diff_dict()
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in _UNDECIDING and not name.startswith("_")
+    }
+    return content_hash(_plain(kept))
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of a fast tokenizer: vocabulary, rules, special tokens."""
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = [tokenizer.backend_tokenizer.to_str(), special, sorted(tokenizer.all_special_ids)]
+    return content_hash(parts)
 
 
 def _is_finite(weight: Shaped[Tensor, "..."]) -> bool:
     # The sum is finite only if each term is, and is quick; finite terms may overflow it, though.
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+def _place(tensor: Shaped[Tensor, "..."]) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _kind(tensor: Shaped[Tensor, "..."]) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
+    plain: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    return memoryview(plain.numpy())
+
+
+def _hash(tensor: Shaped[Tensor, "..."], content: memoryview) -> str:
+    digest = hashlib.sha256(_kind(tensor).encode())
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return str(value)

@@ -36,8 +36,8 @@ def logits(model: "Model", batch: TokenBatch) -> Logits:
     Returns:
         Logits at every column of the batch, padding included.
     """
-    with fast_products(batch.device):
-        output: Tensor = model.bridge(batch.tokens, **call_arguments(model, batch))
+    with model.running() as bridge, fast_products(batch.device):
+        output: Tensor = bridge(batch.tokens, **call_arguments(model, batch))
     return output
 
 
@@ -62,21 +62,21 @@ def capture(
         seen[hook.name] = activation
 
     arguments = call_arguments(model, batch)
-    bridge: Any = model.bridge
     only_keys = {*hook_names} <= {site.key_hook for site in model.sites}
-    if only_keys and model.can_be_edited:
-        call = pack_call(bridge, batch.tokens, batch.attention_mask, arguments)
-        if call is not None:
-            with bridge.hooks(fwd_hooks=[(name, keep) for name in hook_names]):
-                call.run(stop_at_layer)
-            return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
-    if stop_at_layer is not None and stop_at_layer < model.n_layers:
-        arguments["stop_at_layer"] = stop_at_layer
-    with fast_products(batch.device):
-        bridge.run_with_hooks(
-            batch.tokens,
-            return_type="logits",
-            fwd_hooks=[(name, keep) for name in hook_names],
-            **arguments,
-        )
+    with model.running() as bridge:
+        if only_keys and model.can_be_edited:
+            call = pack_call(bridge, batch.tokens, batch.attention_mask, arguments)
+            if call is not None:
+                with bridge.hooks(fwd_hooks=[(name, keep) for name in hook_names]):
+                    call.run(stop_at_layer)
+                return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
+        if stop_at_layer is not None and stop_at_layer < model.n_layers:
+            arguments["stop_at_layer"] = stop_at_layer
+        with fast_products(batch.device):
+            bridge.run_with_hooks(
+                batch.tokens,
+                return_type="logits",
+                fwd_hooks=[(name, keep) for name in hook_names],
+                **arguments,
+            )
     return seen

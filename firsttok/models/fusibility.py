@@ -9,7 +9,7 @@ from torch import Tensor
 
 from firsttok.models.kernels import rms_norm
 
-__all__ = ["has_plain_arguments", "is_fusible", "is_watched", "plain_norm"]
+__all__ = ["has_plain_arguments", "hooks_of", "is_fusible", "is_watched", "plain_norm"]
 
 _SPECIAL = ("sinks", "attn_logit_softcapping", "key_multiplier", "clip_qkv")
 """What an attention may have besides, as attributes of Hugging Face's module or configuration."""
@@ -43,17 +43,25 @@ def has_plain_arguments(blocks: Sequence[Any], arguments: Sequence[Mapping[str, 
 
 def is_watched(part: Any) -> bool:
     """Whether a hook, TransformerLens's or PyTorch's, is on a module or on any part of it."""
+    return any(hooks_of(each) for each in part.modules())
+
+
+def hooks_of(module: Any) -> tuple[Any, ...]:
+    """The hooks on a module, forward and backward, that no library left there for itself."""
+    # Most modules have none, and this is asked of all of them.
+    if not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return ()
     from transformer_lens.hook_points import HookPoint
 
-    for each in part.modules():
-        hooks = (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
-        if (
-            each._backward_hooks
-            or each._backward_pre_hooks
-            or any(isinstance(each, HookPoint) or not _is_own(hook) for hook in hooks)
-        ):
-            return True
-    return False
+    forward = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if not isinstance(module, HookPoint):
+        forward = tuple(hook for hook in forward if not _is_own(hook))
+    return (*forward, *module._backward_hooks.values(), *module._backward_pre_hooks.values())
 
 
 def plain_norm(norm: Any) -> tuple[Float[Tensor, "d_model"], float] | None:

@@ -11,12 +11,14 @@ from firsttok.errors import BadInputError, UnknownModelError, UnsupportedModelEr
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import find_spec
-from firsttok.models.fingerprint import fingerprint_of
+from firsttok.models.disturbance import Baseline
+from firsttok.models.fingerprint import hash_weights
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_trouble, locate
 from firsttok.models.model import Model
 from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
+from firsttok.models.weights import Weights
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -75,23 +77,23 @@ def load(
         with ThreadPoolExecutor(max_workers=1) as beside:
             # Hashing holds no lock, so it costs no time beside an import. It has to be done before
             # the bridge is made, which puts its own parts into the model.
-            hashed = beside.submit(fingerprint_of, hf_model)
+            hashed = beside.submit(hash_weights, hf_model)
             import_module("transformer_lens.model_bridge")
             lens_tokenizer = _lens_tokenizer(tokenizer, name)
-            fingerprint = hashed.result()
+            hashes = hashed.result()
         bridge = _bridge(hf_model, lens_tokenizer, name)
         sites = find_sites(bridge)
     layers = sum(site.stack == sites[0].stack for site in sites)
     return Model(
         name=name,
         source=location.source,
-        bridge=bridge,
+        weights=Weights(bridge, sites, hashes),
+        baseline=Baseline.of(bridge),
         tokenizer=tokenizer,
         sites=sites,
         bos=policy,
         default_layer=spec.layer if spec and spec.layer is not None else layers // 2,
         hyperparameters=spec.hyperparameters if spec else Hyperparameters(),
-        fingerprint=fingerprint,
     )
 
 

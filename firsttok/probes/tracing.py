@@ -270,21 +270,23 @@ def trace_facts(
     traces: list[Trace] = []
     for fact in facts:
         path = _path(study, fact, corruption, width)
-        trace = _read(path)
+        trace = None if path is None else _read(path)
         if trace is None:
             trace = trace_fact(study.model, fact, corruption, window=width, on_step=on_step)
-            write_json(path, trace.as_record())
+            if path is not None and _path(study, fact, corruption, width) == path:
+                write_json(path, trace.as_record())
         traces.append(trace)
         if progress is not None and task is not None:
             progress.update(task, completed=len(traces))
     return traces
 
 
-def _path(study: Study, fact: Fact, corruption: Corruption, window: int) -> Path:
-    model = study.model
+def _path(study: Study, fact: Fact, corruption: Corruption, window: int) -> Path | None:
+    """Where a trace is kept; None while something disturbs the model."""
+    if study.model.disturbance is not None:
+        return None
     key = [
-        [model.fingerprint, str(model.dtype), list(model.leading_ids)],
-        [repr(change) for change in model.interventions],
+        study.model.identity(),
         [corruption.scale, corruption.samples, corruption.seed, window, list(KINDS)],
         fact.as_record(),
     ]

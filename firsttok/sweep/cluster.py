@@ -45,7 +45,7 @@ class Recipe:
     """``cpu`` or ``cuda``; Ray shows each actor its own GPU."""
     bos: BosPolicy
     """The view's BOS policy."""
-    fingerprint: str
+    identity: str
     """The model's, to be sure that every worker loads the same."""
     contexts: ContextSet
     """Contexts of Equation 1."""
@@ -74,7 +74,7 @@ class Recipe:
             dtype=str(study.model.dtype).removeprefix("torch."),
             device=device,
             bos=study.model.bos,
-            fingerprint=study.model.fingerprint,
+            identity=study.model.identity(),
             contexts=study.contexts,
             second_moment=study.second_moment,
             layer=study.layer,
@@ -90,10 +90,10 @@ class Recipe:
             BadInputError: If the model is another one than where the run was begun.
         """
         model: Model = load(self.source, bos=self.bos.value, dtype=self.dtype, device=self.device)
-        if model.fingerprint != self.fingerprint:
+        if model.identity() != self.identity:
             raise BadInputError(
-                f"{self.source} on a worker has other weights than where the run was begun; "
-                "give every node the same model"
+                f"{self.source} on a worker is another model than where the run was begun, by its "
+                "weights, configuration or tokenizer; give every node the same one"
             )
         return Study(
             model=model,

@@ -53,7 +53,16 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
 
 
 def model_entry(study: "Study") -> Any:
-    """What is fixed for one model: everything that determines its numbers."""
+    """What is fixed for one model: everything that determines its numbers.
+
+    Raises:
+        BadInputError: If something disturbs the model that is no part of its identity.
+    """
+    disturbance = study.model.disturbance
+    if disturbance is not None:
+        raise BadInputError(
+            f"a run keeps its rows, and none of them would show that {disturbance}; take that away"
+        )
     entry = study.provenance()
     # Its condition number is computed anew in every run, and its last digits hang on the machine.
     entry["second_moment"] = {
