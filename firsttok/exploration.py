@@ -12,8 +12,11 @@ from firsttok.editing import METHODS, ROME, Method, RankOneEdit, UpdateReport
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
+    DAMAGE_RATIO,
+    Damage,
     Perplexity,
     continuation,
+    damage,
     target_probabilities,
     top_predictions,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "compare_methods",
     "observe",
     "prepare_study",
+    "verdict",
     "what_if",
 ]
 
@@ -77,9 +81,19 @@ class WhatIf(Shown):
         return self.edit.report
 
     @property
+    def verdict(self) -> str:
+        """What the edit did to the model, in a sentence."""
+        return verdict(self.method.label, self.before.perplexity, self.after.perplexity)
+
+    @property
+    def damage(self) -> Damage | None:
+        """What the edit did to the model; None if it had collapsed before."""
+        return damage(self.before.perplexity, self.after.perplexity)
+
+    @property
     def collapsed(self) -> bool:
         """Whether the edit destroyed the model, which was not as bad before."""
-        return self.after.perplexity.collapsed and not self.before.perplexity.collapsed
+        return self.damage is Damage.COLLAPSED
 
     def panel(self) -> Panel:
         """Tokens, components, before and after, and what became of the model."""
@@ -89,7 +103,7 @@ class WhatIf(Shown):
                 *self.tokens.panel().parts,
                 _components([self]),
                 *_states(self.fact, {"before": self.before, "after": self.after}),
-                Note(text=_verdict(self)),
+                Note(text=self.verdict),
             ],
             source=self.origin | {"method": self.method.name},
         )
@@ -125,7 +139,7 @@ class Comparison(Shown):
                 *first.tokens.panel().parts,
                 _components(self.results),
                 *_states(first.fact, {"before": first.before, **states}),
-                *(Note(text=_verdict(result)) for result in self.results),
+                *(Note(text=result.verdict) for result in self.results),
             ],
             source=first.origin,
         )
@@ -321,16 +335,26 @@ def _top(seen: Observation) -> str:
     return ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions[:3])
 
 
-def _verdict(result: WhatIf) -> str:
-    before, after = result.before.perplexity, result.after.perplexity
-    name = result.method.label
-    if before.collapsed:
+def verdict(name: str, before: Perplexity, after: Perplexity) -> str:
+    """Say what an edit did to a model, in a sentence.
+
+    Args:
+        name: What edited it.
+        before: Perplexity of the model without the edit.
+        after: Perplexity on the same sentences with it.
+    """
+    numbers = f"perplexity {before.mean:.4g} before, {after.mean:.4g} after"
+    found = damage(before, after)
+    if found is None:
         return (
-            f"{name}: the unedited model is above a perplexity of {COLLAPSE_THRESHOLD:g} itself, "
-            "so nothing can be said to collapse."
+            f"{name}: the model is above a perplexity of {COLLAPSE_THRESHOLD:g} without the edit, "
+            f"so nothing can be said to collapse ({numbers})."
         )
-    what = "destroyed" if after.collapsed else "did not destroy"
-    return (
-        f"{name} {what} the model: perplexity {before.mean:.4g} before, {after.mean:.4g} after "
-        f"(collapse is above {COLLAPSE_THRESHOLD:g})."
-    )
+    if found is Damage.COLLAPSED:
+        return f"{name} collapsed the model: {numbers} (collapse: above {COLLAPSE_THRESHOLD:g})."
+    if found is Damage.DAMAGED:
+        return (
+            f"{name} damaged the model: {numbers}, {after.mean / before.mean:.1f} times as high "
+            f"(damage: {DAMAGE_RATIO:g} times; collapse: above {COLLAPSE_THRESHOLD:g})."
+        )
+    return f"{name} left the model intact: {numbers}. Whether it spared other facts is not in this."

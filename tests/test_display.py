@@ -299,8 +299,11 @@ def test_the_verdict_does_not_blame_the_edit_for_a_bad_model(
     destroyed, spared = with_perplexities(20.0, 5000.0), with_perplexities(20.0, 900.0)
     bad = with_perplexities(3000.0, 5000.0)
     assert [each.collapsed for each in (destroyed, spared, bad)] == [True, False, False]
-    assert "ROME destroyed the model: perplexity 20 before, 5000 after" in repr(destroyed)
-    assert "did not destroy" in repr(spared)
+    assert "ROME collapsed the model: perplexity 20 before, 5000 after" in repr(destroyed)
+    assert "ROME damaged the model: perplexity 20 before, 900 after, 45.0 times" in repr(spared)
+    assert [each.damage for each in (destroyed, spared, bad)] == ["collapsed", "damaged", None]
+    assert with_perplexities(20.0, 29.9).damage == "intact"
+    assert "ROME left the model intact" in repr(with_perplexities(20.0, 29.9))
     assert "nothing can be said to collapse" in repr(bad)
     assert with_perplexities(20.0, float("nan")).collapsed
 

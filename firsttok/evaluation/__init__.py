@@ -14,8 +14,11 @@ from firsttok.evaluation.generation import (
 )
 from firsttok.evaluation.perplexity import (
     COLLAPSE_THRESHOLD,
+    DAMAGE_RATIO,
+    Damage,
     Perplexity,
     PreparedTexts,
+    damage,
     perplexity,
     prepare_texts,
 )
@@ -28,13 +31,16 @@ from firsttok.evaluation.targets import (
 
 __all__ = [
     "COLLAPSE_THRESHOLD",
+    "DAMAGE_RATIO",
     "Accuracy",
     "CounterfactScores",
+    "Damage",
     "Perplexity",
     "PreparedTexts",
     "TargetScore",
     "continuation",
     "counterfact_scores",
+    "damage",
     "edit_accuracies",
     "edit_accuracy",
     "edit_counterfact_scores",

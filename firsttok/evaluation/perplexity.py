@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,10 +16,21 @@ from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
 from firsttok.prompts import Prompt, batches, pad, sees_later, text_prompt
 
-__all__ = ["COLLAPSE_THRESHOLD", "Perplexity", "PreparedTexts", "perplexity", "prepare_texts"]
+__all__ = [
+    "COLLAPSE_THRESHOLD",
+    "DAMAGE_RATIO",
+    "Damage",
+    "Perplexity",
+    "PreparedTexts",
+    "damage",
+    "perplexity",
+    "prepare_texts",
+]
 
 COLLAPSE_THRESHOLD = 1000.0
 """An edit that lifts the perplexity above this has destroyed the model (Butterfly Effect)."""
+DAMAGE_RATIO = 1.5
+"""An edit that multiplies the perplexity by this or more has damaged the model."""
 _MAX_TOKENS = 1024
 _MAX_TOKENS_CUDA = 16_384
 _PLACES = 256
@@ -54,6 +66,31 @@ class Perplexity(Shown):
     def collapsed(self) -> bool:
         """Whether the mean is above the threshold, or no number at all."""
         return not self.mean <= COLLAPSE_THRESHOLD
+
+
+class Damage(str, Enum):
+    """What an edit did to a model, told from perplexities before and after."""
+
+    INTACT = "intact"
+    """The perplexity is less than :data:`DAMAGE_RATIO` times what it was."""
+    DAMAGED = "damaged"
+    """It is higher than that, and not above :data:`COLLAPSE_THRESHOLD`."""
+    COLLAPSED = "collapsed"
+    """It is above :data:`COLLAPSE_THRESHOLD`, or no number at all."""
+
+
+def damage(before: Perplexity, after: Perplexity) -> Damage | None:
+    """Return what an edit did, or None if the model had collapsed before it.
+
+    Args:
+        before: Perplexity of the model without the edit.
+        after: Perplexity on the same sentences with it.
+    """
+    if before.collapsed:
+        return None
+    if after.collapsed:
+        return Damage.COLLAPSED
+    return Damage.INTACT if after.mean < DAMAGE_RATIO * before.mean else Damage.DAMAGED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
