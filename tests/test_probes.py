@@ -362,7 +362,7 @@ def test_values_of_different_views_and_sources_lie_apart(tiny: TinyFactory, tmp_
     sources = [ORDINARY_KEYS, MaskedKeys(later=False, changed=True), *IDENTITY_CELLS]
     views = [model, model.intervened(SECOND2FIRST), model.intervened(FIRST2SECOND)]
     paths = {
-        store.path(view, FACTS[0], key_source=source, **settings)
+        store.path(view.identity(), FACTS[0], key_source=source, **settings)
         for view in views
         for source in sources
     }

@@ -399,7 +399,7 @@ def test_a_stored_value_comes_back_and_a_damaged_one_does_not(
         used: Model = model, fact: Fact = FACTS[0], steps: int = 3, slot: Slot = Slot.UNPREFIXED
     ) -> Path:
         return store.path(
-            used,
+            used.identity(),
             fact,
             contexts=CONTEXTS,
             slot=slot,

@@ -124,7 +124,7 @@ class Model(Shown):
     @property
     def replay(self) -> Replay:
         """How much has to run again after a change at one layer, found by trial on first use."""
-        found = self.weights.trials
+        found = self.weights.findings
         if "replay" not in found:
             replay = find_replay(self)
             if self.disturbance is not None:
@@ -400,8 +400,8 @@ class Model(Shown):
         parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
         # Writing out a vocabulary takes long; this tells whether it has to be done again.
         seen = [id(tokenizer), len(tokenizer), tokenizer.all_special_ids, *map(repr, parts)]
-        known = self.weights.trials.get("tokenizer")
+        known = self.weights.findings.get("tokenizer")
         if known is None or known[:2] != (tokenizer, seen):
             known = (tokenizer, seen, tokenizer_hash(tokenizer))
-            self.weights.trials["tokenizer"] = known
+            self.weights.findings["tokenizer"] = known
         return known[2]

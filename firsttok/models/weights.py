@@ -139,8 +139,8 @@ class Weights:
         self.bridge: Any = bridge
         self.fingerprint: str = hashed.fingerprint
         """SHA-256 over names, shapes, types and bytes of all weights as loaded."""
-        self.trials: dict[str, Any] = {}
-        """What trials found out about the model, by their names."""
+        self.findings: dict[str, Any] = {}
+        """What was found out about the model once, by what was asked."""
         self._sites = {(site.stack, site.layer): site for site in sites}
         self._known = {known.name: known for known in _known_tensors(bridge, sites, hashed)}
         owners = {id(known.tensor): known for known in self._known.values()}
