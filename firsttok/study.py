@@ -29,7 +29,7 @@ from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt
 from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
-from firsttok.storage import content_hash, read_json, write_json
+from firsttok.storage import content_hash, read_record, write_record
 
 __all__ = ["CaseRow", "Study", "case_row", "measure_facts"]
 
@@ -160,7 +160,7 @@ class Study(Shown):
         name = content_hash([*parts, self.text_bos.value])[:24]
         path = self.work / "original" / f"{name}.json"
         try:
-            record = read_json(path, "a kept perplexity")
+            record = read_record(path, "a kept perplexity")
             kept = Perplexity(
                 mean=float(record["mean"]),
                 corpus=float(record["corpus"]),
@@ -170,7 +170,7 @@ class Study(Shown):
         except (BadInputError, KeyError, TypeError, ValueError):
             # A model that gives NaN has nothing to keep, and JSON has no such number.
             if not math.isnan(self.original_perplexity.corpus):
-                write_json(path, asdict(self.original_perplexity))
+                write_record(path, asdict(self.original_perplexity))
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
@@ -327,7 +327,7 @@ def measure_facts(
         )
         for method, found in zip(missing, measured, strict=True):
             row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
-            write_json(paths[fact.case_id, method.name], asdict(row))
+            write_record(paths[fact.case_id, method.name], asdict(row))
             known[fact.case_id, method.name] = row
         done += 1
         if progress is not None and task is not None:
@@ -392,7 +392,7 @@ def _row_path(study: Study, fact: Fact, method: Method) -> Path:
 
 def _read_row(path: Path) -> CaseRow | None:
     try:
-        record = read_json(path, "a finished row")
+        record = read_record(path, "a finished row")
         return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
     except (BadInputError, KeyError, TypeError, json.JSONDecodeError):
         return None

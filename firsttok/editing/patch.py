@@ -14,7 +14,7 @@ from firsttok.display import Panel, Plot, Shown, short_hash
 from firsttok.editing.update import UpdateReport
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import EditSite, Model
-from firsttok.storage import atomic_path, read_safetensors
+from firsttok.storage import read_safetensors, write_tensors
 from firsttok.tensors import KeyVector, ValueVector, WeightInOut
 
 __all__ = ["AppliedEdit", "RankOneEdit", "load_edit"]
@@ -166,8 +166,6 @@ class RankOneEdit(Shown):
         Raises:
             CacheError: If the file cannot be written.
         """
-        from safetensors.torch import save_file
-
         record = {
             "layer": self.layer,
             "stack": self.stack,
@@ -175,9 +173,8 @@ class RankOneEdit(Shown):
             "losses": list(self.losses),
             "provenance": self.provenance,
         }
-        tensors = {"left": self.left.contiguous().cpu(), "right": self.right.contiguous().cpu()}
-        with atomic_path(Path(path)) as temporary:
-            save_file(tensors, str(temporary), {"firsttok_edit": json.dumps(record)})
+        tensors = {"left": self.left, "right": self.right}
+        write_tensors(Path(path), tensors, {"firsttok_edit": json.dumps(record)})
 
 
 def load_edit(path: str | Path) -> RankOneEdit:
