@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Generator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +21,12 @@ from filelock import FileLock
 
 from firsttok.digests import content_hash, is_sealed, sealed, tensors_hash, unsealed
 from firsttok.errors import BadInputError, CacheError
+from firsttok.sinks import atomic_path, check_output
 
 __all__ = [
     "atomic_path",
     "cache_folder",
+    "check_output",
     "content_hash",
     "file_sha256",
     "locked",
@@ -83,39 +84,6 @@ def locked(path: Path) -> Generator[None, None, None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Generator[Path, None, None]:
-    """Yield a temporary path in the same folder; it takes the place of ``path`` only on success.
-
-    Raises:
-        CacheError: If the folder cannot be written to, or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror}); choose a folder you may write to"
-        ) from None
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -187,7 +155,7 @@ def write_json(path: Path, content: Any) -> None:
         CacheError: If the file cannot be written.
         ValueError: If the content holds NaN or infinity.
     """
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _as_json(content)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -200,8 +168,7 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
         ValueError: If the content holds NaN or infinity.
     """
     # As it will be read: a tuple comes back as a list, and a number as a key as a text.
-    plain = json.loads(json.dumps(dict(content), ensure_ascii=False, allow_nan=False))
-    write_json(path, sealed(plain, path.name))
+    write_json(path, sealed(json.loads(_as_json(dict(content))), path.name))
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -257,6 +224,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         except SafetensorError as error:
             # It wraps what the system says, such as that the disk is full.
             raise OSError(str(error)) from None
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _read_text(path: Path, what: str) -> str:

@@ -26,7 +26,7 @@ from firsttok.evaluation import counterfact_scores, edit_accuracy
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.second_moment import compute_second_moment
-from firsttok.storage import write_json
+from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study, measure_facts
 from firsttok.sweep import (
     DONE,
@@ -326,9 +326,9 @@ def test_other_weights_facts_contexts_and_versions_are_another_run(
     assert main([*command, "--limit", "1"]) == 0
     manifest = tmp_path / "run" / "manifest.json"
     kept = manifest.read_text("utf-8")
-    record = json.loads(kept)
+    record = read_json(manifest, "a run's manifest")
     record["models"]["model"]["versions"]["torch"] = "0.1"
-    write_json(manifest, record)
+    write_record(manifest, record)
     assert main(command) == 2
     assert "versions.torch: 0.1, now" in capsys.readouterr().err
     manifest.write_text(kept, "utf-8")
