@@ -15,7 +15,7 @@ from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.prompts import fact_prompt
 from firsttok.script_options import ScriptOptions
-from firsttok.storage import content_hash, read_json, write_json
+from firsttok.storage import content_hash, read_json, write_record
 from firsttok.study import CaseRow, Study, measure_facts
 
 __all__ = [
@@ -59,7 +59,7 @@ def save_scan(path: Path, study: Study, facts: Sequence[Fact], rows: Sequence[Ca
     """Write the list of collapse cases with all scanned rows and their provenance as JSON."""
     collapsed = sorted((row for row in rows if row.collapsed), key=lambda row: -row.perplexity)
     first = [row for row in rows if row.first_token]
-    write_json(
+    write_record(
         path,
         {
             "what": f"facts on which one ROME edit lifts the perplexity above "

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, DamagedFileError
 from firsttok.models import Model, logits
 from firsttok.prompts import Prompt, pad, text_prompt
-from firsttok.storage import cache_folder, content_hash, locked, read_json, write_json
+from firsttok.storage import cache_folder, content_hash, locked, read_json, write_record
 
 __all__ = ["ContextSet", "kept_contexts", "load_contexts", "sample_contexts"]
 
@@ -105,7 +105,7 @@ class ContextSet(Shown):
             "leading_ids": None if self.leading_ids is None else list(self.leading_ids),
             "model_identity": self.model_identity,
         }
-        write_json(Path(path), record)
+        write_record(Path(path), record)
 
 
 def load_contexts(path: str | Path) -> ContextSet:
@@ -113,8 +113,15 @@ def load_contexts(path: str | Path) -> ContextSet:
 
     Raises:
         BadInputError: If the file is missing, not JSON, or holds no templates.
+        DamagedFileError: If a saved set was changed, which then is not what was sampled.
     """
-    content = read_json(Path(path), "context templates")
+    try:
+        content = read_json(Path(path), "context templates")
+    except DamagedFileError:
+        raise DamagedFileError(
+            f"{path} is a saved set of contexts that was changed after firsttok wrote it; for "
+            "templates of your own give a plain JSON list, or delete the file to sample them again"
+        ) from None
     seed: Any = None
     fingerprint: Any = None
     leading: Any = None

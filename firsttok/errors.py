@@ -3,6 +3,7 @@
 __all__ = [
     "BadInputError",
     "CacheError",
+    "DamagedFileError",
     "DownloadError",
     "EditMismatchError",
     "EmptyTargetError",
@@ -30,6 +31,10 @@ class FirsttokError(Exception):
 
 class BadInputError(FirsttokError):
     """A file or an argument is not what it should be."""
+
+
+class DamagedFileError(BadInputError):
+    """A file of firsttok's own is not as it was written, or not where it was written."""
 
 
 class FactFormatError(BadInputError):

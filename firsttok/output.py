@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firsttok.display import cell_text
-from firsttok.storage import atomic_path, write_json
+from firsttok.storage import atomic_path, write_record
 
 __all__ = ["cell_text", "pick", "print_table", "publish", "save_result"]
 
@@ -56,7 +56,7 @@ def save_result(
     flat = [dict(row) for row in rows]
     table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
     # JSON first: it refuses NaN, and then there is to be no CSV either.
-    write_json(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
+    write_record(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
     with atomic_path(stem.with_suffix(".csv")) as temporary:
         pd.DataFrame(flat).to_csv(temporary, index=False)
 

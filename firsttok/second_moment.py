@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,12 @@ from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, pad, text_prompt
 from firsttok.storage import (
-    atomic_path,
     cache_folder,
     content_hash,
     locked,
     read_safetensors,
+    read_tensors,
+    write_tensors,
 )
 from firsttok.tensors import SecondMomentMatrix
 
@@ -147,8 +148,6 @@ class SecondMoment(Shown):
 
     def save(self, path: str | Path) -> None:
         """Write the matrix as safetensors, with its metadata."""
-        from safetensors.torch import save_file
-
         metadata = {
             "tokens": str(self.tokens),
             "corpus": self.corpus,
@@ -159,8 +158,7 @@ class SecondMoment(Shown):
             "condition_number": repr(self.condition_number),
             "ridge": f"{self.ridge:g}",
         }
-        with atomic_path(Path(path)) as temporary:
-            save_file({"second_moment": self.matrix.contiguous()}, str(temporary), metadata)
+        write_tensors(Path(path), {"second_moment": self.matrix}, metadata)
 
     @staticmethod
     def identity(d_mlp: int) -> "SecondMoment":
@@ -233,7 +231,8 @@ def compute_second_moment(
     with locked(path):
         if path.is_file():
             try:
-                return load_second_moment(path, d_mlp=site.d_mlp)
+                kept = read_tensors(path, "a second moment")
+                return _second_moment(path, *kept, d_mlp=site.d_mlp)
             except (BadInputError, NonFiniteError):
                 logger.warning("a cached second moment is damaged and is computed again")
         result = _stream(model, documents, name, corpus_hash, layer, max_tokens, path, progress)
@@ -254,7 +253,12 @@ def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
         NonFiniteError: If the matrix holds NaN or infinity.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path, "a second moment")
+    return _second_moment(path, *read_safetensors(path, "a second moment"), d_mlp=d_mlp)
+
+
+def _second_moment(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, d_mlp: int
+) -> SecondMoment:
     matrix = tensors.get("second_moment")
     if matrix is None:
         raise BadInputError(f"{path} holds no tensor 'second_moment' but {sorted(tensors)}")
@@ -356,7 +360,7 @@ def _resume(
 ) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
     if partial is not None and partial.is_file():
         try:
-            tensors, metadata = read_safetensors(partial, "a partial second moment")
+            tensors, metadata = read_tensors(partial, "a partial second moment")
             total = tensors["sum"]
             if metadata["plan"] != plan:
                 logger.warning("a partial second moment of other batches is started again")
@@ -372,12 +376,8 @@ def _resume(
 def _checkpoint(
     partial: Path, total: SecondMomentMatrix, tokens: int, done: int, plan: str
 ) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(partial) as temporary:
-        save_file(
-            {"sum": total}, str(temporary), {"tokens": str(tokens), "done": str(done), "plan": plan}
-        )
+    metadata = {"tokens": str(tokens), "done": str(done), "plan": plan}
+    write_tensors(partial, {"sum": total}, metadata)
 
 
 def _is_symmetric(matrix: Float[Tensor, "n n"]) -> bool:

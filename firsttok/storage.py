@@ -1,30 +1,43 @@
-"""Files: the cache folder, atomic writes, checksums, and reading JSON with helpful errors."""
+"""Files: the cache folder, atomic writes, and reading what is ours or a user's with helpful errors.
+
+A file that firsttok reads again holds a digest of its content (:mod:`firsttok.digests`). There are
+two readers for each kind. :func:`read_json` and :func:`read_safetensors` take a file that a user
+names, whoever wrote it, and check its digest if it has one. :func:`read_record` and
+:func:`read_tensors` take a file that is kept under a name made from what it depends on: without its
+digest, or under another name, it is damaged.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from firsttok.digests import content_hash, is_sealed, sealed, tensors_hash, unsealed
 from firsttok.errors import BadInputError, CacheError
+from firsttok.sinks import atomic_path, check_output
 
 __all__ = [
     "atomic_path",
     "cache_folder",
+    "check_output",
     "content_hash",
     "file_sha256",
     "locked",
     "read_json",
+    "read_record",
     "read_safetensors",
+    "read_tensors",
     "read_toml",
     "write_json",
+    "write_record",
+    "write_tensors",
 ]
 
 
@@ -73,39 +86,6 @@ def locked(path: Path) -> Generator[None, None, None]:
         lock.release()
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Generator[Path, None, None]:
-    """Yield a temporary path in the same folder; it takes the place of ``path`` only on success.
-
-    Raises:
-        CacheError: If the folder cannot be written to, or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror}); choose a folder you may write to"
-        ) from None
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
@@ -115,14 +95,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def content_hash(content: Any) -> str:
-    """SHA-256 of a JSON-serialisable object, independent of the order of its keys."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_json(path: Path, what: str) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; one that :func:`write_record` wrote has to be as it was written.
 
     Args:
         path: The file.
@@ -131,28 +105,24 @@ def read_json(path: Path, what: str) -> Any:
     Raises:
         BadInputError: If it is missing, unreadable, not UTF-8 or not JSON; the message names the
             line.
+        DamagedFileError: If it holds a digest that does not belong to its content.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise BadInputError(f"no file of {what} at {path}; check the path") from None
-    except UnicodeDecodeError as error:
-        raise BadInputError(
-            f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8"
-        ) from None
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    if not text.strip():
-        raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInputError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}); mend that line"
-        ) from None
-    except RecursionError:
-        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
+    content = _read_json(path, what)
+    return unsealed(content, path, what) if is_sealed(content) else content
+
+
+def read_record(path: Path, what: str) -> dict[str, Any]:
+    """Read a kept file, written by :func:`write_record` under the same name.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the message (``"a finished row"``).
+
+    Raises:
+        BadInputError: As :func:`read_json` does.
+        DamagedFileError: If it holds no digest, or another one than that of its content and name.
+    """
+    return unsealed(_read_json(path, what), path, what, name=path.name)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -169,17 +139,11 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     # Found by name, since either may be lacking: tomllib is part of Python from 3.11 on.
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        return dict(toml.loads(path.read_text(encoding="utf-8-sig")))
-    except FileNotFoundError:
-        raise BadInputError(f"no file of {what} at {path}; check the path") from None
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        raise BadInputError(
-            f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8"
-        ) from None
+        return dict(toml.loads(_read_text(path, what)))
     except toml.TOMLDecodeError as error:
-        raise BadInputError(f"{path} is not valid TOML ({error}); mend that line") from None
+        raise BadInputError(f"{path} is not valid TOML ({error}); correct that line") from None
+    except ValueError as error:
+        raise BadInputError(f"{path} holds a number that cannot be read ({error})") from None
     except RecursionError:
         raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
 
@@ -191,20 +155,114 @@ def write_json(path: Path, content: Any) -> None:
         CacheError: If the file cannot be written.
         ValueError: If the content holds NaN or infinity.
     """
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _as_json(content)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as :func:`write_json` does, with a digest of it and of the file's name.
+
+    Raises:
+        CacheError: If the file cannot be written.
+        ValueError: If the content holds NaN or infinity.
+    """
+    # As it will be read: a tuple comes back as a list, and a number as a key as a text.
+    write_json(path, sealed(json.loads(_as_json(dict(content))), path.name))
+
+
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read all tensors and the metadata of a safetensors file.
+    """Read all tensors and the metadata of a safetensors file, whoever wrote it.
 
     Returns:
         Tensors by name (on the CPU), and the string metadata.
 
     Raises:
         BadInputError: If it is missing, truncated or not a safetensors file.
+        DamagedFileError: If it holds a digest that does not belong to its content.
     """
+    tensors, metadata = _read_safetensors(path, what)
+    if is_sealed(metadata):
+        metadata = unsealed(metadata, path, what, beside=tensors_hash(tensors))
+    return tensors, metadata
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a kept safetensors file, written by :func:`write_tensors` under the same name.
+
+    Returns:
+        Tensors by name (on the CPU), and the string metadata.
+
+    Raises:
+        BadInputError: If it is missing, truncated or not a safetensors file.
+        DamagedFileError: If it holds no digest, or another one than that of its content and name.
+    """
+    tensors, metadata = _read_safetensors(path, what)
+    beside = tensors_hash(tensors)
+    return tensors, unsealed(metadata, path, what, name=path.name, beside=beside)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write safetensors atomically, with a digest of tensors, metadata and the file's name.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name, of any shape, type and place.
+        metadata: Texts by name.
+
+    Raises:
+        CacheError: If the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = sealed(dict(metadata), path.name, beside=tensors_hash(plain))
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain, str(temporary), about)
+        except SafetensorError as error:
+            # It wraps what the system says, such as that the disk is full.
+            raise OSError(str(error)) from None
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read_text(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise BadInputError(f"no file of {what} at {path}; check the path") from None
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInputError(f"{str(path)!r} cannot be read ({reason}); check the path") from None
+
+
+def _read_json(path: Path, what: str) -> Any:
+    text = _read_text(path, what)
+    if not text.strip():
+        raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInputError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
+            f"({error.msg}); correct that line"
+        ) from None
+    except ValueError as error:
+        # Python reads no whole number of more than 4300 digits.
+        raise BadInputError(f"{path} holds a number that cannot be read ({error})") from None
+    except RecursionError:
+        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
+
+
+def _read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -213,7 +271,7 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, s
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise BadInputError(
             f"{path} is not a complete safetensors file of {what} ({error}); make it again"
         ) from None

@@ -28,7 +28,7 @@ from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt
 from firsttok.provenance import described, versions
 from firsttok.second_moment import SecondMoment
-from firsttok.storage import content_hash, read_json, write_json
+from firsttok.storage import content_hash, read_record, write_record
 
 __all__ = ["CaseRow", "Study", "case_row", "measure_facts"]
 
@@ -182,7 +182,7 @@ class Study(Shown):
         key = self._measured_on([])
         path = self.work / "original" / f"{key[:24]}.json"
         try:
-            record = read_json(path, "a kept perplexity")
+            record = read_record(path, "a kept perplexity")
             kept = Perplexity(
                 mean=float(record["mean"]),
                 corpus=float(record["corpus"]),
@@ -193,7 +193,7 @@ class Study(Shown):
             found = self.original_perplexity
             # A model that gives NaN has nothing to keep, and JSON has no such number.
             if not math.isnan(found.corpus) and self._measured_on([]) == key:
-                write_json(path, asdict(found))
+                write_record(path, asdict(found))
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
@@ -365,7 +365,7 @@ def measure_facts(
             path = paths[fact.case_id, method.name]
             # An edit that was put into the model meanwhile would be filed under the model without.
             if path and _row_settings(study) == settings:
-                write_json(path, asdict(row))
+                write_record(path, asdict(row))
             known[fact.case_id, method.name] = row
         done += 1
         if progress is not None and task is not None:
@@ -441,7 +441,7 @@ def _row_hash(settings: list[Any], fact: Fact, method: Method) -> str:
 
 def _read_row(path: Path) -> CaseRow | None:
     try:
-        record = read_json(path, "a finished row")
+        record = read_record(path, "a finished row")
         return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
     except (BadInputError, KeyError, TypeError, json.JSONDecodeError):
         return None

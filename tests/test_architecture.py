@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
     ["errors", "svg"],
-    ["display"],
+    ["digests", "display", "sinks"],
     ["batching", "console", "lanes", "options", "provenance", "scripts", "storage", "tensors"],
     ["hyperparameters", "data"],
     ["config", "models"],

@@ -17,6 +17,7 @@ import pytest
 from firsttok.cli import main
 from firsttok.data import DATA_SETS, check_facts, is_pulled_data, resolve_facts, resolve_texts
 from firsttok.errors import BadInputError, DownloadError
+from firsttok.storage import read_json
 
 FILE = "zsre_mend_eval.json"
 
@@ -125,7 +126,7 @@ def test_a_pull_is_kept_recorded_and_found_by_name(
     path = own_cache / "data" / FILE
     assert capsys.readouterr().out == f"{path}\n"
     assert path.read_bytes() == site.content
-    record = json.loads((own_cache / "data" / f"{FILE}.pulled.json").read_text("utf-8"))
+    record = read_json(own_cache / "data" / f"{FILE}.pulled.json", "a pull")
     assert record.pop("pulled").startswith("20")
     assert record == {
         "name": "zsre",

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from wheelhouse import copy_wheel, serve, sha256, wheel_path, write_files, write_wheel
 
 from firsttok.cli import main
-from firsttok.errors import BadInputError, DownloadError, UnknownModelError
+from firsttok.errors import BadInputError, CacheError, DownloadError, UnknownModelError
 from firsttok.models import checkpoints, embedded, is_pulled, recipes
 from firsttok.models.libraries import quiet_libraries
 from firsttok.models.recipes import Recipe, find_recipe
 from firsttok.models.wheels import Wheel
+from firsttok.storage import file_sha256, read_record, write_json, write_record
 
 GEMMA = "gemma3-270m"
 PLAIN = ("smollm2-135m", "minilm-l6-v2")
@@ -83,26 +84,123 @@ def test_a_complete_copy_is_used_again(index: Index, name: str) -> None:
     assert index.left() == [folder.name]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "remove", "no manifest", "bad manifest", "odd manifest"]
-)
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def flip_in_secret(path: Path) -> None:
+    """With size, inode and time as before."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def older(folder: Path) -> None:
+    """As a version without hashes left it."""
+    path = folder / "manifest.json"
+    manifest = read_record(path, "a manifest")
+    write_json(path, {k: v for k, v in manifest.items() if k not in ("sha256", "stamps")})
+
+
+def other_model(folder: Path) -> None:
+    other = embedded.pull("minilm-l6-v2")
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda folder: os.truncate(folder / "model.safetensors", 5),
+    "removed": lambda folder: (folder / "model.safetensors").unlink(),
+    "a bit of the weights": lambda folder: flip(folder / "model.safetensors"),
+    "a bit, with the time set back": lambda folder: flip_in_secret(folder / "model.safetensors"),
+    "a bit of the configuration": lambda folder: flip(folder / "config.json"),
+    "a bit of the manifest": lambda folder: flip(folder / "manifest.json"),
+    "zeros": lambda folder: (folder / "model.safetensors").write_bytes(
+        bytes((folder / "model.safetensors").stat().st_size)
+    ),
+    "another's file": lambda folder: shutil.copy(
+        folder / "config.json", folder / "model.safetensors"
+    ),
+    "another model": other_model,
+    "one file more": lambda folder: (folder / "adapter_config.json").write_text("{}", "utf-8"),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "no JSON": lambda folder: (folder / "manifest.json").write_text("{", "utf-8"),
+    "odd manifest": lambda folder: (folder / "manifest.json").write_text('{"sizes": []}', "utf-8"),
+    "an older version's": older,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_copy_is_repaired(index: Index, damage: str) -> None:
     folder = embedded.embedded_folder()
-    weights, manifest = folder / "model.safetensors", folder / "manifest.json"
-    whole = weights.read_bytes()
-    if damage == "truncate":
-        weights.write_bytes(whole[:-1])
-    elif damage == "remove":
-        weights.unlink()
-    elif damage == "no manifest":
-        manifest.unlink()
-    else:
-        manifest.write_text("{" if damage == "bad manifest" else '{"sizes": []}', "utf-8")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    DAMAGES[damage](folder)
+    count = len(index.fetched)
     assert not is_pulled("smollm2-135m")
     assert embedded.embedded_folder() == folder
-    assert weights.read_bytes() == whole
+    assert {path.name for path in folder.iterdir()} == set(whole)
+    for name in set(whole) - {"manifest.json"}:
+        assert (folder / name).read_bytes() == whole[name]
     assert is_pulled("smollm2-135m")
-    assert len(index.fetched) == 2
+    assert len(index.fetched) == count + 1
+
+
+def test_files_are_hashed_only_if_the_system_says_that_one_was_changed(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path.name)
+        return file_sha256(path)
+
+    folder = embedded.embedded_folder()
+    monkeypatch.setattr(embedded, "file_sha256", count)
+    assert embedded.embedded_folder() == folder
+    assert hashed == []
+    # A copy, as to another machine, has the same content.
+    shutil.copytree(folder, folder.with_name("copy"))
+    shutil.rmtree(folder)
+    folder.with_name("copy").rename(folder)
+    for expected in (["config.json", "model.safetensors"], []):
+        hashed.clear()
+        assert embedded.embedded_folder() == folder
+        assert sorted(hashed) == expected
+    # `models pull` asks nobody but the files.
+    assert embedded.pull() == folder
+    assert sorted(hashed) == ["config.json", "model.safetensors"]
+    assert len(index.fetched) == 1
+
+
+def test_decay_that_the_system_does_not_see_is_found_by_a_pull(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = embedded.embedded_folder()
+    whole = (folder / "model.safetensors").read_bytes()
+    flip(folder / "model.safetensors")
+    kept = read_record(folder / "manifest.json", "a manifest")
+    monkeypatch.setattr(embedded, "_stamps", lambda _: kept["stamps"])
+    assert embedded.embedded_folder() == folder
+    assert embedded.pull() == folder
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_to_is_used(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CacheError("cannot be written")
+
+    folder = embedded.embedded_folder()
+    os.utime(folder / "config.json")
+    monkeypatch.setattr(embedded, "write_record", refuse)
+    assert embedded.embedded_folder() == folder
+    assert len(index.fetched) == 1
 
 
 def test_files_that_are_kept_are_repaired_too(index: Index) -> None:
@@ -234,9 +332,9 @@ def test_acceptance_is_recorded_and_asked_for_once(
 def test_a_copy_without_the_acceptance_is_not_taken(index: Index) -> None:
     folder = embedded.pull(GEMMA, accept_terms=True)
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text("utf-8"))
+    manifest = read_record(path, "a manifest")
     del manifest["terms"]
-    path.write_text(json.dumps(manifest), "utf-8")
+    write_record(path, manifest)
     assert not is_pulled(GEMMA)
     with pytest.raises(BadInputError, match="--accept-terms"):
         embedded.embedded_folder(GEMMA)

@@ -28,6 +28,7 @@ from firsttok.report import (
 )
 from firsttok.report.view import HEADINGS
 from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.storage import read_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = '<script>alert("x")</script> | *bold* & "quoted"'
@@ -318,7 +319,7 @@ def test_publish_prints_and_keeps_the_same_table(
     shown = capsys.readouterr().out
     for word in ("A table", "paper, gpt2-xl", "0.00123", "26,084.66", "2 of 3"):
         assert word in shown
-    record = json.loads((tmp_path / "table.json").read_text("utf-8"))
+    record = read_json(tmp_path / "table.json", "results")
     assert record == given | {"lines": lines, "rows": rows, "provenance": {"seed": 0}}
     kept = (tmp_path / "table.csv").read_text("utf-8").splitlines()
     assert kept == ["case_id,perplexity", "1,2.5", "2,1000000000.0"]

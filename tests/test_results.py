@@ -1,5 +1,6 @@
 """Results of a sweep: every cell against plain arithmetic, queries that reach nothing else."""
 
+import io
 import json
 import math
 import random
@@ -20,6 +21,7 @@ from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS
 from firsttok.efficacy import accuracy_line
 from firsttok.errors import BadInputError
+from firsttok.sweep import shards
 from firsttok.sweep.groups import COLUMNS, method_label
 from firsttok.sweep.results import RunResults, read_run
 from firsttok.sweep.rows import DONE, FAILED, SweepRow, table_of
@@ -93,9 +95,8 @@ def save(folder: Path, rows: Sequence[SweepRow], *, chunk: int = 5, **manifest: 
         place.mkdir(parents=True, exist_ok=True)
         for index in range(0, len(cases), chunk):
             chosen = set(cases[index : index + chunk])
-            table: Any = table_of([row for row in own if row.case_id in chosen])
-            table = table.replace_schema_metadata({b"seconds": b"1.0"})
-            pq.write_table(table, place / f"chunk-{index // chunk:06d}.parquet")
+            kept = [row for row in own if row.case_id in chosen]
+            shards.write_shard(place, index // chunk, kept, 1.0)
     return folder
 
 
@@ -667,21 +668,40 @@ def folder(run: Path) -> None:
     (run / "rows" / "tiny" / "chunk-000009.parquet").mkdir()
 
 
+def renamed(run: Path) -> None:
+    path = run / "rows" / "tiny" / "chunk-000001.parquet"
+    path.rename(path.with_name("chunk-000007.parquet"))
+
+
 def copy(run: Path) -> None:
     path = run / "rows" / "tiny" / "chunk-000001.parquet"
-    path.with_name("chunk-000007.parquet").write_bytes(path.read_bytes())
+    (run / "rows" / "copy").mkdir()
+    (run / "rows" / "copy" / path.name).write_bytes(path.read_bytes())
+
+
+def write_table(path: Path, table: Any) -> None:
+    """A whole file of any table, with its checksum."""
+    written = io.BytesIO()
+    pq.write_table(table, written)
+    path.write_bytes(shards._with_digest(written.getvalue(), path.name))
+
+
+def without_checksum(run: Path) -> None:
+    path = run / "rows" / "tiny" / "chunk-000001.parquet"
+    table: Any = pq.ParquetFile(path).read()
+    pq.write_table(table, path)
 
 
 def twice(run: Path) -> None:
     path = run / "rows" / "tiny" / "chunk-000001.parquet"
     table: Any = pq.ParquetFile(path).read()
-    pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), path)
+    write_table(path, pa.concat_tables([table, table.slice(0, 1)]))
 
 
 def other_columns(run: Path) -> None:
     path = run / "rows" / "tiny" / "chunk-000001.parquet"
     table: Any = pq.ParquetFile(path).read()
-    pq.write_table(table.drop_columns(["entropy"]), path)
+    write_table(path, table.drop_columns(["entropy"]))
 
 
 def stranger(run: Path) -> None:
@@ -690,13 +710,14 @@ def stranger(run: Path) -> None:
 
 
 def other_method(run: Path) -> None:
-    table: Any = table_of([row_of("tiny", 99, "memit")])
-    pq.write_table(table, run / "rows" / "tiny" / "chunk-000099.parquet")
+    write_table(
+        run / "rows" / "tiny" / "chunk-000099.parquet", table_of([row_of("tiny", 99, "memit")])
+    )
 
 
 def other_status(run: Path) -> None:
-    table: Any = table_of([row_of("tiny", 99, "rome", status="perhaps")])
-    pq.write_table(table, run / "rows" / "tiny" / "chunk-000099.parquet")
+    table = table_of([row_of("tiny", 99, "rome", status="perhaps")])
+    write_table(run / "rows" / "tiny" / "chunk-000099.parquet", table)
 
 
 def manifest(content: str) -> Callable[[Path], None]:
@@ -711,7 +732,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "scrambled": (scramble, ("chunk-000001.parquet is damaged", "run the sweep again")),
     "empty": (empty, ("chunk-000001.parquet is damaged",)),
     "folder": (folder, ("chunk-000009.parquet is damaged",)),
-    "copied": (copy, ("case 5 by c-rome", "chunk-000001.parquet and", "chunk-000007.parquet")),
+    "renamed": (renamed, ("chunk-000007.parquet is damaged, or was not written under this name",)),
+    "no checksum": (without_checksum, ("chunk-000001.parquet is damaged, or",)),
+    "copied": (copy, ("case 5 by c-rome", "copy/chunk-000001.parquet and", "tiny/chunk-000001")),
     "a row twice": (twice, ("case 5 by rome on tiny occurs more than once", "(1 rows do)")),
     "other columns": (other_columns, ("chunk-000001.parquet has other columns",)),
     "stranger": (stranger, ("holds rows of model 'stranger'", "manifest.json does not know")),

@@ -21,7 +21,7 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.screening import calibrate, screen
 from firsttok.second_moment import compute_second_moment
-from firsttok.storage import write_json
+from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
 
 
@@ -215,9 +215,9 @@ def test_a_list_of_another_model_is_refused(
 ) -> None:
     assert main(["scan" if word == "screen" else word for word in command]) == 0
     path = tmp_path / "model" / "collapse_cases.json"
-    record = json.loads(path.read_text("utf-8"))
+    record = read_json(path, "collapse cases")
     record["provenance"]["model"]["fingerprint"] = "another"
-    write_json(path, record)
+    write_record(path, record)
     assert main([*command, "--scan", str(path)]) == 2
     assert "was made on another model" in capsys.readouterr().err
     assert main(command) == 0

@@ -22,6 +22,7 @@ from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
 from firsttok.script_options import parse_script
 from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.storage import read_json, write_record
 from firsttok.sweep import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -102,9 +103,9 @@ def cases(setting: dict[str, Path]) -> Path:
     facts = load_facts(setting["facts"])
     assert len(load_collapse_ids(path, facts)) > 2
     # A random model is never good, so a few facts have to stand for the normal ones.
-    record = json.loads(path.read_text("utf-8"))
+    record = read_json(path, "collapse cases")
     record["collapse"] = [fact.case_id for fact in facts if fact.template.startswith("{}")]
-    path.write_text(json.dumps(record), "utf-8")
+    write_record(path, record)
     return path
 
 
@@ -223,9 +224,9 @@ def test_options_are_parsed_once_and_all_listed_cases_are_taken(
 def test_a_borrowed_list_is_not_called_the_model_s_own(
     setting: dict[str, Path], cases: Path, tmp_path: Path
 ) -> None:
-    record = json.loads(cases.read_text("utf-8"))
+    record = read_json(cases, "collapse cases")
     record["provenance"]["model"] |= {"name": "lender", "fingerprint": "another"}
-    (tmp_path / "borrowed.json").write_text(json.dumps(record), "utf-8")
+    write_record(tmp_path / "borrowed.json", record)
     script = str(ANALYSES / "table3_transfer.py")
     own = ["--cases", str(tmp_path / "borrowed.json"), "--collapse", "2", "--others"]
     run(setting | {"out": tmp_path}, script, *own, warning="was made on another model")

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import CONTEXTS, DECODERS, FACTS, SENTENCES, TinyFactory, build
@@ -26,7 +25,7 @@ from firsttok.evaluation import counterfact_scores, edit_accuracy
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.second_moment import compute_second_moment
-from firsttok.storage import write_json
+from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study, measure_facts
 from firsttok.sweep import (
     DONE,
@@ -198,21 +197,21 @@ def test_a_full_disk_is_not_the_fault_of_a_case(
     study = study_of(tiny("gpt2"), tmp_path)
     folder = tmp_path / "rows"
     engine = LocalEngine(study=study, plan=PLAN)
-    plain = pq.write_table
+    plain = Path.write_bytes
     written: list[str] = []
 
-    def full(table: Any, path: Path, **settings: Any) -> None:
+    def full(path: Path, content: bytes) -> int:
         if len(written) == 1:
-            Path(path).write_bytes(b"half")
+            plain(path, content[: len(content) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(str(path))
-        plain(table, path, **settings)
+        return plain(path, content)
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(CacheError, match=r"cannot be written \(No space left on device\)"):
         sweep(folder, NUMBERED, engine, size=2)
     assert [path.name for path in folder.iterdir()] == ["chunk-000000.parquet"]
-    monkeypatch.setattr(pq, "write_table", plain)
+    monkeypatch.setattr(Path, "write_bytes", plain)
     assert sweep(folder, NUMBERED, engine, size=2) == 2
     sweep(tmp_path / "other", NUMBERED, engine, size=2)
     assert rows_in(folder) == rows_in(tmp_path / "other")
@@ -249,7 +248,10 @@ def test_a_damaged_shard_is_done_again_and_a_failed_case_on_request(
     sweep(folder, NUMBERED, engine, size=2)
     expected = rows_in(folder)
     first, second, third = shard_paths(folder)
-    first.write_bytes(first.read_bytes()[:100])
+    # In its body: the footer, with the number of rows, is as it was.
+    content = bytearray(first.read_bytes())
+    content[40] ^= 1
+    first.write_bytes(content)
     (row, *rest) = read_shard(second)
     write_shard(folder, 1, [replace(row, status=FAILED, reason="lost"), *rest], 1.0)
     assert finished_chunks(folder) == {1, 2}
@@ -326,9 +328,9 @@ def test_other_weights_facts_contexts_and_versions_are_another_run(
     assert main([*command, "--limit", "1"]) == 0
     manifest = tmp_path / "run" / "manifest.json"
     kept = manifest.read_text("utf-8")
-    record = json.loads(kept)
+    record = read_json(manifest, "a run's manifest")
     record["models"]["model"]["versions"]["torch"] = "0.1"
-    write_json(manifest, record)
+    write_record(manifest, record)
     assert main(command) == 2
     assert "versions.torch: 0.1, now" in capsys.readouterr().err
     manifest.write_text(kept, "utf-8")

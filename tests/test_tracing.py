@@ -64,6 +64,7 @@ from firsttok.probes import (
 from firsttok.probes.restoration import subject_range
 from firsttok.prompts import Prompt, fact_prompt, pad, with_target
 from firsttok.second_moment import SecondMoment
+from firsttok.storage import read_json, write_record
 from firsttok.study import Study
 from firsttok.tensors import TokenBatch
 
@@ -681,10 +682,10 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     result = command(folder, "-m", "firsttok.cli", "scan", *scan_study)
     assert result.returncode == 0, result.stderr
     cases = folder / "out" / "llama" / "collapse_cases.json"
-    record = json.loads(cases.read_text("utf-8"))
+    record = read_json(cases, "collapse cases")
     # A random model is never good, so a few facts have to stand for the normal ones.
     record["collapse"] = [fact.case_id for fact in facts if fact.template.startswith("{}")]
-    cases.write_text(json.dumps(record), "utf-8")
+    write_record(cases, record)
     return {"folder": folder, "cases": cases}
 
 

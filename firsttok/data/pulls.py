@@ -14,7 +14,7 @@ from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
 from firsttok.data.fact_files import check_facts
 from firsttok.data.texts import load_texts
 from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
-from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_json
+from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_record
 
 __all__ = ["is_pulled_data", "pull_data", "resolve_facts", "resolve_texts"]
 
@@ -85,7 +85,7 @@ def pull_data(
         size = part.stat().st_size
         kept = {"name": data_set.name, "url": address, "sha256": found, "bytes": size}
         # The record first: a file without one would be nobody's.
-        write_json(_record(path), kept | {"records": count, "pulled": now})
+        write_record(_record(path), kept | {"records": count, "pulled": now})
         _take_name(part, path)
         discard(part)
     return path

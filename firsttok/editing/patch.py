@@ -15,7 +15,7 @@ from firsttok.editing.update import UpdateReport
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
 from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import tensor_hash
-from firsttok.storage import atomic_path, content_hash, read_safetensors
+from firsttok.storage import content_hash, read_safetensors, write_tensors
 from firsttok.tensors import KeyVector, ValueVector, WeightInOut
 
 __all__ = ["AppliedEdit", "RankOneEdit", "load_edit"]
@@ -269,8 +269,6 @@ class RankOneEdit(Shown):
         Raises:
             CacheError: If the file cannot be written.
         """
-        from safetensors.torch import save_file
-
         record = {
             "layer": self.layer,
             "stack": self.stack,
@@ -278,9 +276,8 @@ class RankOneEdit(Shown):
             "losses": list(self.losses),
             "provenance": self.provenance,
         }
-        tensors = {"left": self.left.contiguous().cpu(), "right": self.right.contiguous().cpu()}
-        with atomic_path(Path(path)) as temporary:
-            save_file(tensors, str(temporary), {"firsttok_edit": json.dumps(record)})
+        tensors = {"left": self.left, "right": self.right}
+        write_tensors(Path(path), tensors, {"firsttok_edit": json.dumps(record)})
 
 
 def load_edit(path: str | Path) -> RankOneEdit:

@@ -13,7 +13,7 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import Model
 from firsttok.provenance import described
-from firsttok.storage import atomic_path, content_hash, read_safetensors
+from firsttok.storage import content_hash, read_tensors, write_tensors
 
 __all__ = ["ValueStore"]
 
@@ -68,14 +68,14 @@ class ValueStore:
     def read(self, path: Path, model: Model) -> Value | None:
         """Read a value; None if it is not there or damaged."""
         try:
-            tensors, metadata = read_safetensors(path, "a value")
+            tensors, metadata = read_tensors(path, "a value")
             return Value(
                 target=tensors["target"].to(model.device),
                 anchor=tensors["anchor"].to(model.device),
                 slot=Slot(metadata["slot"]),
                 losses=tuple(json.loads(metadata["losses"])),
             )
-        except (BadInputError, KeyError, ValueError):
+        except (BadInputError, KeyError, TypeError, ValueError):
             return None
 
     def write(self, path: Path, value: Value) -> None:
@@ -84,9 +84,5 @@ class ValueStore:
         Raises:
             CacheError: If the folder cannot be written to.
         """
-        from safetensors.torch import save_file
-
-        tensors = {"target": value.target.cpu(), "anchor": value.anchor.cpu().contiguous()}
-        metadata = {"slot": value.slot.value, "losses": json.dumps(value.losses)}
-        with atomic_path(path) as temporary:
-            save_file(tensors, str(temporary), metadata)
+        tensors = {"target": value.target, "anchor": value.anchor}
+        write_tensors(path, tensors, {"slot": value.slot.value, "losses": json.dumps(value.losses)})

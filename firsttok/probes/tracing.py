@@ -34,7 +34,7 @@ from firsttok.probes.restoration import (
     subject_range,
 )
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
-from firsttok.storage import content_hash, read_json, write_json
+from firsttok.storage import content_hash, read_record, write_record
 from firsttok.study import Study
 
 __all__ = [
@@ -274,7 +274,7 @@ def trace_facts(
         if trace is None:
             trace = trace_fact(study.model, fact, corruption, window=width, on_step=on_step)
             if path is not None and _path(study, fact, corruption, width) == path:
-                write_json(path, trace.as_record())
+                write_record(path, trace.as_record())
         traces.append(trace)
         if progress is not None and task is not None:
             progress.update(task, completed=len(traces))
@@ -295,6 +295,6 @@ def _path(study: Study, fact: Fact, corruption: Corruption, window: int) -> Path
 
 def _read(path: Path) -> Trace | None:
     try:
-        return Trace.from_record(read_json(path, "a finished trace"))
+        return Trace.from_record(read_record(path, "a finished trace"))
     except (BadInputError, KeyError, TypeError, ValueError, json.JSONDecodeError):
         return None

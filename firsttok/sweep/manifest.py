@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.errors import BadInputError, CacheError
-from firsttok.storage import locked, read_json, write_json
+from firsttok.storage import locked, read_json, write_record
 
 if TYPE_CHECKING:
     from firsttok.study import Study
@@ -116,7 +116,7 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         if label in models:
             _refuse(folder, models[label], model)
         else:
-            write_json(path, manifest | {"models": models | {label: model}})
+            write_record(path, manifest | {"models": models | {label: model}})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,12 @@
-"""The rows of a sweep on disk: one Parquet file per chunk, there as a whole or not at all."""
+"""The rows of a sweep on disk: one Parquet file per chunk, there as a whole or not at all.
 
+A file holds a SHA-256 of its name and of all its other bytes, in a gap before the footer, where
+Parquet's readers do not look. Every byte is checked before Arrow sees the first one: page checksums
+leave out the footer, which says what the bytes of the pages mean.
+"""
+
+import hashlib
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +25,15 @@ __all__ = ["Shard", "finished_chunks", "read_shard", "read_table", "shard_paths"
 logger = logging.getLogger(__name__)
 
 _SECONDS = b"seconds"
-_AGAIN = "delete it and run the sweep again, which does its chunk anew"
+_AGAIN = "run the sweep again, which does its chunk again, or move the file out of the run"
+_MARK = b"firsttok sha256:"
+_TAIL = 8
+"""Bytes at the end of a Parquet file: length of the footer, and the magic number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A finished chunk, as its file's footer tells."""
+    """A finished chunk, as its file tells."""
 
     index: int
     """Number of the chunk."""
@@ -44,8 +54,9 @@ class Shard:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        content = _checked(path)
         try:
-            footer = pq.read_metadata(path)
+            footer = pq.read_metadata(io.BytesIO(content))
             metadata: dict[bytes, bytes] = footer.schema.to_arrow_schema().metadata or {}
             return Shard(
                 index=int(path.stem.removeprefix("chunk-")),
@@ -54,7 +65,7 @@ class Shard:
                 seconds=float(metadata[_SECONDS]),
             )
         except (pa.ArrowException, OSError, KeyError, ValueError):
-            raise BadInputError(f"{path} is damaged or no shard of a sweep; {_AGAIN}") from None
+            raise BadInputError(f"{path} is no shard of a sweep; move it out of the run") from None
 
 
 def write_shard(folder: Path, index: int, rows: Sequence[SweepRow], seconds: float) -> Path:
@@ -68,8 +79,10 @@ def write_shard(folder: Path, index: int, rows: Sequence[SweepRow], seconds: flo
     path = folder / f"chunk-{index:06d}.parquet"
     table: Any = table_of(rows)
     table = table.replace_schema_metadata({_SECONDS: f"{seconds:.3f}".encode()})
+    written = io.BytesIO()
+    pq.write_table(table, written, compression="zstd", write_page_checksum=True)
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        temporary.write_bytes(_with_digest(written.getvalue(), path.name))
     return path
 
 
@@ -91,9 +104,10 @@ def read_table(path: Path) -> "pa.Table":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    content = _checked(path)
     try:
         # Not pq.read_table, which takes columns from folder names such as a=b.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
             table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
@@ -115,7 +129,7 @@ def shard_paths(folder: Path) -> Iterator[Path]:
 def finished_chunks(folder: Path, *, retry_failed: bool = False) -> set[int]:
     """Numbers of the chunks that need not be done again.
 
-    A damaged file counts as not done, with a warning.
+    A damaged file counts as not done, with a warning, whichever byte of it is damaged.
 
     Args:
         folder: Folder of one model's shards.
@@ -126,9 +140,43 @@ def finished_chunks(folder: Path, *, retry_failed: bool = False) -> set[int]:
         try:
             shard = Shard.at(path)
             failed = retry_failed and any(row.status == FAILED for row in read_shard(path))
-        except BadInputError as error:
-            logger.warning("%s", error)
+        except BadInputError:
+            logger.warning("%s is damaged, so its chunk counts as not done and is done again", path)
             continue
         if not failed:
             done.add(shard.index)
     return done
+
+
+def _with_digest(content: bytes, name: str) -> bytes:
+    """Put the digest of a Parquet file into it; offsets count from the start and stay right."""
+    end = _footer_start(content)
+    digest = hashlib.sha256(name.encode() + b"\0" + content).digest()
+    return b"".join([content[:end], _MARK, digest, content[end:]])
+
+
+def _checked(path: Path) -> bytes:
+    """The bytes of a shard, which are those that were written under its name.
+
+    Raises:
+        BadInputError: If they are not, or the file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(f"{path} is damaged ({error.strerror}); {_AGAIN}") from None
+    end = _footer_start(content)
+    start = end - len(_MARK) - hashlib.sha256().digest_size
+    plain = content[: max(start, 0)] + content[end:]
+    if start < 0 or content[start:] != _with_digest(plain, path.name)[start:]:
+        raise BadInputError(
+            f"{path} is damaged, or was not written under this name by this version of firsttok "
+            f"(its checksum is wrong); {_AGAIN}"
+        )
+    return content
+
+
+def _footer_start(content: bytes) -> int:
+    """Where the footer of a Parquet file begins, by the length it gives; 0 if that is absurd."""
+    length = int.from_bytes(content[-_TAIL:-4], "little")
+    return max(len(content) - _TAIL - length, 0)
