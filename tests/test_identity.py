@@ -7,24 +7,29 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import CONTEXTS, FACTS, SENTENCES, build, load_tiny
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, load_tiny
 
 from firsttok import contexts as contexts_module
 from firsttok.contexts import kept_contexts
 from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edit
+from firsttok.errors import BadInputError, EditMismatchError, ViewError
+from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import IntervenedKeys, capture_keys
 from firsttok.models import BosPolicy, Model
 from firsttok.probes import SECOND2FIRST, SeesItself
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study, measure_facts
+from firsttok.sweep import sweep_facts
+from firsttok.tensors import TokenBatch
 
 LAYER = 2
 STEPS = 3
@@ -265,6 +270,222 @@ def test_every_kept_number_is_that_of_an_empty_cache(
     for state in (*STATES, *FOLDERS[1:]):
         if state != "rope" or arch == "llama":
             assert max(differences(expected[state], expected["plain"]).values()) > 1e-3, state
+
+
+@dataclass(frozen=True)
+class Shift:
+    """An intervention of a user's, whose name does not say all."""
+
+    by: torch.Tensor
+    name: str = "shift"
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return batch
+
+
+class Closed:
+    """Another, without fields to its name."""
+
+    name = "closed"
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return SeesItself(position=self.position)(batch)
+
+
+class ClosedBehind(Closed):
+    """The same fields, another code."""
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return SeesItself(position=self.position + 1)(batch)
+
+
+class Held:
+    """Holds what nobody can describe."""
+
+    name = "held"
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return batch
+
+
+def test_an_intervention_is_known_by_what_it_does(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    long, other = torch.zeros(5000), torch.zeros(5000)
+    other[2500] = 1
+    assert repr(long) == repr(other)
+    different = [
+        Shift(long),
+        Shift(other),
+        Shift(long, name="other"),
+        Closed(1),
+        Closed(2),
+        ClosedBehind(1),
+        SeesItself(position=1),
+        SeesItself(position=2),
+        SECOND2FIRST,
+    ]
+    identities = [model.intervened(each).identity() for each in different]
+    assert len({model.identity(), *identities}) == 1 + len(different)
+    assert model.intervened(Closed(1)).identity() == identities[3]
+    assert model.intervened(Shift(long.clone())).identity() == identities[0]
+    assert model.base_identity() == model.intervened(Closed(1)).base_identity()
+    assert all(model.intervened(each).disturbance is None for each in different)
+
+
+def test_what_cannot_be_described_is_not_kept(tiny: TinyFactory, tmp_path: Path) -> None:
+    view = tiny("llama").intervened(Held())
+    assert "of unknown content" in str(view.disturbance)
+    study = study_of(view, tmp_path)
+    measure_facts(study, [FACTS[0]], [ROME])
+    study.keep_original_perplexity()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def study_of(model: Model, work: Path) -> Study:
+    return Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(model.site(LAYER).d_mlp),
+        layer=LAYER,
+        hyperparameters=replace(model.hyperparameters, steps=STEPS),
+        texts=SENTENCES[:2],
+        work=work,
+    )
+
+
+def test_identity_below_a_layer_leaves_out_what_its_keys_do_not_see(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    below = [model.identity(layer) for layer in range(model.n_layers)]
+    for layer in range(model.n_layers):
+        with strong_edit(model, layer=layer).applied(model):
+            now = [model.identity(each) for each in range(model.n_layers)]
+            assert [a == b for a, b in zip(now, below, strict=True)] == [
+                each <= layer for each in range(model.n_layers)
+            ]
+    for layer in range(model.n_layers):
+        site = model.site(layer)
+        for weight in (site.weight, site.bias, model.weights.bridge.blocks[layer].attn.o.weight):
+            kept = weight.detach().clone()
+            weight.data.add_(1)
+            changed = [a != b for a, b in zip(map(model.identity, range(4)), below, strict=True)]
+            weight.data.copy_(kept)
+            first = layer + (weight is site.weight or weight is site.bias)
+            assert changed == [each >= first for each in range(4)]
+
+
+def test_a_weight_that_was_put_back_is_as_loaded(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    before = model.identity()
+    weight = model.site(1).weight
+    kept = weight.detach().clone()
+    for change in (
+        lambda: weight.data.mul_(3),
+        lambda: weight.detach().mul_(3),
+        lambda: weight.detach().numpy().__imul__(3),
+        lambda: setattr(weight, "data", 3 * kept),
+    ):
+        change()
+        assert model.identity() != before
+        assert list(model.weights.changes()) == ["model.layers.1.mlp.down_proj.weight"]
+        weight.data.copy_(kept)
+        assert model.identity() == before
+
+
+def test_a_second_moment_of_another_layer_or_model_is_refused(tiny: TinyFactory) -> None:
+    model, other = tiny("llama"), tiny("mistral")
+    moment = compute_second_moment(model, layer=1, corpus=SENTENCES * 12)
+    assert moment.model_identity == model.base_identity(1)
+    for call in (
+        lambda: compute(model, moment, layer=2),
+        lambda: replace(study_of(model, Path()), second_moment=moment),
+        lambda: compute(model, SecondMoment.identity(40), layer=1),
+        lambda: compute(other, moment, layer=1),
+        lambda: compute(other, replace(moment, matrix=torch.eye(36).double()), layer=1),
+    ):
+        with pytest.raises(BadInputError, match="second moment"):
+            call()
+    edit = strong_edit(model, layer=0)
+    with edit.applied(model):
+        inside = compute_second_moment(model, layer=1, corpus=SENTENCES * 12)
+        # That of the model as loaded may stand for it, as in released sequences.
+        compute(model, moment, layer=1)
+        compute(model, inside, layer=1)
+    with pytest.raises(BadInputError, match="other edits below layer 1"):
+        compute(model, inside, layer=1)
+    compute(model.with_bos(BosPolicy.WITHOUT).intervened(SECOND2FIRST), moment, layer=1)
+
+
+def compute(model: Model, moment: SecondMoment, *, layer: int) -> RankOneEdit:
+    return compute_edit(
+        model,
+        FACTS[0],
+        method=C_ROME,
+        contexts=CONTEXTS,
+        second_moment=moment,
+        layer=layer,
+        hyperparameters=Hyperparameters(steps=1),
+    )
+
+
+def test_prepared_texts_are_refused_after_a_change_they_do_not_know(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    prepared = prepare_texts(model, SENTENCES, layer=LAYER)
+    edit = strong_edit(model)
+    expected = prepared.measure_edits(model, [edit])[0].mean
+    for layer, right in ((1, False), (LAYER, False), (3, True)):
+        with strong_edit(model, 2, layer=layer).applied(model):
+            if right:
+                with edit.applied(model):
+                    there = perplexity(model, SENTENCES).mean
+                assert prepared.measure_edits(model, [edit])[0].mean == pytest.approx(
+                    there, rel=1e-5
+                )
+            else:
+                with pytest.raises(EditMismatchError, match="since the sentences were prepared"):
+                    prepared.measure_edits(model, [edit])
+    with hooked(model), pytest.raises(EditMismatchError, match="since the sentences were"):
+        prepared.measure_edits(model, [edit])
+    with pytest.raises(EditMismatchError, match="since the sentences were"):
+        prepared.measure_edits(model.intervened(SECOND2FIRST), [edit])
+    assert prepared.measure_edits(model, [edit])[0].mean == expected
+
+
+def test_the_bridge_of_a_view_does_not_pass_for_the_view(tiny: TinyFactory) -> None:
+    model = tiny("llama")
+    edit = strong_edit(model)
+    for view in (model.intervened(SECOND2FIRST), model.edited(edit)):
+        with pytest.raises(ViewError, match="use the view's run_with_cache"):
+            _ = view.bridge
+        with pytest.raises(ViewError, match=r"view\.edited\(edit\)"):
+            edit.apply_(view.edited(strong_edit(model, 2)))
+    with edit.applied(model) as view:
+        assert view.bridge is model.bridge
+    assert model.with_bos(BosPolicy.WITHOUT).bridge is model.bridge
+
+
+def test_a_hook_that_is_left_on_is_told_and_a_run_is_refused(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    with hooked(model):
+        assert model.disturbance == "a hook is on blocks.1.hook_out"
+        edit = strong_edit(model)
+        assert edit.provenance["model"]["disturbed by"] == model.disturbance
+        with pytest.raises(BadInputError, match=r"a hook is on blocks\.1\.hook_out"):
+            sweep_facts(tmp_path / "run", study_of(model, tmp_path), [FACTS[0]], [ROME])
+    assert not (tmp_path / "run").exists()
+    handle = model.site(1)
+    bridge: Any = model.bridge
+    handle = bridge.blocks[1].mlp.register_forward_pre_hook(lambda *_: None)
+    assert "a hook is on" in str(model.disturbance)
+    handle.remove()
+    assert model.disturbance is None
 
 
 def main(root: Path, cache: Path) -> None:
