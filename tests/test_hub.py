@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tiny import build
 
-from firsttok.errors import UnknownModelError
-from firsttok.models.location import locate
+from firsttok.errors import DownloadError, UnknownModelError
+from firsttok.models.location import check_hub_copy, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "ffffffffffffffffffffffffffffffffffffffff"
@@ -175,6 +175,24 @@ def test_offline_a_commit_is_taken_from_the_hub_s_cache_or_asked_for(
     else:
         with pytest.raises(UnknownModelError, match=expected):
             locate(name, None)
+
+
+def test_a_pull_finds_damage_in_the_hub_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models--lab--tiny"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        blob = folder / "blobs" / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_text(name, "utf-8")
+        (folder / "snapshots" / COMMIT / name).symlink_to(f"../../blobs/{blob.name}")
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    check_hub_copy("lab/tiny", COMMIT)
+    blob.write_text("model.safetensorz", "utf-8")
+    with pytest.raises(DownloadError, match=r"model\.safetensors of lab/tiny is damaged"):
+        check_hub_copy("lab/tiny", COMMIT)
 
 
 def test_an_adapter_is_refused(hub: Hub, tmp_path: Path) -> None:

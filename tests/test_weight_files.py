@@ -131,6 +131,21 @@ REFUSED: dict[str, tuple[Change, str]] = {
         sharded(index(weight_map={NORM: f"../{WEIGHTS}"})),
         "is no index of weights in its folder",
     ),
+    "a weight in two shards": (
+        sharded(
+            lambda folder: save_file(
+                load_file(folder / "model-00006-of-00006.safetensors")
+                | {NORM: torch.zeros(32), UP: torch.zeros(48, 32)},
+                folder / "model-00006-of-00006.safetensors",
+                {"format": "pt"},
+            )
+        ),
+        f"holds the weight {UP} twice, in model-0000",
+    ),
+    "a shard that is none": (
+        sharded(write("model-00002-of-00006.safetensors")),
+        "not a complete safetensors file",
+    ),
     "an empty index": (sharded(index(weight_map={})), "is no index of weights"),
     "an odd index": (sharded(write(INDEX, "[]")), "is no index of weights"),
     "an index that is no JSON": (sharded(write(INDEX, "{")), "is not valid JSON"),

@@ -120,10 +120,10 @@ def _load_files(
     path, local = location.path, location.is_local
     options: dict[str, Any] = {"revision": location.revision} if location.revision else {}
     options |= {"trust_remote_code": False, "local_files_only": local}
-    if local:
-        check_files(Path(path))
     try:
-        if not local and hub_file(location, "adapter_config.json") is not None:
+        if local:
+            check_files(Path(path))
+        elif hub_file(location, "adapter_config.json") is not None:
             raise BadInputError(adapter_trouble(name, "adapter_config.json"))
         config: Any = transformers.AutoConfig.from_pretrained(path, **options)
         check_config(config, name)

@@ -5,17 +5,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from firsttok.errors import UnknownModelError
+from firsttok.errors import DownloadError, UnknownModelError
 from firsttok.models.catalog import CATALOG, ModelSpec
 from firsttok.models.embedded import embedded_folder
 from firsttok.models.recipes import find_recipe
 from firsttok.models.weight_files import check_format
+from firsttok.storage import file_sha256
 
-__all__ = ["Location", "hub_file", "hub_trouble", "locate", "reason_of"]
+__all__ = ["Location", "check_hub_copy", "hub_file", "hub_trouble", "locate", "reason_of"]
 
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,22 @@ def hub_file(location: Location, name: str) -> str | None:
         _raise_exceptions_for_connection_errors=False,
     )
     return found
+
+
+def check_hub_copy(hub_id: str, revision: str | None) -> None:
+    """Check a model in the hub's cache, whose large files are stored under their SHA-256.
+
+    Raises:
+        DownloadError: If a file is another one.
+    """
+    config = hub_file(Location(path=hub_id, revision=revision, source=hub_id), "config.json")
+    for path in sorted(Path(config).parent.iterdir()) if config is not None else []:
+        stored = path.resolve()
+        if _SHA256.fullmatch(stored.name) and file_sha256(stored) != stored.name:
+            raise DownloadError(
+                f"{path.name} of {hub_id} is damaged in the hub's cache; delete {stored} and run "
+                "the same command again"
+            )
 
 
 def _on_hub(hub_id: str, revision: str | None) -> Location:

@@ -24,10 +24,11 @@ _IDLE = re.compile(
 
 
 def check_files(folder: Path) -> None:
-    """Check that a folder holds one model and all of it, before anything is read.
+    """Check that a folder holds one model and all of it, before weights are read.
 
     Raises:
         BadInputError: If it holds an adapter, weights twice, or an index of files that are lacking.
+        SafetensorError: If one of several files is not a safetensors file.
         UnsupportedModelError: If its weights are in another format than safetensors.
     """
     check_format(folder)
@@ -127,6 +128,8 @@ def check_weights(info: Mapping[str, Any], name: str) -> None:
 
 
 def _check_index(folder: Path, index: Path) -> None:
+    from safetensors import safe_open
+
     content = read_json(index, "names of weights")
     try:
         named = sorted({str(name) for name in content["weight_map"].values()})
@@ -141,6 +144,16 @@ def _check_index(folder: Path, index: Path) -> None:
         raise BadInputError(
             f"{folder} lacks {_some(lacking, 'file')} that {_INDEX} names; fetch the model again"
         )
+    holder: dict[str, str] = {}
+    for name in named:
+        with safe_open(folder / name, framework="pt") as file:
+            for weight in file.keys():  # noqa: SIM118
+                if weight in holder:
+                    raise BadInputError(
+                        f"{folder} holds the weight {weight} twice, in {holder[weight]} and "
+                        f"{name}; fetch the model again"
+                    )
+                holder[weight] = name
 
 
 def _some(names: Collection[str], what: str = "weight") -> str:
