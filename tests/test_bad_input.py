@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     ),
     "pickled weights": (
         lambda p: ["edit", *EDIT, "--model", p.model(pickle_only)],
-        "cannot be loaded",
+        "holds pickled weights (pytorch_model.bin)",
     ),
     "unknown architecture": (
         lambda p: ["edit", *EDIT, "--model", p.model(unknown_architecture)],

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import build
 
+from firsttok.errors import DownloadError, UnknownModelError
+from firsttok.models.location import check_hub_copy, locate
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "ffffffffffffffffffffffffffffffffffffffff"
 
@@ -94,11 +97,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def tokens(hub: Hub, tmp_path: Path, model: str) -> subprocess.CompletedProcess[str]:
+def tokens(
+    hub: Hub, tmp_path: Path, model: str, *, offline: bool = False
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_XET": "1",
         "FIRSTTOK_CACHE": str(tmp_path / "cache"),
     }
@@ -123,6 +128,79 @@ def test_without_a_commit_the_newest_is_pinned_and_named(hub: Hub, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert COMMIT in result.stderr.replace("\n", "")
     assert all(f"/resolve/{COMMIT}/" in path for path in hub.asked if "/resolve/" in path)
+    # Offline, the commit that was fetched is found again.
+    hub.asked.clear()
+    result = tokens(hub, tmp_path, "lab/tiny", offline=True)
+    assert result.returncode == 0, result.stderr
+    assert COMMIT in result.stderr.replace("\n", "")
+    assert hub.asked == []
+
+
+def test_a_branch_is_pinned_to_its_commit(hub: Hub, tmp_path: Path) -> None:
+    result = tokens(hub, tmp_path, "lab/tiny@main")
+    assert result.returncode == 0, result.stderr
+    assert all(f"/resolve/{COMMIT}/" in path for path in hub.asked if "/resolve/" in path)
+
+
+@pytest.mark.parametrize(
+    ("name", "commits", "main", "expected"),
+    [
+        ("lab/tiny", [COMMIT], None, COMMIT),
+        ("lab/tiny", [COMMIT, OTHER], OTHER, OTHER),
+        ("lab/tiny@main", [COMMIT, OTHER], COMMIT, COMMIT),
+        ("lab/tiny", [COMMIT, OTHER], None, f"holds {COMMIT}, {OTHER} of lab/tiny"),
+        ("lab/tiny", [], None, "holds no commit of lab/tiny"),
+        (f"lab/tiny@{OTHER}", [COMMIT], COMMIT, OTHER),
+    ],
+)
+def test_offline_a_commit_is_taken_from_the_hub_s_cache_or_asked_for(
+    name: str,
+    commits: list[str],
+    main: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "models--lab--tiny"
+    for commit in commits:
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}", "utf-8")
+    if main is not None:
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(main, "utf-8")
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if expected in (COMMIT, OTHER):
+        assert locate(name, None).revision == expected
+    else:
+        with pytest.raises(UnknownModelError, match=expected):
+            locate(name, None)
+
+
+def test_a_pull_finds_damage_in_the_hub_s_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models--lab--tiny"
+    (folder / "blobs").mkdir(parents=True)
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        blob = folder / "blobs" / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_text(name, "utf-8")
+        (folder / "snapshots" / COMMIT / name).symlink_to(f"../../blobs/{blob.name}")
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    check_hub_copy("lab/tiny", COMMIT)
+    blob.write_text("model.safetensorz", "utf-8")
+    with pytest.raises(DownloadError, match=r"model\.safetensors of lab/tiny is damaged"):
+        check_hub_copy("lab/tiny", COMMIT)
+
+
+def test_an_adapter_is_refused(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "adapter_config.json").write_text("{}", "utf-8")
+    result = tokens(hub, tmp_path, "lab/tiny")
+    assert result.returncode == 2
+    assert "holds an adapter (adapter_config.json)" in " ".join(result.stderr.split())
+    assert not any("model.safetensors" in path for path in hub.asked)
 
 
 @pytest.mark.parametrize("model", ["lab/other", f"lab/tiny@{OTHER}"])

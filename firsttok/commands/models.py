@@ -6,6 +6,7 @@ import sys
 from firsttok.console import stderr
 from firsttok.errors import BadInputError
 from firsttok.models import CATALOG, find_spec, load, pull
+from firsttok.models.location import check_hub_copy
 from firsttok.output import print_table
 
 __all__ = ["run"]
@@ -50,4 +51,5 @@ def _pull(name: str, *, accept_terms: bool) -> None:
         stderr.print(f"{spec.name} is in {folder}")
     else:
         model = load(spec.name)
+        check_hub_copy(spec.hub_id, spec.revision)
         stderr.print(f"{spec.name} is in the hub's cache ({model.source})")

@@ -3,22 +3,29 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from firsttok.errors import BadInputError, UnknownModelError, UnsupportedModelError
+from firsttok.errors import (
+    BadInputError,
+    FirsttokError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import find_spec
 from firsttok.models.disturbance import Baseline
 from firsttok.models.fingerprint import hash_weights
 from firsttok.models.libraries import collection_paused, quiet_libraries
-from firsttok.models.location import Location, hub_trouble, locate
+from firsttok.models.location import Location, hub_file, hub_trouble, locate, reason_of
 from firsttok.models.model import Model
 from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
 from firsttok.models.weights import Weights
+from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -116,31 +123,67 @@ def _load_files(
     options: dict[str, Any] = {"revision": location.revision} if location.revision else {}
     options |= {"trust_remote_code": False, "local_files_only": local}
     try:
+        if local:
+            check_files(Path(path))
+        elif hub_file(location, "adapter_config.json") is not None:
+            raise BadInputError(adapter_trouble(name, "adapter_config.json"))
         config: Any = transformers.AutoConfig.from_pretrained(path, **options)
+        check_config(config, name)
         architectures: list[str] = config.architectures or []
         auto: Any = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             auto = transformers.AutoModelForSeq2SeqLM
         elif any(text.endswith("MaskedLM") for text in architectures):
             auto = transformers.AutoModelForMaskedLM
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **options)
-        hf_model: Any = auto.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
+        tokenizer = _load_tokenizer(path, options, name)
+        hf_model: Any
+        hf_model, info = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named below
+            **options,
         )
     except SafetensorError as error:
         raise BadInputError(
             f"the weights of {name} are not a complete safetensors file ({error}); fetch them again"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except (FirsttokError, MemoryError):
+        raise
+    except Exception as error:  # a library's, over files that it cannot make sense of
         if local:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-            raise BadInputError(f"{path} cannot be loaded as a model: {reason}") from None
+            raise BadInputError(
+                f"{path} cannot be loaded as a model ({reason_of(error)}); give a folder as "
+                "save_pretrained of model and tokenizer leaves it"
+            ) from None
         raise UnknownModelError(hub_trouble(name, error)) from None
+    check_weights(info, name)
+    # The bridge goes by what the file says, which may be another class than was loaded.
+    hf_model.config.architectures = [type(hf_model).__name__]
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedModelError(
             f"the tokenizer of {name} gives no character offsets; add its tokenizer.json"
         )
     return hf_model, tokenizer
+
+
+def _load_tokenizer(path: str, options: dict[str, Any], name: str) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise
+        there = (folder / "tokenizer.json").is_file()
+        reason = reason_of(error) if there else "the folder holds no tokenizer.json"
+        raise BadInputError(
+            f"the tokenizer of {name} cannot be loaded ({reason}); save it there again, with "
+            "save_pretrained of a fast tokenizer"
+        ) from None
 
 
 def _lens_tokenizer(tokenizer: "PreTrainedTokenizerBase", name: str) -> Any:
