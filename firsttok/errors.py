@@ -11,6 +11,7 @@ __all__ = [
     "HyperparameterError",
     "LayerOutOfRangeError",
     "NonFiniteError",
+    "SpecialTokenError",
     "SubjectAmbiguousError",
     "SubjectBoundaryError",
     "SubjectNotFoundError",
@@ -57,6 +58,10 @@ class SubjectAmbiguousError(BadInputError):
 
 class SubjectBoundaryError(BadInputError):
     """A token straddles the end of the subject, so that there is no last token of its own."""
+
+
+class SpecialTokenError(BadInputError):
+    """A text, a subject or a target holds a special token where none belongs."""
 
 
 class EmptyTargetError(BadInputError):

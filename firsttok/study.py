@@ -26,7 +26,7 @@ from firsttok.evaluation import (
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import BosPolicy, Model
-from firsttok.prompts import fact_prompt
+from firsttok.prompts import fact_prompt, joint_key
 from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import content_hash, read_json, write_json
@@ -386,7 +386,8 @@ def _row_path(study: Study, fact: Fact, method: Method) -> Path:
         views = (study.model.interventions, study.evaluated.interventions)
         settings["stages"] = [repr(study.key_source), study.text_bos.value, *map(repr, views)]
     slots = [method.direction, method.residual, method.denominator, method.anchor]
-    key = [settings, fact.as_record(), [slot.value for slot in slots]]
+    wording = joint_key(study.model, fact)
+    key = [settings, fact.as_record(), [slot.value for slot in slots], *wording]
     return study.work / "rows" / f"{content_hash(key)[:24]}.json"
 
 

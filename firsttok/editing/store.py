@@ -12,6 +12,7 @@ from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import Model
+from firsttok.prompts import joint_key
 from firsttok.storage import atomic_path, content_hash, read_safetensors
 
 __all__ = ["ValueStore"]
@@ -45,7 +46,7 @@ class ValueStore:
             if model.dtype is model.wide_dtype
             else f"{model.dtype}, float32 deltas",
             list(model.leading_ids),
-            [fact.subject, fact.template, fact.target_new],
+            [fact.subject, fact.template, fact.target_new, *joint_key(model, fact)],
             contexts.content_hash,
             slot.value,
             layer,
