@@ -19,6 +19,7 @@ from firsttok.cli import main
 from firsttok.data import JOINS, Fact, check_facts, load_facts, text_joint
 from firsttok.errors import (
     BadInputError,
+    EmptyTargetError,
     FactFormatError,
     FirsttokError,
     SpecialTokenError,
@@ -108,6 +109,15 @@ def test_wordings_are_tidied_as_the_template_is(caplog: pytest.LogCaptureFixture
     given = replace(CLEAN, paraphrases=("Is it ", "It is"), neighbours=(" Rome is\u200b",))
     assert (given.paraphrases, given.neighbours) == (("Is it", "It is"), ("Rome is",))
     assert "paraphrases, neighbours" in caplog.text
+
+
+def test_a_target_loses_what_shows_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    given = replace(CLEAN, target_new="\u200b Rome\ufeff", target_true=" Paris ")
+    # White space needs no notice: it never counts.
+    assert (given.target_new, given.target_true) == ("Rome", " Paris ")
+    assert "at the ends of target_new are left out" in caplog.text
+    with pytest.raises(EmptyTargetError):
+        replace(CLEAN, target_new="\u200b")
 
 
 @pytest.mark.parametrize(
@@ -276,8 +286,9 @@ def test_a_turn_marker_is_no_second_bos_and_none_in_spite_of_the_policy(
     speaking: Callable[..., Model], bos: BosPolicy
 ) -> None:
     model = speaking("byte level", chat=True).with_bos(bos)
-    with pytest.raises(SpecialTokenError, match=f"under the BOS policy '{bos.value}'"):
+    with pytest.raises(SpecialTokenError, match=f"under the BOS policy '{bos.value}'") as raised:
         fact_prompt(model, fact("England", _TURNS))
+    assert str(raised.value).endswith("or take the text as it is with --bos as_tokenizer")
 
 
 @pytest.mark.parametrize("written", ["<s>", "</s>", "<pad>", "<unk>", ADDED])

@@ -47,8 +47,9 @@ class Fact(Shown):
     """One fact to edit: ``(subject, relation, target_true)`` becomes ``(..., target_new)``.
 
     White space and invisible characters at the ends of the subject are left out with a warning,
-    since the subject's last token would be a bare space. So are spaces at the ends of the prompts,
-    since the target would follow two. With ``join="none"`` prompts and targets stay as given.
+    since the subject's last token would be a bare space. So are spaces and invisible characters at
+    the ends of prompts and targets, since the target would follow two. With ``join="none"`` prompts
+    and targets stay as given.
 
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
@@ -128,6 +129,11 @@ class Fact(Shown):
             for name in ("paraphrases", "neighbours"):
                 texts: tuple[str, ...] = getattr(self, name)
                 changes[name] = tuple(map(_tidied, texts))
+            for name in ("target_new", "target_true", "neighbour_answer"):
+                target: str = getattr(self, name)
+                tidied = target.strip(_AROUND_WORDS)
+                # White space alone does not count when the target is joined.
+                changes[name] = target if tidied == target.strip() else tidied
         stray = [name for name, value in changes.items() if value != getattr(self, name)]
         if not stray:
             return

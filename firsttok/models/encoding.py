@@ -109,7 +109,11 @@ def _refuse_boundaries(model: Model, text: str, own: list[int]) -> None:
         inside = token in boundaries and not (place == 0 and free) and written in text
         if second or inside:
             where = "begins with" if place == 0 else "holds"
-            hint = " (--bos says whether a prompt begins with one)" if token in begins else ""
+            hint = ""
+            if token in begins:
+                hint = ", since --bos says whether a prompt begins with one"
+                if place == 0 and not model.with_bos(BosPolicy.AS_TOKENIZER).leading_ids:
+                    hint = ", or take the text as it is with --bos as_tokenizer"
             raise SpecialTokenError(
                 f"{text[:80]!r} {where} {written!r}, which begins or ends whole texts, under the "
                 f"BOS policy {model.bos.value!r}; leave it out{hint}"
@@ -161,6 +165,6 @@ def encode_subject(
     if straddle == "refuse":
         raise SubjectBoundaryError(
             f"{cause}; reword the template there, or look that token up, as the released code "
-            "does: --straddle token"
+            "does (--straddle token; in Python, the fact's straddle)"
         )
     return found, held
