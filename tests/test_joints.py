@@ -392,3 +392,26 @@ def test_the_losses_of_an_edit_are_those_of_its_joined_target(tiny: TinyFactory)
         (score,) = score_targets(model, [with_target(model, prompt, "Rome", join=join)])
         # Before the first step delta is zero, and so are the other terms.
         assert loss == pytest.approx(score.nll, rel=1e-4)
+
+
+def test_an_edit_says_how_its_target_was_joined(
+    tiny: TinyFactory, own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(SENTENCES[:2]), "utf-8")
+    contexts = tmp_path / "contexts.json"
+    contexts.write_text(json.dumps(list(BARE_ONLY.templates)), "utf-8")
+    model = tiny("llama")
+    command = ["edit", "--model", model.name, "--subject", "England", "--target", "Rome"]
+    command += ["--template", '{} is "', "--steps", "2", "--second-moment", "identity", "--json"]
+    command += ["--texts", str(texts), "--contexts", str(contexts)]
+    shown: dict[str, Any] = {}
+    for join in JOINS:
+        assert main([*command, "--join", join]) == 0
+        shown[join] = json.loads(capsys.readouterr().out)
+        fact = replace(QUOTED, subject="England", template='{} is "', join=join)
+        full = with_target(model, fact_prompt(model, fact), "Rome", join=join)
+        assert shown[join]["token_ids"] == list(full.token_ids)
+        assert shown[join]["fact"].get("join", "auto") == join
+    numbers = [shown[join]["states"]["before"]["target_probability"] for join in JOINS]
+    assert numbers[0] == numbers[2] != numbers[1]
