@@ -129,7 +129,8 @@ def _linear_flops(inputs: Sequence[int], weight: Sequence[int], *_: Any, **__: A
 def _rows(model: Model, fact: Fact, contexts: ContextSet) -> list[_Row]:
     rows: list[_Row] = []
     for template in contexts.templates:
-        full: Prompt = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        bare = fact_prompt(model, fact, template)
+        full: Prompt = with_target(model, bare, fact.target_new, join=fact.join)
         rows.append(
             _Row(
                 length=len(full.token_ids) - 1,
@@ -137,6 +138,7 @@ def _rows(model: Model, fact: Fact, contexts: ContextSet) -> list[_Row]:
                 places=full.target_length,
             )
         )
-    subject = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
+    span = (0, len(fact.subject))
+    subject = subject_prompt(model, f"{fact.subject} is a", span, straddle=fact.straddle)
     position = subject.subject_position or 0
     return [*rows, _Row(length=position + 1, subject=position, places=1)]

@@ -342,11 +342,13 @@ def _rewriting(model: Model, fact: Fact, contexts: ContextSet) -> tuple[TokenBat
     rows: list[Prompt] = []
     targets: list[tuple[int, ...]] = []
     for template in contexts.templates:
-        full = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        bare = fact_prompt(model, fact, template)
+        full = with_target(model, bare, fact.target_new, join=fact.join)
         # All of the target but its last token stands in the prompt.
         rows.append(replace(full, token_ids=full.token_ids[:-1]))
         targets.append(full.target_ids)
-    rows.append(subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject))))
+    span = (0, len(fact.subject))
+    rows.append(subject_prompt(model, f"{fact.subject} is a", span, straddle=fact.straddle))
     batch = pad(model, rows)
     labels = torch.full_like(batch.tokens, -1)
     for row, target in enumerate(targets):

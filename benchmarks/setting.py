@@ -167,5 +167,6 @@ class Setting:
         return replace(self, size=size)
 
     def _length(self, fact: Fact) -> int:
-        prompt = with_target(self.model, fact_prompt(self.model, fact), fact.target_new)
+        prompt = fact_prompt(self.model, fact)
+        prompt = with_target(self.model, prompt, fact.target_new, join=fact.join)
         return len(prompt.token_ids)

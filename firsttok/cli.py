@@ -11,6 +11,7 @@ from firsttok.options import (
     add_config_option,
     add_edit_options,
     add_model_options,
+    add_prompt_options,
 )
 
 __all__ = ["main"]
@@ -73,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = commands.add_parser("tokens", help="show a prompt's tokens, the looked-up one marked")
     add_model_options(tokens)
+    add_prompt_options(tokens)
     _add_fact_options(tokens, target=False)
+    tokens.add_argument(
+        "--target", help="an answer, to see how it is joined (default: one in the prompt's script)"
+    )
 
     edit = commands.add_parser("edit", help="edit one fact and show before and after")
     add_model_options(edit)

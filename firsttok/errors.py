@@ -12,6 +12,7 @@ __all__ = [
     "HyperparameterError",
     "LayerOutOfRangeError",
     "NonFiniteError",
+    "SpecialTokenError",
     "SubjectAmbiguousError",
     "SubjectBoundaryError",
     "SubjectNotFoundError",
@@ -63,6 +64,10 @@ class SubjectAmbiguousError(BadInputError):
 
 class SubjectBoundaryError(BadInputError):
     """A token straddles the end of the subject, so that there is no last token of its own."""
+
+
+class SpecialTokenError(BadInputError):
+    """A text, a subject or a target holds a special token where none belongs."""
 
 
 class EmptyTargetError(BadInputError):

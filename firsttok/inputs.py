@@ -47,7 +47,8 @@ def fact_file(args: argparse.Namespace) -> FactFile:
     limit: int | None = getattr(args, "limit", None)
     if limit is not None and limit < 1:
         raise BadInputError(f"--limit is {limit}; give at least 1")
-    return check_facts(resolve_facts(args.facts) if args.facts else None, limit=limit)
+    path = resolve_facts(args.facts) if args.facts else None
+    return check_facts(path, limit=limit, join=args.join, straddle=args.straddle)
 
 
 def facts_from(args: argparse.Namespace) -> tuple[Fact, ...]:

@@ -9,11 +9,12 @@ __all__ = [
     "add_config_option",
     "add_edit_options",
     "add_model_options",
+    "add_prompt_options",
     "add_script_options",
     "model_label",
 ]
 
-PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
+PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos", "join", "straddle")
 """Options of ``firsttok reproduce`` that go to every script."""
 FACTS = "facts in COUNTERFACT's schema, or the name of a pulled data set"
 """What ``--facts`` takes."""
@@ -61,6 +62,28 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
 
 
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a fact's prompt and target are put together.
+
+    They are None unless given: a record of facts may say it, too, and an option wins.
+    """
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--join",
+        choices=["auto", "space", "none"],
+        help="what stands between a prompt and its target: one space, nothing, or (auto) a space "
+        "except behind a line end, an opening quote or bracket, or in a script without spaces "
+        "(default: what the facts say, else auto)",
+    )
+    group.add_argument(
+        "--straddle",
+        choices=["refuse", "token"],
+        help="where one token holds the subject's end and a mark behind it, as in F.C.'s: refuse "
+        "the fact, or look that token up, as the released code does (default: what the facts say, "
+        "else refuse)",
+    )
+
+
 def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = "without") -> None:
     """Add the options that make an edit repeatable.
 
@@ -69,6 +92,7 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
         text_bos: Default of ``--text-bos``; None where the command finds out what fits the model.
     """
     usual = "%(default)s, as in the papers" if text_bos else "what fits the model"
+    add_prompt_options(parser)
     group = parser.add_argument_group("edit")
     group.add_argument("--seed", type=int, default=0, help="seed of the contexts (default: 0)")
     group.add_argument(

@@ -13,18 +13,20 @@ from jaxtyping import Int
 from torch import Tensor
 
 from firsttok.batching import cheapest_split
-from firsttok.data import Fact
+from firsttok.data import Fact, Join, Straddle, text_joint
 from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
+    SpecialTokenError,
     SubjectAmbiguousError,
-    SubjectBoundaryError,
     SubjectNotFoundError,
     TargetTokenError,
     TemplateError,
     UnsupportedModelError,
 )
 from firsttok.models import Model
+from firsttok.models.bos import special_ids
+from firsttok.models.encoding import encode, encode_subject
 from firsttok.tensors import TokenBatch
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "batches",
     "fact_prompt",
     "join_prompts",
+    "joined_target",
     "pad",
     "positions",
     "sees_later",
@@ -74,10 +77,10 @@ def text_prompt(model: Model, text: str) -> Prompt:
     """Tokenise plain text under the model's BOS policy.
 
     Raises:
-        BadInputError: If it yields no token.
+        BadInputError: If it yields no token, or holds half a character.
+        SpecialTokenError: If it holds a special token that begins or ends whole texts.
     """
-    ids, _ = _encode(model, text)
-    return Prompt(text=text, token_ids=ids)
+    return Prompt(text=text, token_ids=encode(model, text).ids)
 
 
 def subject_span(text: str, subject: str) -> tuple[int, int]:
@@ -100,36 +103,31 @@ def subject_span(text: str, subject: str) -> tuple[int, int]:
     return start, start + len(subject)
 
 
-def subject_prompt(model: Model, text: str, span: tuple[int, int]) -> Prompt:
+def subject_prompt(
+    model: Model, text: str, span: tuple[int, int], *, straddle: Straddle = "refuse"
+) -> Prompt:
     """Tokenise text with a subject and find the subject's last token by character offsets.
 
     Args:
         model: The model, whose BOS policy holds.
         text: The text.
         span: Start and end of the subject's characters.
+        straddle: Whether a token that also holds what stands around the subject may be looked up.
+            The released code looks up the token at the count of the tokens up to the subject's end,
+            less one (note 12); ``"token"`` gives that one.
 
     Raises:
-        SubjectBoundaryError: If the token that holds the subject's last character goes on beyond
-            it, or if no token holds it.
+        SpecialTokenError: If a special token is written in the subject, or as for
+            :func:`text_prompt`.
+        SubjectBoundaryError: If the token that holds the subject's last character holds marks
+            around the subject, too, or if no token holds it.
     """
-    ids, offsets = _encode(model, text)
-    last = span[1] - 1
-    holders = [i for i, (start, end) in enumerate(offsets) if start <= last < end]
-    subject = text[span[0] : span[1]]
-    if not holders:
-        raise SubjectBoundaryError(f"no token of {text!r} holds the end of subject {subject!r}")
-    position = holders[-1]
-    if offsets[position][1] > span[1]:
-        raise SubjectBoundaryError(
-            f"in {text!r} the token {text[slice(*offsets[position])]!r} goes on beyond the end of "
-            f"subject {subject!r}; put a space or a mark behind the subject"
-        )
-    first = next(i for i, (start, end) in enumerate(offsets) if start < end and end > span[0])
+    found, held = encode_subject(model, text, span, straddle=straddle)
     return Prompt(
         text=text,
-        token_ids=ids,
-        subject_position=position,
-        subject_length=position - first + 1,
+        token_ids=found.ids,
+        subject_position=held[-1],
+        subject_length=len(held),
     )
 
 
@@ -148,7 +146,8 @@ def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
         raise TemplateError(f"context {context!r} does not hold '{{}}' exactly once")
     start = context.index("{}") + fact.template.index("{}")
     text = context.replace("{}", fact.prompt)
-    return subject_prompt(model, text, (start, start + len(fact.subject)))
+    span = (start, start + len(fact.subject))
+    return subject_prompt(model, text, span, straddle=fact.straddle)
 
 
 def join_prompts(model: Model, first: Prompt, second: Prompt) -> Prompt:
@@ -168,11 +167,41 @@ def join_prompts(model: Model, first: Prompt, second: Prompt) -> Prompt:
     )
 
 
-def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
-    """Append a target, joined by one space, and count its own tokens (note: tokens, not spaces).
+def joined_target(model: Model, prompt: Prompt, target: str, join: Join = "auto") -> str:
+    """Return a target with what joins it to a prompt: one space before it, or nothing.
+
+    The rule is that of :func:`~firsttok.data.joints.text_joint`. Behind a special token, in which
+    the head of a chat's turn may end, ``auto`` puts nothing either. White space at the target's
+    ends does not count, except with ``none``, which takes both texts as they are.
+
+    Args:
+        model: The model, whose tokenizer says what is special.
+        prompt: The prompt; a target that it ends in does not count.
+        target: The target.
+        join: The rule.
+    """
+    if join == "none":
+        return target
+    target = target.strip()
+    own = prompt.token_ids[: len(prompt.token_ids) - prompt.target_length]
+    special = special_ids(model.tokenizer)
+    if join == "auto" and own and own[-1] in special and not model.trailing_ids:
+        return target
+    return text_joint(prompt.text, target, join) + target
+
+
+def with_target(model: Model, prompt: Prompt, target: str, *, join: Join = "auto") -> Prompt:
+    """Append a target, and count its own tokens (note 11: tokens, not spaces).
+
+    Args:
+        model: The model.
+        prompt: The prompt; a target that it ends in is replaced.
+        target: The target.
+        join: As for :func:`joined_target`; a fact says it in its field of that name.
 
     Raises:
         EmptyTargetError: If the target is empty.
+        SpecialTokenError: If the target holds a special token.
         TargetTokenError: If it adds no token, or changes the prompt's own tokens.
         UnsupportedModelError: If the model is an encoder.
     """
@@ -180,15 +209,26 @@ def with_target(model: Model, prompt: Prompt, target: str) -> Prompt:
         raise UnsupportedModelError(
             f"{model.name} is no decoder, and a target can only follow a decoder's prompt"
         )
-    target = target.strip()
-    if not target:
+    if not target.strip():
         raise EmptyTargetError(f"the target behind {prompt.text!r} is empty; give a word")
-    ids, _ = _encode(model, f"{prompt.text} {target}")
+    joined = joined_target(model, prompt, target, join)
+    ids = encode(model, prompt.text + joined).ids
     known = prompt.token_ids[: len(prompt.token_ids) - prompt.target_length]
     if ids[: len(known)] != known or len(ids) == len(known):
+        hint = "reword the prompt's end or the target"
+        if prompt.text.endswith(" "):
+            hint = "leave the space at the prompt's end out, and join by one"
         raise TargetTokenError(
-            f"target {target!r} has no tokens of its own behind {prompt.text!r} "
-            "(the tokenizer merges them); reword the prompt's end or the target"
+            f"target {joined!r} has no tokens of its own behind {prompt.text!r} "
+            f"(the tokenizer merges them); {hint}"
+        )
+    special = special_ids(model.tokenizer).intersection(ids[len(known) :])
+    if special:
+        tokenizer: Any = model.tokenizer
+        written = tokenizer.convert_ids_to_tokens(min(special))
+        raise SpecialTokenError(
+            f"target {target!r} has the special token {written!r} behind {prompt.text!r}; give "
+            "words that the tokenizer knows"
         )
     return Prompt(
         text=prompt.text,
@@ -316,14 +356,3 @@ def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
             f"is only opened or closed on prompts of at most as many ({names})"
         )
     return changed
-
-
-def _encode(model: Model, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """Token ids with BOS and an encoder's end, and character offsets (empty spans for those)."""
-    tokenizer: Any = model.tokenizer
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    leading, own, trailing = model.leading_ids, encoded["input_ids"], model.trailing_ids
-    if not own:
-        raise BadInputError(f"{text!r} yields no token; give some text")
-    spans = [(0, 0)] * len(leading) + list(encoded["offset_mapping"]) + [(0, 0)] * len(trailing)
-    return (*leading, *own, *trailing), spans

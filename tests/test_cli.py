@@ -129,11 +129,12 @@ def test_second_moment_and_contexts_are_made_once(
 
 def test_tokens_marks_the_looked_up_one(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tokens", "--model", str(llama), *FACT[:4], "--bos", "without"]) == 0
-    line, mark = capsys.readouterr().out.splitlines()
+    line, mark, joint = capsys.readouterr().out.splitlines()
     assert line.startswith("England|")
     assert mark.startswith("^ lookup at 0")
+    assert joint == "A target in this script is joined by one space."
     assert main(["tokens", "--model", str(llama), *FACT[:4], "--bos", "with"]) == 0
-    line, mark = capsys.readouterr().out.splitlines()
+    line, mark, _ = capsys.readouterr().out.splitlines()
     assert line.startswith("<s>|England|")
     assert mark.strip() == "^ lookup at 1"
     assert line[mark.index("^") :].startswith("England|")

@@ -36,6 +36,8 @@ clamp = 2
 kl = 0.125
 facts = "facts.json"
 cases = "cases.json"
+join = "none"
+straddle = "token"
 """
 VALUES = tomllib.loads(EVERY)
 FACT = ["--subject", "England", "--template", "{} is"]

@@ -15,7 +15,7 @@ from firsttok.inputs import open_study
 from firsttok.output import print_table
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
-from firsttok.token_strips import show_tokens
+from firsttok.token_strips import tokens
 
 __all__ = ["run"]
 
@@ -37,10 +37,13 @@ def run(args: argparse.Namespace) -> None:
         target_new=args.target,
         target_true=args.true or "(not given)",
         source="command line",
+        join=args.join or "auto",
+        straddle=args.straddle or "refuse",
     )
     with progress_bar() as progress:
         study = open_study(args, cache_folder("explorations"), progress)
-        prompt = with_target(study.model, fact_prompt(study.model, fact), fact.target_new)
+        prompt = fact_prompt(study.model, fact)
+        prompt = with_target(study.model, prompt, fact.target_new, join=fact.join)
         slots = len({method.anchor for method in methods})
         task = progress.add_task("editing", total=slots * study.hyperparameters.steps)
         ((_, edits),) = compute_edits(
@@ -73,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
         }
         sys.stdout.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         return
-    sys.stdout.write(show_tokens(study.model, fact) + "\n\n")
+    strip = tokens(study.model, fact)
+    sys.stdout.write(f"{strip.lines}\nThe target is joined by {strip.joint}.\n\n")
     _print_states(states, fact)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from firsttok.console import progress_bar
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
+from firsttok.inspection.forecast import DOZEN, choose_facts
 from firsttok.models import BosPolicy
 from firsttok.options import model_label
 from firsttok.plots import PALETTE, figure, save_figure
@@ -28,6 +30,12 @@ def run(args: argparse.Namespace) -> None:
     if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
         raise BadInputError(f"--out {args.out} is a file; name a folder")
     facts = tuple(fact_file(args)) if args.facts or args.limit is not None else None
+    if facts is None and (args.join or args.straddle):
+        usual = [fact for group in choose_facts() for fact in group[: DOZEN // 2]]
+        facts = tuple(
+            replace(fact, join=args.join or fact.join, straddle=args.straddle or fact.straddle)
+            for fact in usual
+        )
     given = None if args.text_bos is None else BosPolicy(args.text_bos)
     args.text_bos = args.text_bos or BosPolicy.WITHOUT.value
     label = model_label(args.model)

@@ -5,16 +5,29 @@ import sys
 
 from firsttok.data import Fact
 from firsttok.inputs import model_from
-from firsttok.token_strips import show_tokens
+from firsttok.token_strips import tokens
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the tokens.
+    """Print the tokens, and how a target is joined to them.
 
     Raises:
         FirsttokError: If an input is unusable.
     """
-    fact = Fact(subject=args.subject, template=args.template, target_new="new", target_true="true")
-    sys.stdout.write(show_tokens(model_from(args), fact) + "\n")
+    letters = (c for c in reversed(args.template.replace("{}", args.subject)) if c.isalpha())
+    fact = Fact(
+        subject=args.subject,
+        template=args.template,
+        target_new=args.target or next(letters, "a"),
+        target_true="true",
+        source="command line",
+        join=args.join or "auto",
+        straddle=args.straddle or "refuse",
+    )
+    strip = tokens(model_from(args), fact)
+    sys.stdout.write(f"{strip.lines}\n")
+    if strip.joint:
+        whose = f"The target {fact.target_new!r}" if args.target else "A target in this script"
+        sys.stdout.write(f"{whose} is joined by {strip.joint}.\n")

@@ -9,6 +9,7 @@ from firsttok.data.fact_files import (
     load_facts,
 )
 from firsttok.data.facts import Fact
+from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle, text_joint
 from firsttok.data.paper import FALL_OF_ROME, SLIDES, PaperValue, paper_values
 from firsttok.data.pulls import is_pulled_data, pull_data, resolve_facts, resolve_texts
 from firsttok.data.texts import builtin_sentences, load_texts
@@ -16,11 +17,15 @@ from firsttok.data.texts import builtin_sentences, load_texts
 __all__ = [
     "DATA_SETS",
     "FALL_OF_ROME",
+    "JOINS",
     "SLIDES",
+    "STRADDLES",
     "DataSet",
     "Fact",
     "FactFile",
+    "Join",
     "PaperValue",
+    "Straddle",
     "builtin_facts",
     "builtin_sentences",
     "check_facts",
@@ -33,4 +38,5 @@ __all__ = [
     "pull_data",
     "resolve_facts",
     "resolve_texts",
+    "text_joint",
 ]

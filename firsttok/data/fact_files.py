@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from firsttok.data.facts import Fact, builtin_records
+from firsttok.data.joints import Join, Straddle
 from firsttok.data.records import iter_records
 from firsttok.data.schemas import fact_from
 from firsttok.errors import BadInputError, FactFormatError
@@ -35,6 +36,10 @@ class FactFile:
     """Records of ZsRE that cannot be edited (see :func:`~firsttok.data.schemas.fact_from`)."""
     limit: int | None = None
     """Only the first so many; None for all."""
+    join: Join | None = None
+    """The ``join`` of all facts; None for what each record says, or the usual."""
+    straddle: Straddle | None = None
+    """The ``straddle`` of all facts, likewise."""
     stamp: tuple[int, int] | None = None
     """Size and time of change of the file when it was checked."""
 
@@ -48,12 +53,16 @@ class FactFile:
             self._refuse()
         digest = hashlib.sha256()
         seen = 0
-        for fact in islice(_facts(self.path), self.limit):
+        for fact in islice(self._all(), self.limit):
             digest.update(fact.content_hash.encode())
             seen += 1
             yield fact
         if (seen, digest.hexdigest()) != (self.count, self.content_hash):
             self._refuse()
+
+    def _all(self) -> Iterator[Fact]:
+        facts = _all(self.path, join=self.join, straddle=self.straddle)
+        return (fact for fact in facts if fact is not None)
 
     def _refuse(self) -> None:
         raise BadInputError(
@@ -62,12 +71,20 @@ class FactFile:
         )
 
 
-def check_facts(path: str | Path | None = None, *, limit: int | None = None) -> FactFile:
+def check_facts(
+    path: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    join: Join | None = None,
+    straddle: Straddle | None = None,
+) -> FactFile:
     """Go through a whole file of facts once, so that no mistake in it comes up during the work.
 
     Args:
         path: The file, as for :func:`load_facts`; None for the built-in facts.
         limit: Take only the first so many facts; the file is checked as a whole all the same.
+        join: As in :class:`FactFile`.
+        straddle: As in :class:`FactFile`.
 
     Raises:
         BadInputError: If the file is missing or not JSON, or the limit is below 1.
@@ -78,8 +95,12 @@ def check_facts(path: str | Path | None = None, *, limit: int | None = None) -> 
     file = None if path is None else Path(path)
     stamp = None if file is None else _stamp(file)
     digest = hashlib.sha256()
-    count = left_out = 0
-    for fact in _all(file):
+    count = left_out = stray = 0
+    first = ""
+    for fact in _all(file, join=join, straddle=straddle):
+        if fact is not None and fact.notice:
+            stray += 1
+            first = first or fact.notice
         if fact is None:
             left_out += 1
         elif limit is None or count < limit:
@@ -92,6 +113,8 @@ def check_facts(path: str | Path | None = None, *, limit: int | None = None) -> 
             path,
             left_out,
         )
+    if stray:
+        logger.warning("%s: %d facts have stray characters; the first: %s", path, stray, first)
     return FactFile(
         path=file,
         count=count,
@@ -99,6 +122,8 @@ def check_facts(path: str | Path | None = None, *, limit: int | None = None) -> 
         left_out=left_out,
         limit=limit,
         stamp=stamp,
+        join=join,
+        straddle=straddle,
     )
 
 
@@ -137,7 +162,9 @@ def _facts(path: Path | None) -> Iterator[Fact]:
     return (fact for fact in _all(path) if fact is not None)
 
 
-def _all(path: Path | None) -> Iterator[Fact | None]:
+def _all(
+    path: Path | None, *, join: Join | None = None, straddle: Straddle | None = None
+) -> Iterator[Fact | None]:
     """Every record's fact, None for one that is left out; their numbers are distinct."""
     if path is None:
         where, source = "the built-in facts", "built-in"
@@ -148,7 +175,7 @@ def _all(path: Path | None) -> Iterator[Fact | None]:
     seen: set[int] = set()
     found = False
     for index, (place, record) in enumerate(records):
-        fact = fact_from(record, index, place, source)
+        fact = fact_from(record, index, place, source, join=join, straddle=straddle)
         if fact is not None:
             if fact.case_id in seen:
                 raise FactFormatError(

@@ -1,25 +1,61 @@
 """What a fact is, and the built-in ones."""
 
 import json
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
 from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
 
 __all__ = ["Fact", "builtin_records"]
 
+logger = logging.getLogger(__name__)
+
+_UNSEEN = "".join(
+    chr(code)
+    for first, last in (
+        (0x00AD, 0x00AD),
+        (0x061C, 0x061C),
+        (0x180E, 0x180E),
+        (0x200B, 0x200B),
+        (0x200E, 0x200F),
+        (0x202A, 0x202E),
+        (0x2060, 0x2069),
+        (0x2800, 0x2800),
+        (0x3164, 0x3164),
+        (0xFEFF, 0xFEFF),
+        (0xFFA0, 0xFFA0),
+    )
+    for code in range(first, last + 1)
+)
+"""Characters that show nothing; joiners are not among them, since letters and emoji need them."""
+_BOUND = "\u00a0\u202f"
+"""Spaces at which no line is broken."""
+_SPACES = f" {_BOUND}\u205f{''.join(map(chr, range(0x2000, 0x200B)))}{_UNSEEN}"
+"""What is left out at the ends of a prompt: line ends and tabs there are meant."""
+_AROUND_WORDS = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + _UNSEEN
+_TYPED = ("python", "command line")
+"""Sources that are told at once; a file is read many times, and its reader counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fact(Shown):
     """One fact to edit: ``(subject, relation, target_true)`` becomes ``(..., target_new)``.
 
+    White space and invisible characters at the ends of the subject are left out with a warning,
+    since the subject's last token would be a bare space. So are spaces and invisible characters at
+    the ends of prompts and targets, since the target would follow two. With ``join="none"`` prompts
+    and targets stay as given.
+
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
         EmptyTargetError: If a target is empty.
-        FactFormatError: If the subject is empty.
+        FactFormatError: If the subject is empty, a text holds half a character, or ``join`` or
+            ``straddle`` is none of its choices.
     """
 
     subject: str
@@ -40,9 +76,18 @@ class Fact(Shown):
     """The number of the record in its set."""
     neighbour_answer: str = ""
     """The neighbours' answer where it is another one (ZsRE); empty where it is ``target_true``."""
+    join: Join = "auto"
+    """What stands between a prompt and its target (:func:`~firsttok.data.joints.text_joint`)."""
+    straddle: Straddle = "refuse"
+    """Where a token holds the subject's end and a mark behind it (``F.C.'s``): refuse the prompt,
+    or look that ``token`` up, as the released code does."""
+    notice: str = field(default="", init=False, compare=False, repr=False)
+    """What was left out of the texts as they were given; empty if nothing was."""
 
     def __post_init__(self) -> None:
-        """Check what cannot be mended later."""
+        """Leave stray spaces out, and check the texts."""
+        self._refuse_what_cannot_be_written()
+        self._tidy()
         if self.template.count("{}") != 1:
             raise TemplateError(
                 f"template {self.template!r} holds {self.template.count('{}')} times '{{}}'; "
@@ -50,11 +95,65 @@ class Fact(Shown):
             )
         if not self.subject.strip():
             raise FactFormatError(f"the subject of {self.template!r} is empty; name one")
-        for field in ("target_new", "target_true"):
-            if not getattr(self, field).strip():
+        for name in ("target_new", "target_true"):
+            if not getattr(self, name).strip():
                 raise EmptyTargetError(
-                    f"{field} of {self.prompt!r} is empty; give at least one word"
+                    f"{name} of {self.prompt!r} is empty; give at least one word"
                 )
+
+    def _refuse_what_cannot_be_written(self) -> None:
+        for name, choices in (("join", JOINS), ("straddle", STRADDLES)):
+            if getattr(self, name) not in choices:
+                raise FactFormatError(
+                    f"{name} of {self.template!r} is {getattr(self, name)!r}; choose one of "
+                    f"{', '.join(choices)}"
+                )
+        for name, text in self._texts():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise FactFormatError(
+                    f"{name} {text!r} holds half a character (a lone surrogate); write it whole"
+                )
+
+    def _texts(self) -> list[tuple[str, str]]:
+        single = ("subject", "template", "target_new", "target_true", "neighbour_answer")
+        lists = ("paraphrases", "neighbours")
+        return [(name, getattr(self, name)) for name in single] + [
+            (name, text) for name in lists for text in getattr(self, name)
+        ]
+
+    def _tidy(self) -> None:
+        subject = self.subject.strip(_AROUND_WORDS)
+        changes: dict[str, str | tuple[str, ...]] = {"subject": subject}
+        if self.join != "none":
+            changes["template"] = _tidied(self.template)
+            for name in ("paraphrases", "neighbours"):
+                texts: tuple[str, ...] = getattr(self, name)
+                changes[name] = tuple(map(_tidied, texts))
+            for name in ("target_new", "target_true", "neighbour_answer"):
+                target: str = getattr(self, name)
+                tidied = target.strip(_AROUND_WORDS)
+                # White space alone does not count when the target is joined.
+                changes[name] = target if tidied == target.strip() else tidied
+        stray = [name for name, value in changes.items() if value != getattr(self, name)]
+        if not stray:
+            return
+        before, _, after = self.template.partition("{}")
+        if subject and (
+            (before[-1:].isalnum() and not self.subject.startswith(subject))
+            or (after[:1].isalnum() and not self.subject.endswith(subject))
+        ):
+            raise FactFormatError(
+                f"subject {self.subject!r} brings the space that {self.template!r} lacks; write "
+                "that space in the template"
+            )
+        notice = (
+            f"{self.prompt!r}: spaces or invisible characters at the ends of {', '.join(stray)} "
+            "are left out"
+        )
+        for name, value in {**changes, "notice": notice}.items():
+            object.__setattr__(self, name, value)
+        if self.source in _TYPED:
+            logger.warning("%s", notice)
 
     @property
     def prompt(self) -> str:
@@ -73,7 +172,7 @@ class Fact(Shown):
         return Panel(
             title=self.prompt,
             parts=[Table(columns=("", "value"), lines=lines)],
-            source={"": self.source, "case": self.case_id},
+            source={"": self.source, "case": self.case_id, "left out": self.notice},
         )
 
     @property
@@ -97,12 +196,26 @@ class Fact(Shown):
         if self.neighbour_answer:
             # Not in every record: cached results are found by the hash of this one.
             record["neighborhood_answer"] = self.neighbour_answer
-        return record
+        usual = {"join": JOINS[0], "straddle": STRADDLES[0]}
+        return record | {
+            name: getattr(self, name)
+            for name, default in usual.items()
+            if getattr(self, name) != default
+        }
 
     @property
     def content_hash(self) -> str:
         """SHA-256 of the record."""
         return content_hash(self.as_record())
+
+
+def _tidied(prompt: str) -> str:
+    """A prompt without stray characters at its ends."""
+    begun = prompt.lstrip(_SPACES)
+    kept = begun.rstrip(_SPACES)
+    behind = begun[len(kept) : len(kept) + 1]
+    # French puts a no-break space between an opening quote and its word.
+    return kept + behind if kept.endswith(("\u00ab", "\u2039")) and behind in _BOUND else kept
 
 
 def builtin_records() -> list[Any]:

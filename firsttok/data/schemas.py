@@ -3,13 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from firsttok.data.facts import Fact
+from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
 from firsttok.data.records import kind_of
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 
 __all__ = ["fact_from"]
+
+_C = TypeVar("_C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,15 @@ _ZSRE = _Schema(
 )
 
 
-def fact_from(record: Any, index: int, place: str, source: str) -> Fact | None:
+def fact_from(
+    record: Any,
+    index: int,
+    place: str,
+    source: str,
+    *,
+    join: Join | None = None,
+    straddle: Straddle | None = None,
+) -> Fact | None:
     """Make a fact of a record.
 
     A COUNTERFACT record holds ``requested_rewrite``; a flat one holds ``prompt``, ``subject``,
@@ -51,6 +62,8 @@ def fact_from(record: Any, index: int, place: str, source: str) -> Fact | None:
         index: Its number in the file, which is its case id unless it has one.
         place: Where it stands, for messages.
         source: What the fact shall say of where it comes from.
+        join: The fact's ``join``, whatever the record says; None for the record's, or the usual.
+        straddle: As ``join``.
 
     Returns:
         The fact, or None for a record of ZsRE that cannot be edited: its alternative answer is
@@ -74,7 +87,7 @@ def fact_from(record: Any, index: int, place: str, source: str) -> Fact | None:
         )
     rewrite = cast(Mapping[str, Any], rewrite)
     subject = _text(rewrite, ("subject",), place)
-    template = _template(_text(rewrite, schema.prompt, place), subject)
+    template = _template(_text(rewrite, schema.prompt, place), subject.strip())
     new = _text(rewrite, schema.new, place).strip()
     true = _text(rewrite, schema.true, place).strip()
     paraphrases = _texts(fields, schema.paraphrases, place)
@@ -98,6 +111,8 @@ def fact_from(record: Any, index: int, place: str, source: str) -> Fact | None:
             source=source,
             case_id=case_id,
             neighbour_answer=answer if neighbours and answer and answer != true else "",
+            join=join or _choice(fields, "join", JOINS, place),
+            straddle=straddle or _choice(fields, "straddle", STRADDLES, place),
         )
     except TemplateError as error:
         raise TemplateError(f"{place}, field {schema.prompt[0]}: {error}") from None
@@ -156,6 +171,16 @@ def _answer(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> st
             "neighbours"
         )
     return next(iter(answers), "")
+
+
+def _choice(fields: Mapping[str, Any], name: str, choices: tuple[_C, ...], place: str) -> _C:
+    """One of some choices, the first where the record says nothing."""
+    value = fields.get(name, choices[0])
+    if value not in choices:
+        raise FactFormatError(
+            f"{place}, field {name} is {value!r}; choose one of {', '.join(map(str, choices))}"
+        )
+    return value
 
 
 def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str | None, Any]:

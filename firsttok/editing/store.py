@@ -55,7 +55,7 @@ class ValueStore:
         key: list[Any] = [
             _FORMAT,
             identity,
-            [fact.subject, fact.template, fact.target_new],
+            [fact.subject, fact.template, fact.target_new, fact.join, fact.straddle],
             contexts.content_hash,
             slot.value,
             layer,

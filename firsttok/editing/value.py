@@ -188,7 +188,8 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
     prompts: list[Prompt] = []
     targets: list[tuple[int, ...]] = []
     for template in contexts.templates:
-        full = with_target(model, fact_prompt(model, fact, template), fact.target_new)
+        bare = fact_prompt(model, fact, template)
+        full = with_target(model, bare, fact.target_new, join=fact.join)
         prompts.append(
             Prompt(
                 text=full.text,
@@ -197,7 +198,8 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
             )
         )
         targets.append(full.target_ids)
-    kl_prompt = subject_prompt(model, f"{fact.subject} is a", (0, len(fact.subject)))
+    span = (0, len(fact.subject))
+    kl_prompt = subject_prompt(model, f"{fact.subject} is a", span, straddle=fact.straddle)
     if kl_prompt.subject_position is not None and not sees_later(model):
         # What follows the subject's last token is never read, and cannot be seen from there.
         read = kl_prompt.token_ids[: kl_prompt.subject_position + 1]

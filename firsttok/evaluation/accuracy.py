@@ -56,12 +56,13 @@ def edit_accuracies(
         BadInputError: If the edits are of several layers.
         EditMismatchError: If an edit was made for another model.
     """
-    prompts = [with_target(model, fact_prompt(model, fact, context), fact.target_new)]
+    prompt = fact_prompt(model, fact, context)
+    prompts = [with_target(model, prompt, fact.target_new, join=fact.join)]
     if fact.paraphrases:
         paraphrase = text_prompt(model, fact.paraphrases[0])
-        prompts.append(with_target(model, paraphrase, fact.target_new))
+        prompts.append(with_target(model, paraphrase, fact.target_new, join=fact.join))
     prompts += [
-        with_target(model, text_prompt(model, text), fact.neighbour_target)
+        with_target(model, text_prompt(model, text), fact.neighbour_target, join=fact.join)
         for text in fact.neighbours[:1]
     ]
     before, *after = score_edits(model, prompts, edits)

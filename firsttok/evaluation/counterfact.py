@@ -73,7 +73,7 @@ def edit_counterfact_scores(
     kept = fact.neighbour_target
     asked += [(text_prompt(model, text), kept, new) for text in fact.neighbours]
     prompts = [
-        with_target(model, prompt, target)
+        with_target(model, prompt, target, join=fact.join)
         for prompt, wanted, other in asked
         for target in (wanted, other)
     ]

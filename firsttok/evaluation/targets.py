@@ -147,7 +147,7 @@ def target_probabilities(
     """
     wanted = fact.target_new if target is None else target
     prompts = [
-        with_target(model, fact_prompt(model, fact, template), wanted)
+        with_target(model, fact_prompt(model, fact, template), wanted, join=fact.join)
         for template in contexts.templates
     ]
     return [score.probability for score in score_targets(model, prompts)]

@@ -20,7 +20,7 @@ from firsttok.prompts import fact_prompt, with_target
 from firsttok.screening import ScreenRow, screen
 from firsttok.study import Study, measure_facts
 
-__all__ = ["CALIBRATED", "RATIO", "FactForecast", "Forecast", "choose_facts", "forecast"]
+__all__ = ["CALIBRATED", "DOZEN", "RATIO", "FactForecast", "Forecast", "choose_facts", "forecast"]
 
 RATIO = 0.05
 """Collapse is predicted where ROME's denominator is less than this share of C-ROME's.
@@ -29,6 +29,7 @@ On SmolLM2-135M, where it was set, no fact lies between 0.0085 and 0.28."""
 CALIBRATED = "on SmolLM2-135M 61 of the 76 facts below that did, and none of the 94 above"
 """What ``firsttok scan`` found there; a test holds it to the committed scan."""
 DOZEN = 12
+"""How many built-in facts are tried, half of them with the subject first."""
 GUESSING = 0.5
 """A perplexity above this share of the vocabulary is that of a model that has learnt nothing."""
 
@@ -204,9 +205,8 @@ def _usable(study: Study, facts: Sequence[Fact] | None) -> tuple[list[Fact], lis
                 break
             try:
                 for template in study.contexts.templates:
-                    with_target(
-                        study.model, fact_prompt(study.model, fact, template), fact.target_new
-                    )
+                    prompt = fact_prompt(study.model, fact, template)
+                    with_target(study.model, prompt, fact.target_new, join=fact.join)
             except BadInputError as error:
                 left_out.append(f"{fact.subject}: {error}")
                 continue

@@ -5,7 +5,10 @@ from typing import Any
 
 from firsttok.errors import BadInputError
 
-__all__ = ["BosPolicy", "leading_ids", "trailing_ids"]
+__all__ = ["BosPolicy", "bos_ids", "boundary_ids", "leading_ids", "special_ids", "trailing_ids"]
+
+_BOUNDARIES = ("bos", "eos", "cls", "sep", "pad", "unk")
+"""Roles of special tokens that part whole texts or fill them up."""
 
 
 class BosPolicy(str, Enum):
@@ -54,3 +57,39 @@ def trailing_ids(tokenizer: Any) -> tuple[int, ...]:
         if ids[start : start + len(bare)] == bare:
             return tuple(ids[start + len(bare) :])
     return ()
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of every special token: what no word of a text is made of."""
+    added: dict[int, Any] = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids).union(
+        number for number, token in added.items() if token.special
+    )
+
+
+def bos_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the tokens that ``with`` may put before a text: BOS, [CLS]."""
+    return frozenset(
+        int(number)
+        for number in (tokenizer.bos_token_id, tokenizer.cls_token_id)
+        if number is not None
+    )
+
+
+def boundary_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens that stand between whole texts and never inside one.
+
+    They are BOS, EOS and the like, except those that the chat template writes around turns:
+    ``<|im_start|>`` is SmolLM2's BOS and opens every turn. A chat template that puts a BOS only
+    before the whole text gives it as a variable, not in letters.
+    """
+    chat = str(tokenizer.chat_template or "")
+    found: set[int] = set()
+    inside: set[int] = set()
+    for role in _BOUNDARIES:
+        text = getattr(tokenizer, f"{role}_token", None)
+        number = getattr(tokenizer, f"{role}_token_id", None)
+        if number is not None and text is not None:
+            named = text in chat or (role == "eos" and "eos_token" in chat)
+            (inside if named else found).add(int(number))
+    return frozenset(found - inside)

@@ -24,8 +24,8 @@ from firsttok.models.location import Location, hub_file, hub_trouble, locate, re
 from firsttok.models.model import Model
 from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
-from firsttok.models.weights import Weights
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
+from firsttok.models.weights import Weights
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -169,7 +169,8 @@ def answered_facts(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
         rows = torch.arange(len(group), device=model.device)
         found = logits(model, batch)[rows, ends].argmax(-1).tolist()
         for index, predicted in zip(group, found, strict=True):
-            true = with_target(model, prompts[index], facts[index].target_true)
+            fact = facts[index]
+            true = with_target(model, prompts[index], fact.target_true, join=fact.join)
             if true.target_ids[0] == predicted:
                 right.add(index)
     return tuple(fact for index, fact in enumerate(facts) if index in right)

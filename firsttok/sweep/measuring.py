@@ -123,9 +123,10 @@ def _unusable(study: Study, fact: Fact, plan: Plan) -> str | None:
         asked += [(text, fact.neighbour_target) for text in fact.neighbours]
     try:
         for template in study.contexts.templates:
-            with_target(model, fact_prompt(model, fact, template), fact.target_new)
+            prompt = fact_prompt(model, fact, template)
+            with_target(model, prompt, fact.target_new, join=fact.join)
         for text, target in asked:
-            with_target(model, text_prompt(model, text), target)
+            with_target(model, text_prompt(model, text), target, join=fact.join)
     except FirsttokError as error:
         return _reason(error)
     return None
@@ -168,7 +169,8 @@ def _measured(study: Study, fact: Fact, edits: Sequence[RankOneEdit], plan: Plan
             columns.update(asdict(accuracy))
         if study.contexts.prefixed:
             prefix = draw_prefix(study, fact, seed=plan.seed)
-            prompt = with_target(model, fact_prompt(model, fact, prefix), fact.target_new)
+            prompt = fact_prompt(model, fact, prefix)
+            prompt = with_target(model, prompt, fact.target_new, join=fact.join)
             prefixed = score_edits(model, [prompt], edits)[1:]
             for columns, (found_there,) in zip(found, prefixed, strict=True):
                 columns.update(prefix=prefix, prefixed_efficacy=found_there.accuracy)
