@@ -1,6 +1,6 @@
 """A loaded model: its bridge, tokenizer and edit sites, and what a view of it changes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.errors import LayerOutOfRangeError
+from firsttok.errors import BadInputError, LayerOutOfRangeError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.replay import find_replay
-from firsttok.models.sites import EditSite
+from firsttok.models.sites import EditSite, refuse_processed
 from firsttok.models.tail import Replay
+from firsttok.models.trials import Trials
 from firsttok.tensors import Intervention
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ class Model(Shown):
     """SHA-256 over names, shapes and bytes of all weights as loaded."""
     interventions: tuple[Intervention, ...] = ()
     """Changes made to every batch of this view, in order."""
+    first_position: int = 0
+    """Position id of a prompt's first token; 0 for all but RoBERTa."""
+    trials: Trials = field(default_factory=Trials)
+    """What was found out about how these weights take changes; shared by all views."""
 
     @property
     def label(self) -> str:
@@ -171,7 +176,10 @@ class Model(Shown):
 
         Raises:
             LayerOutOfRangeError: If there is no such layer.
+            UnsupportedModelError: If TransformerLens has changed the weights since they were
+                loaded.
         """
+        refuse_processed(self.bridge, self.name)
         layer = self.default_layer if layer is None else layer
         stack = self.sites[0].stack if stack is None else stack
         for site in self.sites:
@@ -190,7 +198,16 @@ class Model(Shown):
 
         Args:
             interventions: The changes, made in order after those of this view.
+
+        Raises:
+            BadInputError: If one has no name, cannot be called, or is a class.
         """
+        for change in interventions:
+            if not _is_intervention(change):
+                raise BadInputError(
+                    f"{change!r} is no intervention; give an object with a `name` that takes a "
+                    "TokenBatch and returns one, such as probes.SeesAll(position=0)"
+                )
         return self._view(replace(self, interventions=(*self.interventions, *interventions)))
 
     def _view(self, view: "Model") -> "Model":
@@ -198,3 +215,8 @@ class Model(Shown):
         if "replay" in vars(self):
             vars(view)["replay"] = self.replay
         return view
+
+
+def _is_intervention(change: object) -> bool:
+    """Whether it is one, and not the class of some."""
+    return isinstance(change, Intervention) and not isinstance(change, type)
