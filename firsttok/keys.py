@@ -11,7 +11,7 @@ from torch import Tensor
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
-from firsttok.errors import BadInputError, NonFiniteError
+from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture, keys_behind
 from firsttok.prompts import (
     Prompt,
@@ -329,18 +329,16 @@ class IntervenedKeys:
         """Return the keys under these interventions and no others.
 
         Raises:
-            BadInputError: If they change none of the fact's prompts.
             UnsupportedModelError: If the model does not obey them.
         """
         view = replace(model, interventions=self.interventions)
-        templates = (*contexts.templates, "{}")
-        prompts = [fact_prompt(model, fact, template) for template in templates]
-        if self.interventions and not is_changed(view, prompts):
-            raise BadInputError(
-                f"{self.name!r} changes nothing in {fact.prompt!r}, neither bare nor in a context; "
-                "give a change to a token that the prompts have"
-            )
         return fact_keys(view, fact, contexts, layer=layer)
+
+    def is_idle(self, model: Model, fact: Fact, contexts: ContextSet) -> bool:
+        """Whether they change none of the fact's prompts, so that equal keys are no finding."""
+        view = replace(model, interventions=self.interventions)
+        templates = (*contexts.templates, "{}")
+        return not is_changed(view, [fact_prompt(model, fact, text) for text in templates])
 
 
 ORDINARY_KEYS = OrdinaryKeys()

@@ -256,7 +256,7 @@ def test_repeated_ids_that_cut_attention_are_found(
         "firsttok.models.trials.call_arguments",
         lambda _, batch: {"position_ids": batch.position_ids, "use_cache": False},
     )
-    with pytest.raises(UnsupportedModelError, match="other tokens than before if .* ids repeat"):
+    with pytest.raises(UnsupportedModelError, match=r"other tokens than before if .* ids repeat"):
         pad(model.intervened(SECOND2FIRST), sentence_prompts(model))
 
 
@@ -391,7 +391,7 @@ def test_weights_that_overflow_hide_no_leak(tmp_path: Path) -> None:
     view = load_tiny(tmp_path).intervened(SeesItself(position=3))
     with torch.no_grad():
         view.site(0).weight.mul_(float("nan"))
-    with pytest.raises(UnsupportedModelError, match="layer 2 .* mixer"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 2 .* mixer"):
         pad(view, sentence_prompts(view))
 
 
@@ -555,11 +555,14 @@ def test_a_probe_prints_no_line_that_its_mask_did_not_change(tiny: TinyFactory) 
     with pytest.raises(BadInputError, match="subject ends the prompt"):
         MaskedKeys(later=False, changed=True).keys(model, fact, CONTEXTS, layer=1)
     for change in (SeesAll(position=90), PositionSwap(name="far", of=90, like=0)):
-        with pytest.raises(BadInputError, match="changes nothing in"):
-            probe(study, FACTS[0], change)
+        usual, idle = probe(study, FACTS[0], change).rows
+        assert idle["k^u from"] == f"{change.name} (changes nothing here)"
+        assert idle["denominator"] == pytest.approx(usual["denominator"])
     # A key that a swap leaves as it is, though it is obeyed, is a finding.
-    rows = probe(study, FACTS[0], SECOND2FIRST).rows
-    assert rows[0]["denominator"] != rows[1]["denominator"]
+    usual, swapped = probe(study, FACTS[0], SECOND2FIRST).rows
+    assert swapped["k^u from"] == "Second2First"
+    assert swapped["denominator"] != pytest.approx(usual["denominator"], rel=1e-3)
+    assert swapped["norm of k^u"] == usual["norm of k^u"]
 
 
 @pytest.mark.parametrize("processed", [True, False])
