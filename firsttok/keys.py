@@ -13,7 +13,15 @@ from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture, keys_behind
-from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions, sees_later
+from firsttok.prompts import (
+    Prompt,
+    batches,
+    fact_prompt,
+    is_changed,
+    pad,
+    positions,
+    sees_later,
+)
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
 __all__ = [
@@ -318,9 +326,19 @@ class IntervenedKeys:
     """The changes, in order."""
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
-        """Return the keys under these interventions and no others."""
+        """Return the keys under these interventions and no others.
+
+        Raises:
+            UnsupportedModelError: If the model does not obey them.
+        """
         view = replace(model, interventions=self.interventions)
         return fact_keys(view, fact, contexts, layer=layer)
+
+    def is_idle(self, model: Model, fact: Fact, contexts: ContextSet) -> bool:
+        """Whether they change none of the fact's prompts, so that equal keys are no finding."""
+        view = replace(model, interventions=self.interventions)
+        templates = (*contexts.templates, "{}")
+        return not is_changed(view, [fact_prompt(model, fact, text) for text in templates])
 
 
 ORDINARY_KEYS = OrdinaryKeys()

@@ -147,9 +147,12 @@ class KeyProbe:
             cosine = torch.nn.functional.cosine_similarity(
                 keys.unprefixed.double(), usual.double(), dim=0
             )
+            idle = isinstance(source, IntervenedKeys) and source.is_idle(
+                study.model, fact, study.contexts
+            )
             rows.append(
                 {
-                    "k^u from": source.name,
+                    "k^u from": f"{source.name} (changes nothing here)" if idle else source.name,
                     "norm of k^u": float(keys.unprefixed.double().norm()),
                     "cosine with the usual k^u": float(cosine),
                     "cosine with k_bar": keys.cosine,

@@ -5,7 +5,7 @@ last token?" and to "is there a BOS token?".
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from firsttok.errors import (
     TemplateError,
     UnsupportedModelError,
 )
-from firsttok.models import Model
+from firsttok.models import Change, Model, changes_of, intervene, refuse_processed, sees_later
 from firsttok.models.bos import special_ids
 from firsttok.models.encoding import encode, encode_subject
 from firsttok.tensors import TokenBatch
@@ -33,6 +33,7 @@ __all__ = [
     "Prompt",
     "batches",
     "fact_prompt",
+    "is_changed",
     "join_prompts",
     "joined_target",
     "pad",
@@ -248,9 +249,13 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         side: ``right`` or ``left``; ``subject`` puts every subject's last token into one column.
 
     Raises:
-        BadInputError: If there are no prompts, or one is longer than the model reads.
-        UnsupportedModelError: If the view changes what the model does not take.
+        BadInputError: If there are no prompts, one is longer than the model reads, or an
+            intervention of the view returns something else than such a batch.
+        UnsupportedModelError: If the view asks for what the model does not do, found out by trial
+            on first use (see :class:`firsttok.models.Trials`), or if TransformerLens has changed
+            the weights.
     """
+    refuse_processed(model.weights.bridge, model.name)
     if not prompts:
         raise BadInputError("there are no prompts to run; give at least one")
     lengths = [len(prompt.token_ids) for prompt in prompts]
@@ -282,14 +287,17 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
         starts=torch.tensor(starts, device=model.device),
     )
-    return _intervene(model, batch) if model.interventions else batch
+    return intervene(model, batch) if model.interventions else batch
 
 
-def sees_later(model: Model) -> bool:
-    """Whether the view says itself what tokens attend to, so that one may see later ones."""
-    if not model.interventions:
-        return False
-    return pad(model, [Prompt(text="", token_ids=(0, 0))]).visible is not None
+def is_changed(model: Model, prompts: Sequence[Prompt]) -> bool:
+    """Whether the view runs any of these prompts in another way than the model as it is.
+
+    A change at a place that no prompt has is none, and neither is a mask that says what is so
+    anyway: what was measured under it must not pass for an effect, or for the lack of one.
+    """
+    plain = pad(replace(model, interventions=()), prompts)
+    return bool({*changes_of(plain, pad(model, prompts))} - {Change.MASK})
 
 
 def positions(prompts: Sequence[Prompt]) -> Int[Tensor, "prompt"]:
@@ -331,28 +339,3 @@ def batches(
         yield [order[place] for place in batch]
 
 
-def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
-    changed = batch
-    for intervention in model.interventions:
-        changed = intervention(changed)
-    names = ", ".join(intervention.name for intervention in model.interventions)
-    # An intervention that the model never sees would pass for one without effect.
-    takes_positions = model.position_embedding in ("learned", "rotary")
-    if not (takes_positions or torch.equal(changed.position_ids, batch.position_ids)):
-        raise UnsupportedModelError(
-            f"{model.name} has neither learned nor rotary positions, so position ids do not change "
-            f"it ({names})"
-        )
-    if changed.visible is not None and not model.can_be_edited:
-        raise UnsupportedModelError(
-            f"{model.name} is no decoder, and only a decoder's attention mask is opened or closed "
-            f"({names})"
-        )
-    window = model.attention_window
-    if changed.visible is not None and window is not None and changed.tokens.shape[1] > window:
-        # The mask given stands for all layers, and some of this model's see no further than that.
-        raise UnsupportedModelError(
-            f"{model.name} attends no further back than {window} tokens in some layers, so a mask "
-            f"is only opened or closed on prompts of at most as many ({names})"
-        )
-    return changed

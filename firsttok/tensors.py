@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from firsttok.errors import BadInputError
+
 __all__ = [
     "Intervention",
     "KeyMatrix",
@@ -57,8 +59,21 @@ class TokenBatch:
         return self.tokens.device
 
     def columns(self, positions: Int[Tensor, "prompt"]) -> Int[Tensor, "prompt"]:
-        """Turn absolute token positions of each prompt into columns of the padded batch."""
-        return self.starts + positions.to(self.starts.device)
+        """Turn absolute token positions of each prompt into columns of the padded batch.
+
+        Raises:
+            BadInputError: If a prompt has no such token.
+        """
+        columns = self.starts + positions.to(self.starts.device)
+        lengths = self.attention_mask.sum(1)
+        outside = (columns < self.starts) | (columns >= self.starts + lengths)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0])
+            raise BadInputError(
+                f"there is no token {int(positions[row])} in a prompt of {int(lengths[row])} "
+                "tokens; positions count from 0"
+            )
+        return columns
 
     def rows(self, index: Int[Tensor, "row"]) -> "TokenBatch":
         """Return some of the prompts; one may be taken several times."""
@@ -86,7 +101,13 @@ class TokenBatch:
         )
 
     def places(self, position: int) -> tuple[Int[Tensor, "place"], Int[Tensor, "place"]]:
-        """Rows and columns of the token at a position, in every prompt that is long enough."""
+        """Rows and columns of the token at a position, in every prompt that is long enough.
+
+        Raises:
+            BadInputError: If the position is negative.
+        """
+        if position < 0:
+            raise BadInputError(f"there is no token {position}; positions count from 0")
         columns = self.starts + position
         rows = torch.arange(len(columns), device=columns.device)
         inside = columns < self.tokens.shape[1]

@@ -20,6 +20,8 @@ DECODERS = ("gpt2", "gptj", "llama", "mistral", "gemma3")
 """Architectures that are edited."""
 ARCHITECTURES = (*DECODERS, "t5", "bert")
 """Architectures whose keys are read."""
+HYBRIDS = ("bamba", "falcon_h1", "jamba", "lfm2")
+"""Decoders with state spaces or convolutions beside, or in place of, attention."""
 BEGINS_WITH_BOS = ("llama", "mistral", "gemma3", "bert")
 """Architectures whose tiny tokenizer puts a BOS token before every text by itself."""
 LAYERS = 4
@@ -279,7 +281,7 @@ def _llama() -> Any:
     )
 
 
-def _mistral() -> Any:
+def _mistral(window: int = 64) -> Any:
     return transformers.MistralForCausalLM(
         transformers.MistralConfig(
             vocab_size=VOCABULARY,
@@ -289,7 +291,7 @@ def _mistral() -> Any:
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=160,
-            sliding_window=64,
+            sliding_window=window,
         )
     )
 
@@ -321,6 +323,116 @@ def _bert() -> Any:
             max_position_embeddings=160,
         )
     )
+
+
+def _wide(**changes: Any) -> dict[str, Any]:
+    """Settings that most configurations call by these names."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 160,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    } | changes
+
+
+def _state_space() -> dict[str, Any]:
+    """What Bamba and Falcon-H1 call their state spaces' sizes by."""
+    heads = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+    return heads | {"mamba_n_groups": 1, "mamba_chunk_size": 16}
+
+
+def _gptneo(window: int = 8) -> Any:
+    return transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=LAYERS,
+            num_heads=4,
+            attention_types=[[["global", "local"], LAYERS // 2]],
+            window_size=window,
+            max_position_embeddings=160,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def _lfm2() -> Any:
+    layers = ["conv", "conv", "full_attention", "conv"]
+    settings = _wide(layer_types=layers, block_auto_adjust_ff_dim=False)
+    return transformers.Lfm2ForCausalLM(transformers.Lfm2Config(**settings))
+
+
+def _bamba() -> Any:
+    settings = _wide(attn_layer_indices=[1], mamba_expand=2, **_state_space())
+    return transformers.BambaForCausalLM(transformers.BambaConfig(**settings))
+
+
+def _falcon_h1(factor: float = 1.0) -> Any:
+    settings = _wide(mamba_d_ssm=64, head_dim=8, mlp_multipliers=[1.0, factor], **_state_space())
+    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**settings))
+
+
+def _jamba() -> Any:
+    settings = _wide(
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=20,
+        expert_layer_offset=19,
+        num_experts=1,
+        use_mamba_kernels=False,
+        mamba_d_state=8,
+        mamba_dt_rank=4,
+    )
+    return transformers.JambaForCausalLM(transformers.JambaConfig(**settings))
+
+
+def _falcon(**changes: Any) -> Any:
+    settings = _wide(**changes)
+    del settings["intermediate_size"], settings["num_key_value_heads"]
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**settings))
+
+
+def _smollm3() -> Any:
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_wide()))
+
+
+def _gptoss() -> Any:
+    settings = _wide(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=64)
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**settings))
+
+
+def _codegen() -> Any:
+    return transformers.CodeGenForCausalLM(
+        transformers.CodeGenConfig(
+            vocab_size=VOCABULARY, n_positions=160, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+        )
+    )
+
+
+def _bloom() -> Any:
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    )
+
+
+def _mpt() -> Any:
+    return transformers.MptForCausalLM(
+        transformers.MptConfig(
+            vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, max_seq_len=160
+        )
+    )
+
+
+def _roberta() -> Any:
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**_wide(num_hidden_layers=3)))
 
 
 def _gemma(window: int) -> dict[str, int]:
@@ -356,4 +468,17 @@ _MODELS: dict[str, Callable[..., Any]] = {
     "gemma3": _gemma3,
     "t5": _t5,
     "bert": _bert,
+    "bamba": _bamba,
+    "bloom": _bloom,
+    "codegen": _codegen,
+    "falcon": _falcon,
+    "falcon_alibi": lambda: _falcon(alibi=True, multi_query=False, parallel_attn=False),
+    "falcon_h1": _falcon_h1,
+    "gptneo": _gptneo,
+    "gptoss": _gptoss,
+    "jamba": _jamba,
+    "lfm2": _lfm2,
+    "mpt": _mpt,
+    "roberta": _roberta,
+    "smollm3": _smollm3,
 }

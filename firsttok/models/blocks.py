@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "passed_by",
     "replaced_forward",
     "stopped_above",
+    "undisturbed",
 ]
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
@@ -110,3 +112,32 @@ def block_arguments(
     ):
         bridge(tokens, **arguments)
     return entered[0], calls
+
+
+@contextlib.contextmanager
+def undisturbed(bridge: Any) -> Generator[None, None, None]:
+    """Run a bridge without users' hooks, dropout, autocast or inference mode."""
+    from transformer_lens.hook_points import HookPoint
+
+    with contextlib.ExitStack() as stack:
+
+        def put(part: Any, name: str, value: Any) -> None:
+            stack.callback(setattr, part, name, getattr(part, name))
+            setattr(part, name, value)
+
+        for part in {*bridge.modules(), *bridge.original_model.modules()}:
+            if part.training:
+                put(part, "training", False)
+            for kind in ("fwd", "bwd") if isinstance(part, HookPoint) else ():
+                handles = getattr(part, f"{kind}_hooks")
+                kept = [handle for handle in handles if handle.is_permanent]
+                if len(kept) < len(handles):
+                    name = {"fwd": "_forward_hooks", "bwd": "_backward_hooks"}[kind]
+                    ids = {handle.hook.id for handle in kept}
+                    hooks = getattr(part, name).items()
+                    put(part, f"{kind}_hooks", kept)
+                    put(part, name, OrderedDict((i, hook) for i, hook in hooks if i in ids))
+        device = next(bridge.original_model.parameters()).device
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield

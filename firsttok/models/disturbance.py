@@ -46,8 +46,6 @@ class Baseline:
             one is not other for one, other in zip(now, self.modules, strict=True)
         ):
             return "a module was replaced, put in or taken out"
-        if getattr(bridge, "compatibility_mode", False):
-            return "the bridge is in compatibility mode"
         for module, hooks, forward in zip(now, self.hooks, self.forwards, strict=True):
             if module.training:
                 return "the model is in training mode"

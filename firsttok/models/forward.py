@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from firsttok.errors import UnsupportedModelError
 from firsttok.models.fused import pack_call
 from firsttok.models.products import fast_products
 from firsttok.tensors import Logits, TokenBatch
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
     from firsttok.models.model import Model
 
-__all__ = ["call_arguments", "capture", "logits"]
+__all__ = ["call_arguments", "capture", "find_first_position", "logits"]
 
 
 def call_arguments(model: "Model", batch: TokenBatch) -> dict[str, Any]:
@@ -25,8 +28,44 @@ def call_arguments(model: "Model", batch: TokenBatch) -> dict[str, Any]:
         mask = torch.zeros(batch.visible.shape, dtype=model.dtype, device=batch.device)
         arguments["attention_mask"] = mask.masked_fill(~batch.visible, hidden)[:, None]
     if not model.is_encoder_decoder:
-        arguments["position_ids"] = batch.position_ids
+        arguments["position_ids"] = batch.position_ids + model.first_position
     return arguments
+
+
+@torch.no_grad()
+def find_first_position(bridge: "TransformerBridge") -> int:
+    """Find the position id of a prompt's first token, by trial against a pass without ids.
+
+    It is 0 for all but RoBERTa, which counts from behind the id of its padding token.
+
+    Args:
+        bridge: The bridge of an encoder or a decoder.
+
+    Raises:
+        UnsupportedModelError: If positions are numbered in another way.
+    """
+    plain: Any = bridge
+    device = next(plain.original_model.parameters()).device
+    tokens = (torch.arange(6, device=device)[None] * 7 + 11) % int(plain.cfg.d_vocab)
+    ones = torch.ones_like(tokens)
+    implied: Tensor = plain(tokens, attention_mask=ones)
+    padding = getattr(plain.original_model.config, "pad_token_id", None)
+    # Replays of a decoder count from 0.
+    behind = [] if plain.cfg.attention_dir == "causal" or padding is None else [int(padding) + 1]
+    errors: dict[int, float] = {}
+    for first in (0, *behind):
+        ids = ones.cumsum(1) - 1 + first
+        explicit: Tensor = plain(tokens, attention_mask=ones, position_ids=ids)
+        difference = explicit.double() - implied.double()
+        errors[first] = float(difference.norm() / implied.double().norm())
+    found = min(errors, key=lambda first: errors[first])
+    # The same kernels run, so what is the same differs in the last bits at most.
+    if errors[found] <= 8 * torch.finfo(implied.dtype).eps:
+        return found
+    raise UnsupportedModelError(
+        f"{plain.cfg.architecture} does not number the tokens of a prompt from 0 on, and firsttok "
+        "passes such numbers; this architecture is not supported"
+    )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import find_spec
 from firsttok.models.disturbance import Baseline
 from firsttok.models.fingerprint import hash_weights
+from firsttok.models.forward import find_first_position
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_file, hub_trouble, locate, reason_of
 from firsttok.models.model import Model
@@ -90,6 +91,8 @@ def load(
             hashes = hashed.result()
         bridge = _bridge(hf_model, lens_tokenizer, name)
         sites = find_sites(bridge)
+        numbered = sites[0].stack == "blocks"
+        first_position = find_first_position(bridge) if numbered else 0
     layers = sum(site.stack == sites[0].stack for site in sites)
     return Model(
         name=name,
@@ -101,6 +104,7 @@ def load(
         bos=policy,
         default_layer=spec.layer if spec and spec.layer is not None else layers // 2,
         hyperparameters=spec.hyperparameters if spec else Hyperparameters(),
+        first_position=first_position,
     )
 
 
@@ -208,6 +212,14 @@ def _bridge(hf_model: "PreTrainedModel", lens_tokenizer: Any, name: str) -> "Tra
         raise UnsupportedModelError(
             f"TransformerLens does not support {name} ({reason}); "
             "choose an architecture of its TransformerBridge"
+        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UnsupportedModelError(
+            f"TransformerLens cannot take {name} apart ({type(error).__name__}: {reason}); "
+            "choose another variant of the architecture"
         ) from None
     # Not before: of GPT-2's queries, keys and values the bridge makes weights of its own.
     bridge.requires_grad_(False)

@@ -11,13 +11,15 @@ from torch import nn
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, LayerOutOfRangeError, ViewError
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.models.blocks import undisturbed
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import config_hash, tokenizer_hash
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.replay import find_replay
-from firsttok.models.sites import EditSite
+from firsttok.models.sites import EditSite, refuse_processed
 from firsttok.models.tail import Replay
+from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.provenance import described
 from firsttok.storage import content_hash
@@ -54,6 +56,10 @@ class Model(Shown):
     """Settings of the value optimisation unless others are given."""
     interventions: tuple[Intervention, ...] = ()
     """Changes made to every batch of this view, in order."""
+    first_position: int = 0
+    """Position id of a prompt's first token; 0 for all but RoBERTa."""
+    trials: Trials = field(default_factory=Trials)
+    """What was found out about how these weights take changes; shared by all views."""
     own_edits: tuple[WeightEdit, ...] | None = None
     """All edits in the weights of this view; None where they are those that stand in the model."""
     contents: ContentCache = field(default_factory=dict[Any, Any])
@@ -126,10 +132,8 @@ class Model(Shown):
         """How much has to run again after a change at one layer, found by trial on first use."""
         found = self.weights.findings
         if "replay" not in found:
-            replay = find_replay(self)
-            if self.disturbance is not None:
-                return replay
-            found["replay"] = replay
+            with self.running() as bridge, undisturbed(bridge):
+                found["replay"] = find_replay(self)
         return found["replay"]
 
     @property
@@ -187,7 +191,10 @@ class Model(Shown):
 
         Raises:
             LayerOutOfRangeError: If there is no such layer.
+            UnsupportedModelError: If TransformerLens has changed the weights since they were
+                loaded.
         """
+        refuse_processed(self.weights.bridge, self.name)
         layer = self.default_layer if layer is None else layer
         stack = self.sites[0].stack if stack is None else stack
         for site in self.sites:
@@ -346,7 +353,16 @@ class Model(Shown):
 
         Args:
             interventions: The changes, made in order after those of this view.
+
+        Raises:
+            BadInputError: If one has no name, cannot be called, or is a class.
         """
+        for change in interventions:
+            if not _is_intervention(change):
+                raise BadInputError(
+                    f"{change!r} is no intervention; give an object with a `name` that takes a "
+                    "TokenBatch and returns one, such as probes.SeesAll(position=0)"
+                )
         return replace(self, interventions=(*self.interventions, *interventions))
 
     def edited(self, *edits: WeightEdit, cast: bool = False, anyway: bool = False) -> "Model":
@@ -405,3 +421,7 @@ class Model(Shown):
             known = (tokenizer, seen, tokenizer_hash(tokenizer))
             self.weights.findings["tokenizer"] = known
         return known[2]
+
+def _is_intervention(change: object) -> bool:
+    """Whether it is one, and not the class of some."""
+    return isinstance(change, Intervention) and not isinstance(change, type)

@@ -1,6 +1,7 @@
 """Edit sites: the weight that maps a key to a value, layer by layer, checked on a real pass."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from firsttok.tensors import ValueMatrix, WeightInOut
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["EditSite", "find_sites"]
+__all__ = ["EditSite", "find_sites", "refuse_processed"]
 
 _STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
 _CHECK_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 5e-3}
@@ -93,6 +94,25 @@ def find_sites(bridge: "TransformerBridge") -> tuple[EditSite, ...]:
     return sites
 
 
+def refuse_processed(bridge: "TransformerBridge", name: str) -> None:
+    """Refuse a bridge whose weights or hook points are no longer those that were checked.
+
+    Args:
+        bridge: The bridge of a loaded model.
+        name: What the model is called.
+
+    Raises:
+        UnsupportedModelError: If TransformerLens's compatibility mode is on, or if it has
+            processed the weights.
+    """
+    if bridge.compatibility_mode or getattr(bridge, "_weights_processed", False):
+        raise UnsupportedModelError(
+            f"TransformerLens has changed the weights or the hook points of {name} "
+            "(enable_compatibility_mode, process_weights), so that its edit sites are not those "
+            "that were checked; load it again, and leave these calls out"
+        )
+
+
 def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
     from transformers.pytorch_utils import Conv1D
 
@@ -118,20 +138,41 @@ def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
 
 def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:
     seen: dict[str, Tensor] = {}
+    given: dict[EditSite, list[Tensor]] = {}
 
     def keep(activation: Tensor, hook: Any) -> None:
         seen[hook.name] = activation.detach()
+
+    def watch(site: EditSite) -> Callable[..., None]:
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = (*args, *kwargs.values())
+            given[site] = [value.detach() for value in values if isinstance(value, Tensor)]
+
+        return enter
 
     names = [name for site in sites for name in (site.key_hook, site.value_hook)]
     device = sites[0].weight.device
     vocabulary = int(bridge.cfg.d_vocab)
     tokens = (torch.arange(6, device=device)[None] * 7 + 11) % vocabulary
-    with torch.no_grad():
-        bridge.run_with_hooks(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            fwd_hooks=[(name, keep) for name in names],
-        )
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for site in sites:
+            mlp: Any = getattr(bridge, site.stack)[site.layer].mlp
+            stack.callback(mlp.register_forward_pre_hook(watch(site), with_kwargs=True).remove)
+        try:
+            bridge.run_with_hooks(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                fwd_hooks=[(name, keep) for name in names],
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UnsupportedModelError(
+                f"{bridge.cfg.architecture} cannot be run on a few tokens in "
+                f"{str(sites[0].weight.dtype).removeprefix('torch.')} ({reason}); load it in "
+                "float32, or choose another architecture"
+            ) from None
     for site in sites:
         if site.key_hook not in seen or site.value_hook not in seen:
             raise UnsupportedModelError(
@@ -140,11 +181,30 @@ def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:
             )
         key, value = seen[site.key_hook], seen[site.value_hook]
         expected = site.values_of(key.reshape(-1, key.shape[-1]))
-        error = (expected - value.reshape(-1, value.shape[-1])).norm().float()
-        scale = value.norm().float().clamp_min(torch.finfo(torch.float32).tiny)
+        value = value.reshape(-1, value.shape[-1])
         tolerance = _CHECK_TOLERANCES.get(value.dtype, 1e-4)
-        if not bool(error <= tolerance * scale):
+        error = _distance(expected, value)
+        if not error <= tolerance:
+            cause = _cause(expected, value, given.get(site, []), tolerance)
             raise UnsupportedModelError(
                 f"at layer {site.layer} of {site.stack} the key times the weight differs from the "
-                f"MLP's output by {float(error / scale):.1e}; this architecture is not supported"
+                f"MLP's output by {error:.1e}{cause}; this architecture "
+                f"({bridge.cfg.architecture}) is not supported"
             )
+
+
+def _distance(found: Tensor, value: Tensor) -> float:
+    scale = value.norm().float().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found - value).norm().float() / scale)
+
+
+def _cause(expected: Tensor, value: Tensor, given: Sequence[Tensor], tolerance: float) -> str:
+    """Why an MLP's output is not what its second matrix puts out, where that can be told."""
+    states = [each.reshape(value.shape) for each in given if each.numel() == value.numel()]
+    if any(_distance(expected + each, value) <= tolerance for each in states):
+        return ", since the MLP itself adds the residual stream to it"
+    wide, other = expected.flatten().double(), value.flatten().double()
+    factor = float(wide @ other / (wide @ wide).clamp_min(torch.finfo(torch.float64).tiny))
+    if _distance(expected * factor, value) <= tolerance:
+        return f", since the MLP multiplies it by {factor:.3g}"
+    return ""

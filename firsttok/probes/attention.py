@@ -13,9 +13,10 @@ from torch import Tensor
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
+from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys, fact_keys, keys_at
 from firsttok.models import Model, capture
-from firsttok.prompts import Prompt, batches, fact_prompt, pad, positions
+from firsttok.prompts import Prompt, batches, fact_prompt, is_changed, pad, positions
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector, TokenBatch
 
 __all__ = [
@@ -129,7 +130,12 @@ class MaskedKeys:
         return f"{token} {change}" if self.changed else token
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
-        """Return the ordinary k_bar and the k^u of the changed token."""
+        """Return the ordinary k_bar and the k^u of the changed token.
+
+        Raises:
+            BadInputError: If nothing stands behind a token that is to see all.
+            UnsupportedModelError: If the model does not obey such a mask.
+        """
         ordinary = fact_keys(model, fact, contexts, layer=layer)
         if not (self.later or self.changed):
             return ordinary
@@ -140,6 +146,11 @@ class MaskedKeys:
         place = int(positions([prompt])[0])
         change: Intervention = SeesItself(position=place) if self.later else SeesAll(position=place)
         view = model.intervened(change) if self.changed else model
+        if self.changed and not is_changed(view, [prompt]):
+            raise BadInputError(
+                f"in {prompt.text!r} {self.name!r} changes nothing, since the subject ends the "
+                "prompt and sees all of it anyway; give a fact whose prompt goes on behind it"
+            )
         return keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
 
 

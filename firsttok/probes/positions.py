@@ -11,7 +11,7 @@ from firsttok.data import Fact, PaperValue
 from firsttok.editing import ROME
 from firsttok.keys import IntervenedKeys, keys_at
 from firsttok.models import Model
-from firsttok.prompts import Prompt
+from firsttok.prompts import Prompt, fact_prompt, pad
 from firsttok.study import Study, measure_facts
 from firsttok.tensors import KeyMatrix, TokenBatch
 
@@ -138,7 +138,12 @@ def measure_stages(
 
     Returns:
         One record per stage and fact, with the original perplexity under the same evaluation.
+
+    Raises:
+        UnsupportedModelError: If the model does not obey the swap; before anything is edited.
     """
+    for fact in facts[:1]:
+        pad(study.model.intervened(swap), [fact_prompt(study.model, fact)])
     rows: list[dict[str, Any]] = []
     for stage in stages:
         changed = swapped_study(study, swap, stage)
