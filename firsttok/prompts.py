@@ -337,5 +337,3 @@ def batches(
         len(order), tokens, lambda start, end: tokens(start, end) <= max_tokens
     ):
         yield [order[place] for place in batch]
-
-

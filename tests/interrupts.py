@@ -46,15 +46,19 @@ class Storm:
 
     def interrupt(self, action: Callable[[], object], count: int, longest: float) -> int:
         """Interrupt an action so many times, and count how often it had ended by itself."""
+        done = sum(self._until_interrupted(action, longest) for _ in range(count))
+        self.look(thoroughly=True)
+        return done
+
+    def _until_interrupted(self, action: Callable[[], object], longest: float) -> int:
         done = 0
-        for number in range(count):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, longest))
-                while True:
-                    action()
-                    done += 1
-            except KeyboardInterrupt:
-                self.look(thoroughly=number % 1000 == 0)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, longest))
+            while True:
+                action()
+                done += 1
+        except KeyboardInterrupt:
+            self.look(thoroughly=self.random.random() < 1e-3)
         return done
 
     def look(self, *, thoroughly: bool) -> None:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edit
 from firsttok.errors import BadInputError, EditMismatchError, ViewError
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.keys import IntervenedKeys, capture_keys
+from firsttok.keys import IntervenedKeys, capture_keys, keys_at
 from firsttok.models import BosPolicy, Model
 from firsttok.probes import SECOND2FIRST, SeesItself
+from firsttok.prompts import pad, text_prompt
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study, measure_facts
 from firsttok.sweep import sweep_facts
@@ -98,41 +99,41 @@ def differences(
 
 
 @contextlib.contextmanager
-def plain(model: Model) -> Iterator[Model]:
+def plain(model: Model) -> Generator[Model, None, None]:
     yield model
 
 
 @contextlib.contextmanager
-def applied(model: Model) -> Iterator[Model]:
+def applied(model: Model) -> Generator[Model, None, None]:
     with strong_edit(model, layer=1).applied(model):
         yield model
 
 
 @contextlib.contextmanager
-def applied_at_the_layer(model: Model) -> Iterator[Model]:
+def applied_at_the_layer(model: Model) -> Generator[Model, None, None]:
     with strong_edit(model).applied(model):
         yield model
 
 
 @contextlib.contextmanager
-def applied_above(model: Model) -> Iterator[Model]:
+def applied_above(model: Model) -> Generator[Model, None, None]:
     with strong_edit(model, layer=3).applied(model) as view:
         yield view
 
 
 @contextlib.contextmanager
-def nested(model: Model) -> Iterator[Model]:
+def nested(model: Model) -> Generator[Model, None, None]:
     with strong_edit(model, layer=1).applied(model), strong_edit(model, 2).applied(model):
         yield model
 
 
 @contextlib.contextmanager
-def edited(model: Model) -> Iterator[Model]:
+def edited(model: Model) -> Generator[Model, None, None]:
     yield model.edited(strong_edit(model, layer=1), strong_edit(model, 2, layer=3))
 
 
 @contextlib.contextmanager
-def in_place(model: Model) -> Iterator[Model]:
+def in_place(model: Model) -> Generator[Model, None, None]:
     done = strong_edit(model, layer=1).apply_(model)
     try:
         yield model
@@ -141,7 +142,7 @@ def in_place(model: Model) -> Iterator[Model]:
 
 
 @contextlib.contextmanager
-def by_hand(model: Model) -> Iterator[Model]:
+def by_hand(model: Model) -> Generator[Model, None, None]:
     """Changed past everything but the values themselves."""
     weight = model.site(1).weight
     before = weight.data.clone()
@@ -153,7 +154,7 @@ def by_hand(model: Model) -> Iterator[Model]:
 
 
 @contextlib.contextmanager
-def hooked(model: Model) -> Iterator[Model]:
+def hooked(model: Model) -> Generator[Model, None, None]:
     def halve(activation: torch.Tensor, hook: Any) -> torch.Tensor:
         return activation / 2
 
@@ -163,18 +164,18 @@ def hooked(model: Model) -> Iterator[Model]:
 
 
 @contextlib.contextmanager
-def autocast(model: Model) -> Iterator[Model]:
+def autocast(model: Model) -> Generator[Model, None, None]:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         yield model
 
 
 @contextlib.contextmanager
-def behind_bos(model: Model) -> Iterator[Model]:
+def behind_bos(model: Model) -> Generator[Model, None, None]:
     yield model.with_bos(BosPolicy.WITHOUT if model.leading_ids else BosPolicy.WITH)
 
 
 @contextlib.contextmanager
-def swapped(model: Model) -> Iterator[Model]:
+def swapped(model: Model) -> Generator[Model, None, None]:
     yield model.intervened(SECOND2FIRST)
 
 
@@ -370,7 +371,9 @@ def test_identity_below_a_layer_leaves_out_what_its_keys_do_not_see(tiny: TinyFa
             ]
     for layer in range(model.n_layers):
         site = model.site(layer)
-        for weight in (site.weight, site.bias, model.weights.bridge.blocks[layer].attn.o.weight):
+        attention = model.weights.bridge.blocks[layer].attn.o.weight
+        for weight in (site.weight, site.bias, attention):
+            assert weight is not None
             kept = weight.detach().clone()
             weight.data.add_(1)
             changed = [a != b for a, b in zip(map(model.identity, range(4)), below, strict=True)]
@@ -467,6 +470,41 @@ def test_the_bridge_of_a_view_does_not_pass_for_the_view(tiny: TinyFactory) -> N
     with edit.applied(model) as view:
         assert view.bridge is model.bridge
     assert model.with_bos(BosPolicy.WITHOUT).bridge is model.bridge
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])
+def test_a_view_has_a_cache_and_hooks_of_its_own(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch).with_bos(BosPolicy.WITHOUT)
+    edit = strong_edit(model)
+    prompts = [text_prompt(model, text) for text in SENTENCES[:2]]
+    batch = pad(model, prompts, side="left")
+    places = [prompt.last_position for prompt in prompts]
+    site = model.site(3)
+    seen: list[torch.Tensor] = []
+    for view in (
+        model,
+        model.intervened(SECOND2FIRST),
+        model.intervened(SeesItself(position=1)).edited(edit),
+        model.edited(edit),
+    ):
+        expected = keys_at(view, prompts, places, layers=[3]).at(3)
+        logits, cache = view.run_with_cache(
+            batch.tokens, attention_mask=batch.attention_mask, names_filter=[site.key_hook]
+        )
+        assert torch.allclose(cache[site.key_hook][:, -1], expected, rtol=1e-4, atol=1e-5)
+        kept: list[torch.Tensor] = []
+        hook = (site.key_hook, lambda activation, hook, kept=kept: kept.append(activation))
+        hooked_logits = view.run_with_hooks(
+            batch.tokens, attention_mask=batch.attention_mask, fwd_hooks=[hook]
+        )
+        assert torch.equal(kept[0], cache[site.key_hook])
+        assert torch.equal(hooked_logits, logits)
+        with view.hooks([hook]):
+            capture_keys(view, FACTS[0], layers=[3])
+        assert len(kept) == 2
+        assert all(not torch.allclose(logits, other, rtol=1e-3) for other in seen)
+        seen.append(logits)
+    assert model.disturbance is None
 
 
 def test_a_hook_that_is_left_on_is_told_and_a_run_is_refused(

@@ -1,6 +1,7 @@
 """A loaded model and its views: bridge, tokenizer, edit sites, and what a view changes."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from firsttok.models.blocks import undisturbed
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import config_hash, tokenizer_hash
+from firsttok.models.forward import call_arguments
 from firsttok.models.fusibility import is_fusible
+from firsttok.models.interventions import intervene
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import EditSite, refuse_processed
 from firsttok.models.tail import Replay
@@ -23,9 +26,10 @@ from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.provenance import described
 from firsttok.storage import content_hash
-from firsttok.tensors import Intervention
+from firsttok.tensors import Intervention, Logits, TokenBatch, Tokens
 
 if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
 
@@ -344,6 +348,73 @@ class Model(Shown):
 
         return Standing(self.weights, enter, is_pass=True, cache=self.contents)
 
+    def run_with_cache(
+        self, tokens: Tokens, *, attention_mask: Tokens | None = None, **options: Any
+    ) -> tuple[Logits, "ActivationCache"]:
+        """Run this view, with its interventions and edits, and keep every activation.
+
+        Args:
+            tokens: Token ids, those of :attr:`leading_ids` included.
+            attention_mask: 1 on real tokens, 0 on padding; None if all are real.
+            options: As TransformerLens's ``run_with_cache`` takes them, such as ``names_filter``.
+
+        Raises:
+            UnsupportedModelError: If the model does not do what an intervention asks for.
+        """
+        batch = self._batch(tokens, attention_mask)
+        with self.running() as bridge:
+            return bridge.run_with_cache(batch.tokens, **call_arguments(self, batch), **options)
+
+    def run_with_hooks(
+        self,
+        tokens: Tokens,
+        *,
+        fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]] = (),
+        attention_mask: Tokens | None = None,
+        **options: Any,
+    ) -> Logits:
+        """Run this view, with its interventions and edits, and with hooks.
+
+        Args:
+            tokens: As for :meth:`run_with_cache`.
+            fwd_hooks: Hook points, by name, each with its function.
+            attention_mask: As for :meth:`run_with_cache`.
+            options: As TransformerLens's ``run_with_hooks`` takes them.
+
+        Raises:
+            UnsupportedModelError: If the model does not do what an intervention asks for.
+        """
+        batch = self._batch(tokens, attention_mask)
+        with self.running() as bridge:
+            return bridge.run_with_hooks(
+                batch.tokens,
+                fwd_hooks=list(fwd_hooks),
+                **call_arguments(self, batch),
+                **options,
+            )
+
+    def hooks(
+        self, fwd_hooks: Sequence[tuple[Any, Callable[..., Any]]]
+    ) -> contextlib.AbstractContextManager[Any]:
+        """A block in which hooks are on whatever runs these weights: this view, and all others.
+
+        Nothing is kept in it; see :attr:`disturbance`.
+
+        Args:
+            fwd_hooks: Hook points, by name, each with its function.
+        """
+        return self.weights.bridge.hooks(fwd_hooks=list(fwd_hooks))
+
+    def _batch(self, tokens: Tokens, attention_mask: Tokens | None) -> TokenBatch:
+        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
+        batch = TokenBatch(
+            tokens=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self.device),
+            starts=mask.argmax(1).to(self.device),
+        )
+        return intervene(self, batch) if self.interventions else batch
+
     def with_bos(self, bos: BosPolicy) -> "Model":
         """Return the same weights under another BOS policy."""
         return replace(self, bos=bos)
@@ -421,6 +492,7 @@ class Model(Shown):
             known = (tokenizer, seen, tokenizer_hash(tokenizer))
             self.weights.findings["tokenizer"] = known
         return known[2]
+
 
 def _is_intervention(change: object) -> bool:
     """Whether it is one, and not the class of some."""
