@@ -17,6 +17,7 @@ from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
 from firsttok.cases import load_scan, save_scan
 from firsttok.contexts import load_contexts, sample_contexts
+from firsttok.data.downloads import _read_state
 from firsttok.data.pulls import _read_record
 from firsttok.editing import ROME, ValueStore, compute_edit, load_edit
 from firsttok.errors import CacheError, DamagedFileError, FirsttokError
@@ -106,6 +107,8 @@ def kept(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     manifest = {"format": 1, "metrics": ["perplexity"], "seed": 0, "chunk": 2, "methods": {}}
     manifest |= {"facts": {"hash": "abc", "count": 2}, "models": {"llama": {"layer": 2}}}
     write_record(folder / "manifest.json", manifest)
+    begun = {"url": "http://localhost/facts.json", "validator": "one", "size": 7}
+    write_record(folder / "facts.json.part.json", begun)
     write_shard(folder, 3, SHARD_ROWS, 1.5)
     return {
         "edit": folder / "edit.safetensors",
@@ -118,6 +121,7 @@ def kept(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "collapse cases": folder / "collapse_cases.json",
         "manifest": folder / "manifest.json",
         "pull": folder / "facts.json.pulled.json",
+        "download": folder / "facts.json.part.json",
         "shard": folder / "chunk-000003.parquet",
     }
 
@@ -136,6 +140,13 @@ def plain(content: Any) -> Any:
 
 def read_pull(path: Path) -> Any:
     found = _read_record(path.with_name(path.name.removesuffix(".pulled.json")))
+    if found is None:
+        raise DamagedFileError("counts as not there")
+    return found
+
+
+def read_begun(path: Path) -> Any:
+    found = _read_state(path.with_suffix(""), "http://localhost/facts.json")
     if found is None:
         raise DamagedFileError("counts as not there")
     return found
@@ -162,11 +173,20 @@ def readers(tiny: TinyFactory) -> dict[str, Read]:
         "collapse cases": load_scan,
         "manifest": lambda path: read_manifest(path.parent),
         "pull": read_pull,
+        "download": read_begun,
         "shard": read_shard,
     }
 
 
-STRICT = ("cached second moment", "partial second moment", "value", "row", "perplexity", "shard")
+STRICT = (
+    "cached second moment",
+    "partial second moment",
+    "value",
+    "row",
+    "perplexity",
+    "download",
+    "shard",
+)
 """Kinds that do not count without a digest: firsttok makes them again."""
 LENIENT = ("edit", "contexts", "collapse cases", "manifest", "pull")
 """Kinds that are read without one, too: a user names them, or an older version wrote them."""

@@ -1,6 +1,5 @@
 """Downloads that go on where they broke off, and never glue two versions of a file together."""
 
-import json
 import logging
 import re
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import httpx
 
 from firsttok.errors import BadInputError, CacheError, DownloadError
+from firsttok.storage import read_record, write_record
 
 __all__ = ["discard", "download"]
 
@@ -168,8 +168,7 @@ def _begin(answer: httpx.Response, url: str, part: Path) -> int | None:
     size = int(length) if length.isdigit() and "Content-Encoding" not in answer.headers else None
     validator = _validator(answer)
     if validator:
-        record = asdict(_Begun(url=url, validator=validator, size=size))
-        _state(part).write_text(json.dumps(record) + "\n", "utf-8")
+        write_record(_state(part), asdict(_Begun(url=url, validator=validator, size=size)))
     return size
 
 
@@ -181,8 +180,8 @@ def _validator(answer: httpx.Response) -> str:
 
 def _read_state(part: Path, url: str) -> _Begun | None:
     try:
-        begun = _Begun(**json.loads(_state(part).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+        begun = _Begun(**read_record(_state(part), "a download that was begun"))
+    except (BadInputError, TypeError):
         return None
     return begun if begun.url == url else None
 
