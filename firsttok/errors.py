@@ -3,6 +3,7 @@
 __all__ = [
     "BadInputError",
     "CacheError",
+    "CheckpointError",
     "DamagedFileError",
     "DownloadError",
     "EditMismatchError",
@@ -32,6 +33,10 @@ class FirsttokError(Exception):
 
 class BadInputError(FirsttokError):
     """A file or an argument is not what it should be."""
+
+
+class CheckpointError(BadInputError):
+    """A model's files are not one whole model that can be loaded and edited."""
 
 
 class DamagedFileError(BadInputError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firsttok.errors import BadInputError, FirsttokError, UnsupportedModelError
+from firsttok.errors import CheckpointError, FirsttokError, UnsupportedModelError
 from firsttok.models import EditSite, Model, capture
 from firsttok.prompts import Prompt, pad
 
@@ -62,7 +62,7 @@ def named_checks(name: str) -> Generator[None, None, None]:
 
     Raises:
         UnsupportedModelError: If the model is refused, or a library stumbles over it.
-        BadInputError: If its files cannot be loaded. Other errors pass through as they are.
+        CheckpointError: If its files cannot be loaded. Other errors pass through as they are.
     """
     try:
         yield
@@ -71,15 +71,9 @@ def named_checks(name: str) -> Generator[None, None, None]:
         raise UnsupportedModelError(
             f"check of {name} failed ({check}): {error}" + (f"; {advice}" if advice else "")
         ) from None
-    except BadInputError as error:
-        if "cannot be loaded as a model" not in str(error):
-            raise
-        # The library's own sentence may end before it says what is missing.
-        lacking = "tokenizer" if "tokenizer" in str(error) else "files"
-        raise BadInputError(
-            f"check of {name} failed ({lacking}): {str(error).rstrip(': ')}; the folder must hold "
-            "config.json, safetensors and tokenizer.json"
-        ) from None
+    except CheckpointError as error:
+        check = "tokenizer" if str(error).startswith("the tokenizer of") else "files"
+        raise CheckpointError(f"check of {name} failed ({check}): {error}") from None
     except (FirsttokError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:

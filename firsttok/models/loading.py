@@ -10,6 +10,7 @@ import torch
 
 from firsttok.errors import (
     BadInputError,
+    CheckpointError,
     FirsttokError,
     UnknownModelError,
     UnsupportedModelError,
@@ -130,7 +131,7 @@ def _load_files(
         if local:
             check_files(Path(path))
         elif hub_file(location, "adapter_config.json") is not None:
-            raise BadInputError(adapter_trouble(name, "adapter_config.json"))
+            raise CheckpointError(adapter_trouble(name, "adapter_config.json"))
         config: Any = transformers.AutoConfig.from_pretrained(path, **options)
         check_config(config, name)
         architectures: list[str] = config.architectures or []
@@ -151,14 +152,14 @@ def _load_files(
             **options,
         )
     except SafetensorError as error:
-        raise BadInputError(
+        raise CheckpointError(
             f"the weights of {name} are not a complete safetensors file ({error}); fetch them again"
         ) from None
     except (FirsttokError, MemoryError):
         raise
     except Exception as error:  # a library's, over files that it cannot make sense of
         if local:
-            raise BadInputError(
+            raise CheckpointError(
                 f"{path} cannot be loaded as a model ({reason_of(error)}); give a folder as "
                 "save_pretrained of model and tokenizer leaves it"
             ) from None
@@ -184,7 +185,7 @@ def _load_tokenizer(path: str, options: dict[str, Any], name: str) -> Any:
             raise
         there = (folder / "tokenizer.json").is_file()
         reason = reason_of(error) if there else "the folder holds no tokenizer.json"
-        raise BadInputError(
+        raise CheckpointError(
             f"the tokenizer of {name} cannot be loaded ({reason}); save it there again, with "
             "save_pretrained of a fast tokenizer"
         ) from None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.errors import CheckpointError
 from firsttok.storage import read_json
 
 __all__ = ["adapter_trouble", "check_config", "check_files", "check_format", "check_weights"]
@@ -27,39 +27,40 @@ def check_files(folder: Path) -> None:
     """Check that a folder holds one model and all of it, before weights are read.
 
     Raises:
-        BadInputError: If it holds an adapter, weights twice, or an index of files that are lacking.
+        CheckpointError: If it holds an adapter, no weights, weights twice or in another format than
+            safetensors, or an index of files that are lacking.
         SafetensorError: If one of several files is not a safetensors file.
-        UnsupportedModelError: If its weights are in another format than safetensors.
     """
     check_format(folder)
     whole, index = folder / _WHOLE, folder / _INDEX
     if index.exists():
         if whole.exists():
-            raise BadInputError(
+            raise CheckpointError(
                 f"{folder} holds its weights twice, in {_WHOLE} and in the files of {_INDEX}; move "
                 "those away that are not meant"
             )
         _check_index(folder, index)
     elif not whole.exists():
-        raise BadInputError(f"{folder} holds no weights ({_WHOLE}); give a complete model's folder")
+        raise CheckpointError(
+            f"{folder} holds no weights ({_WHOLE}); give a complete model's folder"
+        )
 
 
 def check_format(folder: Path) -> None:
     """Check that a folder holds no adapter, and its weights not in another format alone.
 
     Raises:
-        BadInputError: If it holds an adapter.
-        UnsupportedModelError: If its weights are in another format.
+        CheckpointError: If it holds an adapter, or weights in another format alone.
     """
     for name in _ADAPTERS:
         if (folder / name).exists():
-            raise BadInputError(adapter_trouble(folder, name))
+            raise CheckpointError(adapter_trouble(folder, name))
     if any(folder.glob("*.safetensors")):
         return
     for pattern, what in (("*.gguf", "GGUF"), ("*.bin", "pickled"), ("*.pt*", "pickled")):
         found = sorted(path.name for path in folder.glob(pattern))
         if found:
-            raise UnsupportedModelError(
+            raise CheckpointError(
                 f"{folder} holds {what} weights ({found[0]}), which firsttok does not read; "
                 "convert them to safetensors with save_pretrained"
             )
@@ -82,12 +83,12 @@ def check_config(config: Any, name: str) -> None:
         name: Name of the model, for the message.
 
     Raises:
-        UnsupportedModelError: If the weights are quantised.
+        CheckpointError: If the weights are quantised.
     """
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         given: Any = quantised if isinstance(quantised, Mapping) else vars(quantised)
-        raise UnsupportedModelError(
+        raise CheckpointError(
             f"the weights of {name} are quantised ({given.get('quant_method', 'unknown method')}), "
             "and a quantised weight cannot be edited; give the checkpoint that they were made from"
         )
@@ -102,11 +103,11 @@ def check_weights(info: Mapping[str, Any], name: str) -> None:
         name: Name of the model, for the message.
 
     Raises:
-        BadInputError: If a weight is lacking, of another shape, or has no place in the model.
+        CheckpointError: If a weight is lacking, of another shape, or has no place in the model.
     """
     lacking = sorted(info["missing_keys"])
     if lacking:
-        raise BadInputError(
+        raise CheckpointError(
             f"the checkpoint of {name} lacks {_some(lacking)}, which would be random numbers; "
             "fetch it again, or give one with all weights, those of the language-modelling head too"
         )
@@ -115,13 +116,13 @@ def check_weights(info: Mapping[str, Any], name: str) -> None:
         for key, found, wanted in info["mismatched_keys"]
     )
     if shapes:
-        raise BadInputError(
+        raise CheckpointError(
             f"the checkpoint of {name} has another shape at {_some(shapes)}; give the config.json "
             "that belongs to the weights"
         )
     over = sorted(key for key in info["unexpected_keys"] if _IDLE.search(key) is None)
     if over:
-        raise BadInputError(
+        raise CheckpointError(
             f"the checkpoint of {name} holds {_some(over)}, for which the model of its config.json "
             "has no place; give the config.json that belongs to the weights"
         )
@@ -138,10 +139,10 @@ def _check_index(folder: Path, index: Path) -> None:
         sound, named = False, []
     # A file elsewhere is not this model's, whatever the index says.
     if not sound or any(Path(name).name != name for name in named):
-        raise BadInputError(f"{index} is no index of weights in its folder; fetch it again")
+        raise CheckpointError(f"{index} is no index of weights in its folder; fetch it again")
     lacking = [name for name in named if not (folder / name).is_file()]
     if lacking:
-        raise BadInputError(
+        raise CheckpointError(
             f"{folder} lacks {_some(lacking, 'file')} that {_INDEX} names; fetch the model again"
         )
     holder: dict[str, str] = {}
@@ -149,7 +150,7 @@ def _check_index(folder: Path, index: Path) -> None:
         with safe_open(folder / name, framework="pt") as file:
             for weight in file.keys():  # noqa: SIM118
                 if weight in holder:
-                    raise BadInputError(
+                    raise CheckpointError(
                         f"{folder} holds the weight {weight} twice, in {holder[weight]} and "
                         f"{name}; fetch the model again"
                     )
