@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.data import DATA_SETS, Fact, is_pulled_data, pull_data
 from firsttok.data.records import LINES
 from firsttok.errors import BadInputError
@@ -44,7 +43,7 @@ def _list() -> None:
     ]
     print_table("Data sets", ["name", "holds", "records", "MB", "pinned", "in the cache"], rows)
     for each in DATA_SETS:
-        sys.stdout.write(f"{each.name}: {each.note}\n")
+        show(f"{each.name}: {each.note}")
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -52,7 +51,7 @@ def _pull(args: argparse.Namespace) -> None:
         path = pull_data(
             args.name, url=args.url, sha256=args.sha256, out=args.out, progress=progress
         )
-    sys.stdout.write(f"{path}\n")
+    show(str(path))
 
 
 def _synthesize(args: argparse.Namespace) -> None:
@@ -72,7 +71,7 @@ def _synthesize(args: argparse.Namespace) -> None:
         shown = progress.track(facts, total=args.count, description="facts")
         with atomic_path(out) as temporary:
             _write(temporary, shown, lines=out.suffix.lower() in LINES)
-    sys.stdout.write(f"{args.count} facts: {out}\n")
+    show(f"{args.count} facts: {out}")
 
 
 def _write(path: Path, facts: Iterable[Fact], *, lines: bool) -> None:

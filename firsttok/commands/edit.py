@@ -1,12 +1,10 @@
 """``firsttok edit``: edit one fact, and show the model before and after."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show, show_json
 from firsttok.data import Fact
 from firsttok.editing import compute_edits, find_methods
 from firsttok.errors import BadInputError
@@ -71,9 +69,9 @@ def run(args: argparse.Namespace) -> None:
             "states": states,
             "provenance": study.provenance() | {"contexts": list(study.contexts.templates)},
         }
-        sys.stdout.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        show_json(record)
         return
-    sys.stdout.write(show_tokens(study.model, fact) + "\n\n")
+    show(f"{show_tokens(study.model, fact)}\n")
     _print_states(states, fact)
 
 
@@ -106,8 +104,8 @@ def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
     print_table(fact.prompt, ["", *names], lines)
     for name in names:
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
-        sys.stdout.write(f"\n{name}\n  next: {best}\n")
-        sys.stdout.write(f"  {fact.prompt}{states[name]['continuation']!r}\n")
+        show(f"\n{name}\n  next: {best}")
+        show(f"  {fact.prompt}{states[name]['continuation']!r}")
 
 
 def _safe(name: str) -> str:

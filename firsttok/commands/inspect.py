@@ -1,12 +1,10 @@
 """``firsttok inspect``: look at a model, and propose how to edit it."""
 
 import argparse
-import json
-import sys
 from math import sqrt
 from pathlib import Path
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show, show_json
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
@@ -50,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         _save(Path(args.out) / label, found)
     if args.json:
-        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+        show_json(found.as_dict())
         return
-    sys.stdout.write(f"{found.panel().text}\n")
+    show(found.panel().text)
     if args.out:
-        sys.stdout.write(f"\n{args.out}: {label}.json, {label}.toml and a figure\n")
+        show(f"\n{args.out}: {label}.json, {label}.toml and a figure")
 
 
 def _save(stem: Path, found: Inspection) -> None:

@@ -1,9 +1,8 @@
 """``firsttok models``: list the known models, or pull one into the cache."""
 
 import argparse
-import sys
 
-from firsttok.console import stderr
+from firsttok.console import note, show
 from firsttok.errors import BadInputError
 from firsttok.models import CATALOG, find_spec, load, pull
 from firsttok.output import print_table
@@ -36,7 +35,7 @@ def _list() -> None:
     ]
     print_table("Models", ["name", "from", "layer", "steps", "weight decay"], rows)
     for spec in CATALOG:
-        sys.stdout.write(f"{spec.name}: {spec.note}\n")
+        show(f"{spec.name}: {spec.note}")
 
 
 def _pull(name: str, *, accept_terms: bool) -> None:
@@ -47,7 +46,7 @@ def _pull(name: str, *, accept_terms: bool) -> None:
         )
     if spec.hub_id is None:
         folder = pull(spec.name, accept_terms=accept_terms)
-        stderr.print(f"{spec.name} is in {folder}")
+        note(f"{spec.name} is in {folder}")
     else:
         model = load(spec.name)
-        stderr.print(f"{spec.name} is in the hub's cache ({model.source})")
+        note(f"{spec.name} is in the hub's cache ({model.source})")

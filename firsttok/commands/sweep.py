@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.data import FactFile
 from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
@@ -177,4 +176,4 @@ def _status(folder: Path) -> None:
         lines,
     )
     for reason, count in reasons.most_common(10):
-        sys.stdout.write(f"failed, {count} rows: {reason}\n")
+        show(f"failed, {count} rows: {reason}")

@@ -1,8 +1,8 @@
 """``firsttok tokens``: show a prompt's tokens, and which one is looked up."""
 
 import argparse
-import sys
 
+from firsttok.console import show
 from firsttok.data import Fact
 from firsttok.inputs import model_from
 from firsttok.token_strips import show_tokens
@@ -17,4 +17,4 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable.
     """
     fact = Fact(subject=args.subject, template=args.template, target_new="new", target_true="true")
-    sys.stdout.write(show_tokens(model_from(args), fact) + "\n")
+    show(show_tokens(model_from(args), fact))
