@@ -17,12 +17,13 @@ from firsttok.models.location import Location, hub_trouble, locate
 from firsttok.models.model import Model
 from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
+from firsttok.option_values import check_device_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load"]
+__all__ = ["check_device", "load"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -65,7 +66,8 @@ def load(
     except ValueError:
         choices = ", ".join(policy.value for policy in BosPolicy)
         raise BadInputError(f"BOS policy {bos!r} is unknown; choose from {choices}") from None
-    _check_device(device)
+    device = str(device)
+    check_device(device)
     spec = find_spec(name)
     location = locate(name, spec)
     with collection_paused(), quiet_libraries():
@@ -95,13 +97,22 @@ def load(
     )
 
 
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise BadInputError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("device 'cuda' is not available on this machine; use --device cpu")
+def check_device(device: str) -> None:
+    """Refuse a device that is not supported, or not here.
+
+    Raises:
+        BadInputError: If it is neither ``cpu`` nor a GPU of this machine.
+    """
+    check_device_name(device)
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise BadInputError(f"device {device!r} is not available on this machine; use cpu")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise BadInputError(
+            f"device {device!r} is not on this machine, whose last one is cuda:{count - 1}"
+        )
 
 
 def _load_files(
