@@ -74,7 +74,7 @@ def show_table(
     if not console.is_terminal:
         # A narrow table would cut its numbers off.
         console.width = _PIPE_WIDTH
-    with console.capture() as drawn:
+    with _output_errors(), console.capture() as drawn:
         console.print(table)
     _write(drawn.get())
 
@@ -203,20 +203,28 @@ def _told(error: BaseException) -> int:
         sentence = sentence_of(error)
         if sentence is None:
             raise error
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if sentence is not None:
-            shown = printable(sentence, lines=False)
-            if len(shown) > _LONGEST:
-                shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-            sys.stderr.write(f"firsttok: {shown}\n")
-            sys.stderr.flush()
+    said = ""
+    if sentence is not None:
+        shown = printable(sentence, lines=False)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+        said = f"firsttok: {shown}\n"
+    _last_words(sys.stderr, said)
+    _last_words(sys.stdout, "")
+    return code
+
+
+def _last_words(stream: Any, text: str) -> None:
+    """Write what is left, or let it go where nothing can be written."""
+    if stream is None:
+        return
     try:
-        _flush()
-    except (OutputError, OSError):
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
         # Python would try again at its end, and give its own message and exit code.
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _write(text: str) -> None:

@@ -125,6 +125,7 @@ _MEMORY = (
     "Cannot allocate memory",
     "DefaultCPUAllocator",
     "bad_alloc",
+    "failed to map segment",
     "out of memory",
 )
 """What libraries write where memory is used up, though they raise no MemoryError."""
@@ -155,7 +156,7 @@ def sentence_of(error: BaseException) -> str | None:
         return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _MEMORY)
+        isinstance(error, ImportError | RuntimeError) and any(sign in text for sign in _MEMORY)
     ):
         detail = f" ({text[:150]})" if text else ""
         return f"there is not enough memory{detail}; close other programs or take a smaller model"
