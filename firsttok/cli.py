@@ -206,6 +206,13 @@ def _add_results_options(parser: argparse.ArgumentParser) -> None:
         "--sql", metavar="QUERY", help="answer a SELECT over the view rows, and nothing else"
     )
     parser.add_argument(
+        "--sql-seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="seconds a query may take (default: %(default)g)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )
     parser.add_argument("--csv", metavar="FILE", help="write all rows (with --sql: the answer)")

@@ -244,6 +244,6 @@ def cell_text(cell: Any) -> str:
     return str(cell)
 
 
-def short_hash(digest: str | None) -> str | None:
+def short_hash(digest: object) -> str | None:
     """The first digits of a hash, enough to tell two apart at a glance."""
-    return digest[:10] if digest else None
+    return str(digest)[:10] if digest else None

@@ -59,8 +59,9 @@ def check_options(args: argparse.Namespace) -> None:
             f"--layer is {given['layer']}, but a model has no layer {given['layer']}; count them "
             "from 0"
         )
-    if not given.get("threshold", 1.0) > 0:
-        raise BadInputError(f"--threshold is {given['threshold']}; give a number above 0")
+    for name in ("sql_seconds", "threshold"):
+        if not given.get(name, 1.0) > 0:
+            raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
     Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
     if "device" in given:
         check_device_name(given["device"])
@@ -104,7 +105,7 @@ def _check_places(given: dict[str, Any]) -> None:
         path = _path(name, folder)
         there = next(each for each in (path, *path.parents) if each.exists())
         if not there.is_dir():
-            raise BadInputError(f"{name} {path} cannot be a folder: {there} is a file")
+            raise BadInputError(f"{name} {path}: {there} is a file; name a folder")
         _check_writable(name, there)
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from firsttok.arguments import check_text, taken
 from firsttok.batching import cheapest_split
 from firsttok.data import Fact
 from firsttok.errors import (
@@ -70,6 +71,7 @@ class Prompt:
         return len(self.token_ids) - 1
 
 
+@taken
 def text_prompt(model: Model, text: str) -> Prompt:
     """Tokenise plain text under the model's BOS policy.
 
@@ -133,6 +135,7 @@ def subject_prompt(model: Model, text: str, span: tuple[int, int]) -> Prompt:
     )
 
 
+@taken
 def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
     """Tokenise a fact's prompt inside a context template.
 
@@ -320,6 +323,7 @@ def _intervene(model: Model, batch: TokenBatch) -> TokenBatch:
 
 def _encode(model: Model, text: str) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
     """Token ids with BOS and an encoder's end, and character offsets (empty spans for those)."""
+    check_text(text, "the text")
     tokenizer: Any = model.tokenizer
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     leading, own, trailing = model.leading_ids, encoded["input_ids"], model.trailing_ids

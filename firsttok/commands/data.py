@@ -8,7 +8,6 @@ from pathlib import Path
 from firsttok.console import progress_bar, show
 from firsttok.data import DATA_SETS, Fact, is_pulled_data, pull_data
 from firsttok.data.records import LINES
-from firsttok.errors import BadInputError
 from firsttok.output import print_table
 from firsttok.storage import atomic_path
 
@@ -56,12 +55,6 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _synthesize(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if args.count < 1:
-        raise BadInputError(f"--count is {args.count}; give at least 1")
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise BadInputError(
-            f"--out {out} is a folder, or its folder does not exist; name a file in one that does"
-        )
     from firsttok.models import load
     from firsttok.synthetic import synthetic_facts
 

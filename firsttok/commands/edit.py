@@ -1,7 +1,6 @@
 """``firsttok edit``: edit one fact, and show the model before and after."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from firsttok.console import progress_bar, show, show_json
@@ -27,8 +26,6 @@ def run(args: argparse.Namespace) -> None:
     methods = find_methods(args.method)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
-    if args.save and not Path(args.save).resolve().parent.is_dir():
-        raise BadInputError(f"the folder of --save {args.save} does not exist; make it first")
     fact = Fact(
         subject=args.subject,
         template=args.template,

@@ -5,7 +5,6 @@ from math import sqrt
 from pathlib import Path
 
 from firsttok.console import progress_bar, show, show_json
-from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
 from firsttok.models import BosPolicy
@@ -23,8 +22,6 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable, or the model fails a check.
     """
     args.model = args.name or args.model
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise BadInputError(f"--out {args.out} is a file; name a folder")
     facts = tuple(fact_file(args)) if args.facts or args.limit is not None else None
     given = None if args.text_bos is None else BosPolicy(args.text_bos)
     args.text_bos = args.text_bos or BosPolicy.WITHOUT.value

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sql is not None:
         if args.figures:
             raise BadInputError("--figures draws the whole run, not an answer; leave out --sql")
-        answer = results.sql(args.sql)
+        answer = results.sql(args.sql, seconds=args.sql_seconds)
         _print_answer(answer, as_json=args.json)
         kept = [*_save_csv(args.csv, answer)]
     else:

@@ -83,12 +83,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _facts(args: argparse.Namespace) -> FactFile:
     facts = fact_file(args)
-    if args.threshold is not None and not args.threshold > 0:
-        raise BadInputError(f"--threshold is {args.threshold}; give a number above 0")
-    if args.build_hard and not Path(args.build_hard).resolve().parent.is_dir():
-        raise BadInputError(
-            f"the folder of --build-hard {args.build_hard} does not exist; make it first"
-        )
     if args.scan and not Path(args.scan).is_file():
         raise BadInputError(f"no list of edited cases at {args.scan}; make one with: firsttok scan")
     return facts

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from firsttok.arguments import take_fields
 from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
@@ -43,6 +44,7 @@ class Fact(Shown):
 
     def __post_init__(self) -> None:
         """Check what cannot be mended later."""
+        take_fields(self)
         if self.template.count("{}") != 1:
             raise TemplateError(
                 f"template {self.template!r} holds {self.template.count('{}')} times '{{}}'; "

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.data import builtin_sentences
 from firsttok.display import Panel, Shown, Table
 from firsttok.editing import RankOneEdit
@@ -87,6 +88,7 @@ class PreparedTexts:
     weight: Float[Tensor, "rows columns"]
     """The layer's weight as it was, in the model's layout."""
 
+    @taken
     @torch.no_grad()
     def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
         """Measure the model under each edit alone, as if it stood in the weights.
@@ -127,6 +129,7 @@ class PreparedTexts:
         return [_perplexity(found) for found in nlls]
 
 
+@taken
 def perplexity(
     model: Model,
     texts: Sequence[str] | None = None,
@@ -157,6 +160,7 @@ def perplexity(
     return _perplexity(nlls)
 
 
+@taken
 def prepare_texts(
     model: Model,
     texts: Sequence[str] | None = None,

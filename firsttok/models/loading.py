@@ -3,10 +3,12 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from firsttok.arguments import taken
 from firsttok.errors import BadInputError, UnknownModelError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy
@@ -33,12 +35,13 @@ DTYPES = {
 }
 
 
+@taken
 def load(
-    name: str = "smollm2-135m",
+    name: str | Path = "smollm2-135m",
     *,
     bos: BosPolicy | str = BosPolicy.AS_TOKENIZER,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
 ) -> Model:
     """Load a model and check its edit sites.
 
@@ -59,6 +62,7 @@ def load(
         NonFiniteError: If a weight is NaN or infinite.
         BadInputError: If dtype, device or files are unusable.
     """
+    name, device, dtype = str(name), str(device), str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise BadInputError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     try:
@@ -66,7 +70,6 @@ def load(
     except ValueError:
         choices = ", ".join(policy.value for policy in BosPolicy)
         raise BadInputError(f"BOS policy {bos!r} is unknown; choose from {choices}") from None
-    device = str(device)
     check_device(device)
     spec = find_spec(name)
     location = locate(name, spec)

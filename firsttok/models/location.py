@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from firsttok.errors import UnknownModelError
-from firsttok.models.catalog import CATALOG, ModelSpec
+from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
 from firsttok.models.embedded import embedded_folder
 from firsttok.models.recipes import find_recipe
 
-__all__ = ["Location", "hub_trouble", "locate"]
+__all__ = ["Location", "check_name", "hub_trouble", "locate"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,22 +47,38 @@ def locate(name: str, spec: ModelSpec | None) -> Location:
         return Location(path=str(embedded_folder(recipe.name)), source=recipe.source)
     if spec is not None and spec.hub_id is not None:
         return _on_hub(spec.hub_id, spec.revision)
+    check_name(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Location(path=str(folder), source=folder.resolve().name)
+    hub_id, _, revision = name.partition("@")
+    if not revision:
+        revision = _newest_revision(hub_id)
+        logger.info("%s: pinned to commit %s for this run", hub_id, revision)
+    return _on_hub(hub_id, revision)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that nothing can go by; nothing is fetched, and the hub is not asked.
+
+    Args:
+        name: As for :func:`locate`.
+
+    Raises:
+        UnknownModelError: If it is no name of the catalog, no hub id and no model's folder.
+    """
+    if find_spec(name) is not None:
+        return
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UnknownModelError(f"{folder} holds no config.json; give a model's folder")
-        return Location(path=str(folder), source=folder.resolve().name)
-    hub_id, _, revision = name.partition("@")
-    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
-        if not revision:
-            revision = _newest_revision(hub_id)
-            logger.info("%s: pinned to commit %s for this run", hub_id, revision)
-        return _on_hub(hub_id, revision)
-    known = ", ".join(entry.name for entry in CATALOG)
-    raise UnknownModelError(
-        f"no model is called {name!r} and no folder lies there; "
-        f"choose one of {known}, a hub id or a folder"
-    )
+    elif not _is_hub_id(name):
+        known = ", ".join(entry.name for entry in CATALOG)
+        raise UnknownModelError(
+            f"no model is called {name!r} and no folder lies there; "
+            f"choose one of {known}, a hub id or a folder"
+        )
 
 
 def hub_trouble(name: str, error: Exception) -> str:
@@ -73,6 +89,10 @@ def hub_trouble(name: str, error: Exception) -> str:
         f"{reason[0] if reason else 'no reason given'}); check the name, your network and, for a "
         "gated model, your access, or give the folder of a copy"
     )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _on_hub(hub_id: str, revision: str | None) -> Location:

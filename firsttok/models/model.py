@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from firsttok.arguments import taken, whole_number
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import LayerOutOfRangeError
 from firsttok.hyperparameters import Hyperparameters
@@ -172,7 +173,7 @@ class Model(Shown):
         Raises:
             LayerOutOfRangeError: If there is no such layer.
         """
-        layer = self.default_layer if layer is None else layer
+        layer = self.default_layer if layer is None else whole_number(layer, "layer")
         stack = self.sites[0].stack if stack is None else stack
         for site in self.sites:
             if site.layer == layer and site.stack == stack:
@@ -181,10 +182,12 @@ class Model(Shown):
             f"{self.name} has no layer {layer}; choose one from 0 to {self.n_layers - 1}"
         )
 
+    @taken
     def with_bos(self, bos: BosPolicy) -> "Model":
         """Return the same weights under another BOS policy."""
         return self._view(replace(self, bos=bos))
 
+    @taken
     def intervened(self, *interventions: Intervention) -> "Model":
         """Return the same weights in a view that changes every batch before it is run.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.keys import FactKeys, fact_keys, keys_at
@@ -35,6 +36,10 @@ class SeesAll:
     position: int = 0
     """Position of the token, counted from the first of the sequence."""
 
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
+
     @property
     def name(self) -> str:
         """Name in provenance."""
@@ -54,6 +59,10 @@ class SeesItself:
 
     position: int
     """Position of the token, counted from the first of the sequence."""
+
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
 
     @property
     def name(self) -> str:
@@ -79,6 +88,7 @@ class TokenStates:
     """Key at the layer."""
 
 
+@taken
 def token_states(model: Model, prompts: list[Prompt], at: list[int], *, layer: int) -> TokenStates:
     """Read the residual norm and the key of one token of each prompt.
 
