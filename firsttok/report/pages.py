@@ -54,8 +54,7 @@ def write_reports(out: Path, model: str | None = None) -> list[Path]:
     folders = result_folders(out)
     chosen = [folder for folder in folders if model in (None, folder.name)]
     if not chosen:
-        name = "" if model is None else f" of {model}"
-        raise BadInputError(f"no results{name} in {out}; make them with: firsttok reproduce")
+        raise BadInputError(_where_else(out, model, [folder.name for folder in folders]))
     written: list[Path] = []
     for folder in chosen:
         report = build_report(folder, folders)
@@ -66,6 +65,27 @@ def write_reports(out: Path, model: str | None = None) -> list[Path]:
                 temporary.write_text(text, encoding="utf-8")
             written.append(path)
     return written
+
+
+def _where_else(out: Path, model: str | None, known: Sequence[str]) -> str:
+    """What to do where a folder holds no results, or not those of a model.
+
+    Args:
+        out: The folder.
+        model: The model; None for any.
+        known: Models that have results there.
+    """
+    make = "make them with: firsttok reproduce"
+    if known:
+        return f"no results of {model} in {out}, but of {', '.join(known)}; {make} --model {model}"
+    if not out.is_dir():
+        return f"no results in {out}, which is no folder; name the folder of all models, or {make}"
+    if out in result_folders(out.parent):
+        return f"{out} is the folder of one model; give --out {out.parent} --model {out.name}"
+    for below in sorted(path for path in out.iterdir() if path.is_dir()):
+        if result_folders(below):
+            return f"no results in {out} itself, but in {below}; give --out {below}"
+    return f"no results{'' if model is None else f' of {model}'} in {out}; {make}"
 
 
 def render_html(report: ModelReport) -> str:
