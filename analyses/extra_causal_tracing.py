@@ -21,7 +21,7 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.cases import choose_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.efficacy import measure_accuracy
@@ -281,11 +281,11 @@ def main() -> None:
         | {"seconds": round(time.perf_counter() - start, 1)},
     )
     done = "traced by the answer given" if args.every_answer else "left out"
-    print(f"Of {len(facts)} traced facts and the rest, {wrong} are not answered rightly: {done}.")
+    show(f"Of {len(facts)} traced facts and the rest, {wrong} are not answered rightly: {done}.")
     first = groups.get(GROUPS[1], [])
     if first:
         norms = [mean(float(trace.norms[row, study.layer]) for trace in first) for row in (0, 1)]
-        print(
+        show(
             f"On {len(first)} facts the noise is on position 0 as well: the norm of its residual "
             f"stream behind layer {study.layer} is {norms[0]:,.0f} without noise and "
             f"{norms[1]:,.0f} with it."

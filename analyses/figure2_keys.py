@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 
 from firsttok.cases import all_listed_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import Fact
 from firsttok.keys import TOGETHER, keys_of_facts
 from firsttok.output import pick, publish
@@ -104,9 +104,9 @@ def main() -> None:
         | {"case_ids": {cases: [fact.case_id for fact in groups[cases]] for cases in groups}},
     )
     for cases, flags in first.items():
-        print(f"{cases}: the subject is the first token in {sum(flags)} of {len(flags)} cases.")
-    print(f"A probe that guesses is right in {rows[0]['probe_chance']:.2f} of the cases.")
-    print("The paper prints no numbers here; it shows k^u of collapse cases apart from all else.")
+        show(f"{cases}: the subject is the first token in {sum(flags)} of {len(flags)} cases.")
+    show(f"A probe that guesses is right in {rows[0]['probe_chance']:.2f} of the cases.")
+    show("The paper prints no numbers here; it shows k^u of collapse cases apart from all else.")
     plot(stem, vectors, first, rows)
 
 

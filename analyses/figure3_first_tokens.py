@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from firsttok.cases import all_listed_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.efficacy import draw_prefix
 from firsttok.keys import keys_at
 from firsttok.output import pick, publish
@@ -113,9 +113,9 @@ def main() -> None:
         | {"scale": "norm 1", "seconds": round(time.perf_counter() - start, 1)},
     )
     for name, count in made_from["first_token_subjects"].items():
-        print(f"{name}: the subject is the first token in {count} of {len(keys[name])} cases.")
-    print("The paper prints no numbers here; its pictures show the first pair of (a) and of (b) as")
-    print("one cloud, and the second pair as two.")
+        show(f"{name}: the subject is the first token in {count} of {len(keys[name])} cases.")
+    show("The paper prints no numbers here; its pictures show the first pair of (a) and of (b) as")
+    show("one cloud, and the second pair as two.")
     plot(stem, keys, rows)
 
 

@@ -21,7 +21,7 @@ import torch
 from rich.progress import Progress
 
 from firsttok.cases import CaseSelection, all_listed_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.errors import BadInputError
 from firsttok.keys import keys_at
 from firsttok.models import BosPolicy, Model, load
@@ -151,10 +151,10 @@ def main() -> None:
         own = [row for row in rows if (row["kind"], row["bos"]) == (kind, bos)]
         least = min(own, key=lambda row: row["d_first"] / row["d_subsequent"])
         ratio = least["d_first"] / least["d_subsequent"]
-        print(
+        show(
             f"{kind}, {named(bos)}: D(F) / D(S) is smallest at layer {least['layer']}, {ratio:.3g}."
         )
-    print("The paper prints no numbers here; its pictures of T5-3B's encoder show one cloud.")
+    show("The paper prints no numbers here; its pictures of T5-3B's encoder show one cloud.")
     plot(stem, rows, panels, captions)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from firsttok.cases import all_listed_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import paper_values
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure
@@ -92,19 +92,19 @@ def main() -> None:
         | {"case_ids": [fact.case_id for fact in facts]}
         | {"seconds": round(time.perf_counter() - start, 1)},
     )
-    print(
+    show(
         f"From layer {parted} to the last, D(F) is below D(S) with disjoint intervals."
         if parted is not None
         else "In the last layer D(F) is not below D(S) with disjoint intervals."
     )
-    print(
+    show(
         f"At layer {edited.layer} dimension {edited.massive_dimension} carries "
         f"{edited.massive_share:.2f} of the first tokens' squared norm and "
         f"{edited.massive_share_subsequent:.2f} of the others'; the effective rank of the keys is "
         f"{edited.effective_rank_first:.0f} and {edited.effective_rank_subsequent:.0f}."
     )
-    print(f"First tokens: {edited.n_first} ({edited.distinct_first} distinct), position {place}.")
-    print(f"Subsequent tokens: {edited.n_subsequent}. The intervals are over tokens.")
+    show(f"First tokens: {edited.n_first} ({edited.distinct_first} distinct), position {place}.")
+    show(f"Subsequent tokens: {edited.n_subsequent}. The intervals are over tokens.")
     plot(stem, layers, edited.layer)
 
 

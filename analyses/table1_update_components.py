@@ -9,7 +9,7 @@ import time
 from statistics import mean
 
 from firsttok.cases import choose_cases, measure_selection
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import paper_values
 from firsttok.editing import C_ROME, ROME, find_method
 from firsttok.output import pick, publish
@@ -61,7 +61,7 @@ def main() -> None:
             "seconds": round(time.perf_counter() - start, 1),
         },
     )
-    print(f"ROME's mean denominator is {ratio:,.0f} times larger on normal than on collapse cases.")
+    show(f"ROME's mean denominator is {ratio:,.0f} times larger on normal than on collapse cases.")
     drawn, axes = figure(2)
     order = [method.label for method in METHODS]
     strip_plot(axes[0], rows, x="method", y="numerator", label="norm of numerator", order=order)

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from firsttok.cases import choose_cases, measure_selection
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import paper_values
 from firsttok.editing import METHODS, find_method
 from firsttok.evaluation import COLLAPSE_THRESHOLD
@@ -78,12 +78,12 @@ def main() -> None:
 
 
 def print_cases(rows: list[dict[str, Any]], *, bos: bool) -> None:
-    print("Collapse cases, verified in this run (ROME lifts the perplexity above 1000):")
+    show("Collapse cases, verified in this run (ROME lifts the perplexity above 1000):")
     for row in rows:
         if row["cases"] == "collapse" and row["method"] == "ROME":
             place = "first token" if row["first_token"] else "not the first token"
             length = "one token" if row["one_token"] else "several tokens"
-            print(
+            show(
                 f"  {row['case_id']:>3} {row['subject']}: perplexity {row['perplexity']:,.0f}, "
                 f"denominator {row['denominator']:.4f}; {place}, {length}, "
                 f"{'BOS before it' if bos else 'no BOS'}"

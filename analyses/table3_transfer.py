@@ -22,7 +22,7 @@ from firsttok.inputs import open_study
 from firsttok.models import BosPolicy, is_pulled
 from firsttok.options import model_label
 from firsttok.output import pick, publish
-from firsttok.plots import figure, save_figure
+from firsttok.plots import figure, plain, save_figure
 from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.study import Study, measure_facts
 
@@ -117,9 +117,8 @@ def plot(stem: Path, rows: list[dict[str, Any]]) -> None:
     import seaborn as sns
 
     drawn, (axis,) = figure(1)
-    sns.stripplot(
-        data=pd.DataFrame(rows), x="model", y="perplexity", hue="model", legend=False, ax=axis
-    )
+    named = pd.DataFrame([row | {"model": plain(row["model"])} for row in rows])
+    sns.stripplot(data=named, x="model", y="perplexity", hue="model", legend=False, ax=axis)
     axis.axhline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
     axis.set_yscale("log")
     axis.set_xlabel("")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from firsttok.cases import first_token_cases
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import paper_values
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, stage_plot
@@ -49,7 +49,7 @@ def main() -> None:
         },
     )
     change = max(changes.values())
-    print(f"Second2First changes the first tokens' keys by at most {change:.3g}.")
+    show(f"Second2First changes the first tokens' keys by at most {change:.3g}.")
     drawn, (axis,) = figure(1)
     stage_plot(axis, rows)
     save_figure(stem, drawn)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 from rich.progress import Progress
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
@@ -50,6 +51,7 @@ class CaseSelection:
     """Whether the list was made on another model, so that nothing need collapse here."""
 
 
+@taken
 def scan(study: Study, facts: Sequence[Fact], *, progress: Progress | None = None) -> list[CaseRow]:
     """Edit every fact with ROME and measure; collapse cases are found, not assumed."""
     return measure_facts(study, facts, [ROME], progress=progress, label="scanning")
@@ -95,7 +97,7 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
         record = cast(dict[str, Any], content)
         rows = tuple(CaseRow(**row) for row in record["rows"])
         return rows, dict(record["provenance"]["model"])
-    except (KeyError, TypeError, ValueError):
+    except (BadInputError, KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
 
 

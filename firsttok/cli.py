@@ -1,10 +1,12 @@
 """The ``firsttok`` command: models, inspect, tokens, edit, scan, screen, sweep and more."""
 
 import argparse
-import sys
 from importlib import import_module
+from typing import NoReturn
 
 from firsttok.config import configured
+from firsttok.console import exit_on_error, show
+from firsttok.escapes import printable
 from firsttok.options import (
     FACTS,
     PASSED_ON,
@@ -19,16 +21,22 @@ __all__ = ["main"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for bad input)."""
-    parser = _parser()
-    parsed = parser.parse_args(argv)
-    from firsttok.console import exit_on_error
 
     def run() -> None:
-        args = configured(parsed, parser, argv)
+        parser = _parser()
+        args = configured(parser.parse_args(argv), parser, argv)
         # What a command needs takes seconds to import; --help and a mistyped option need not wait.
         import_module(f"firsttok.commands.{args.command}").run(args)
 
     return exit_on_error(run)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong without what a terminal would obey, and without endless digits."""
+
+    def error(self, message: str) -> NoReturn:
+        shown = printable(message, lines=False)
+        super().error(shown if len(shown) <= 300 else f"{shown[:200]} ... {shown[-60:]}")
 
 
 class _ShowVersion(argparse.Action):
@@ -37,12 +45,12 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from firsttok import __version__
 
-        sys.stdout.write(f"firsttok {__version__}\n")
+        show(f"firsttok {__version__}")
         parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="firsttok",
         description="Find out why a single rank-one edit can destroy a language model.",
     )
@@ -201,6 +209,13 @@ def _add_results_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="LABEL", help="only this model")
     parser.add_argument(
         "--sql", metavar="QUERY", help="answer a SELECT over the view rows, and nothing else"
+    )
+    parser.add_argument(
+        "--sql-seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="seconds a query may take (default: %(default)g)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"

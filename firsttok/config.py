@@ -1,6 +1,7 @@
 """Configuration files: TOML whose values take the place of an option's default."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from firsttok.errors import BadInputError, HyperparameterError
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.option_values import HYPERPARAMETERS, check_arguments, check_options
 from firsttok.options import add_script_options
 from firsttok.storage import read_toml
 
@@ -16,20 +18,14 @@ __all__ = ["config_keys", "configured", "read_config", "toml_line"]
 _OF_ONE_RUN = frozenset({"config", "profile", "collapse", "normal", "out"})
 """Options of scripts that say what one run does and not what it works on."""
 _KINDS = {int: "a whole number", float: "a number", str: "a text in quotation marks"}
-_FIELDS = {
-    "steps": "steps",
-    "lr": "learning_rate",
-    "weight_decay": "weight_decay",
-    "clamp": "clamp",
-    "kl": "kl",
-}
-"""Fields of :class:`Hyperparameters` by the option that sets them."""
 
 
 def configured(
     args: argparse.Namespace, parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """Parse again with the values of ``--config`` as defaults, so that given options win.
+    """Parse again with the values of ``--config`` as defaults, and check every value.
+
+    Given options win. Nothing is loaded.
 
     Args:
         args: What the parser made of the arguments.
@@ -40,8 +36,18 @@ def configured(
         The options; ``args`` itself where no file was given.
 
     Raises:
-        BadInputError: If the file cannot be read, or holds what is no configuration.
+        BadInputError: If the file cannot be read, or holds what is no configuration, or if a value
+            is outside its range; see :func:`~firsttok.option_values.check_options`.
     """
+    check_arguments(sys.argv[1:] if argv is None else argv)
+    chosen = _merged(args, parser, argv)
+    check_options(chosen)
+    return chosen
+
+
+def _merged(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
     owner: argparse.ArgumentParser | None = vars(args).pop("configurable", None)
     path: str | None = vars(args).get("config")
     if owner is None or path is None:
@@ -89,7 +95,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if name in values:
             raise BadInputError(f"{path}: {name} is given twice, with - and with _; keep one")
         values[name] = _checked(f"{path}: {key}", known[name], value)
-    changed = {_FIELDS[name]: value for name, value in values.items() if name in _FIELDS}
+    changed = {HYPERPARAMETERS[n]: value for n, value in values.items() if n in HYPERPARAMETERS}
     try:
         Hyperparameters(**changed)
     except HyperparameterError as error:

@@ -1,62 +1,269 @@
-"""The terminal: messages and progress on standard error, and how a command ends."""
+"""The terminal: the only place that prints, and how a command ends.
 
+All that is printed passes through here, where text from outside is made harmless: it is never
+markup, and a terminal obeys no character of it.
+"""
+
+import contextlib
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator, Sequence
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from firsttok.errors import OutputError, sentence_of
+from firsttok.escapes import as_json, printable
 
-from firsttok.errors import FirsttokError
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.logging import RichHandler
+    from rich.progress import Progress
 
-__all__ = ["exit_on_error", "progress_bar", "stderr"]
+__all__ = ["exit_on_error", "note", "progress_bar", "show", "show_json", "show_table"]
 
-stderr = Console(stderr=True)
+_LONGEST = 1500
+"""Characters of a sentence on standard error; what is longer quotes something endless."""
+_PIPE_WIDTH = 140
+"""Columns of a table in a file or a pipe: neither has a width of its own."""
 
 
-def progress_bar(*, estimate_over: float = 30.0) -> Progress:
+def show(text: str = "") -> None:
+    """Print a text and a line end on standard output.
+
+    Raises:
+        OutputError: If the output cannot be written.
+    """
+    _write(f"{printable(text)}\n")
+
+
+def show_json(content: Any) -> None:
+    """Print one line of JSON on standard output.
+
+    Raises:
+        OutputError: If the output cannot be written.
+        ValueError: If the content holds NaN or infinity.
+    """
+    _write(f"{as_json(content, encoding=getattr(sys.stdout, 'encoding', None) or 'utf-8')}\n")
+
+
+def show_table(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], *, left: Sequence[bool]
+) -> None:
+    """Print a table on standard output.
+
+    Args:
+        title: Its title.
+        columns: Names of its columns.
+        lines: Its lines, a text for each column.
+        left: Which columns are flush left; the others are flush right.
+
+    Raises:
+        OutputError: If the output cannot be written.
+    """
+    from rich.table import Table
+
+    table = Table(title=printable(title), title_justify="left")
+    for name, flush in zip(columns, left, strict=True):
+        table.add_column(printable(name), justify="left" if flush else "right")
+    for line in lines:
+        table.add_row(*map(printable, line))
+    console = _console(errors=False)
+    if not console.is_terminal:
+        # A narrow table would cut its numbers off.
+        console.width = _PIPE_WIDTH
+    with _output_errors(), console.capture() as drawn:
+        console.print(table)
+    _write(drawn.get())
+
+
+def note(text: str) -> None:
+    """Print a text on standard error, above a progress bar if there is one."""
+    _stderr().print(printable(text))
+
+
+def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
     """A progress bar with an estimate, on standard error.
 
     Args:
         estimate_over: Seconds of the latest progress that the estimate is made from.
     """
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
+    from rich import progress
+    from rich.text import Text
+
+    class Description(progress.ProgressColumn):
+        """What is done, which may hold the name of a model or a file."""
+
+        def render(self, task: progress.Task) -> Text:
+            return Text(printable(task.description, lines=False))
+
+    return progress.Progress(
+        progress.SpinnerColumn(),
+        Description(),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=_stderr(),
         speed_estimate_period=estimate_over,
     )
 
 
 def exit_on_error(main: Callable[[], None]) -> int:
-    """Run a command; turn a user's error into one sentence on standard error and exit code 2."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=stderr, show_time=False, show_path=False)],
-    )
+    """Run a command, and say in one sentence what went wrong if the user can do something about it.
+
+    Returns:
+        The exit code: 0; 2 after a sentence; 130, 143 or 129 after an interrupt, a termination or
+        the end of the terminal. Output that nobody reads any more ends the command with 0.
+
+    Raises:
+        SystemExit: If the command raises it.
+        Exception: If the program itself is wrong, so that the traceback is seen.
+    """
+    logging.basicConfig(level=logging.WARNING, handlers=[_Terminal()])
     logging.getLogger("firsttok").setLevel(logging.INFO)
-    try:
-        main()
-    except FirsttokError as error:
-        sys.stderr.write(f"firsttok: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("firsttok: interrupted; run the same command again to go on\n")
-        return 130
-    except BrokenPipeError:
-        return 0
+    stopped: SystemExit | None = None
+    with _stoppable():
+        try:
+            try:
+                main()
+            except SystemExit as error:
+                stopped = error
+            # Until then, what was printed may wait in the process for a disk that is full.
+            _flush()
+        except BaseException as error:
+            return _told(error)
+    if stopped is not None:
+        raise stopped
     return 0
+
+
+class _Stopped(BaseException):
+    """The process was asked to end; raised so that files and workers are put in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code: int = 128 + number
+
+
+class _Terminal(logging.Handler):
+    """Messages above the progress bar; what prints them is imported with the first one."""
+
+    @cached_property
+    def _shown(self) -> "RichHandler":
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=_stderr(), show_time=False, show_path=False)
+        handler.setFormatter(_Printable("%(message)s"))
+        return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._shown.emit(record)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Generator[None, None, None]:
+    """Raise where the system's default is to end the process at once, as Ctrl-C does."""
+
+    def stop(number: int, _frame: object) -> None:
+        raise _Stopped(number)
+
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]
+    changed: list[signal.Signals] = []
+    # Elsewhere no signal arrives; and where one is ignored, as under nohup, it stays so.
+    if threading.current_thread() is threading.main_thread():
+        changed = [n for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _told(error: BaseException) -> int:
+    """Say what went wrong, and return the exit code; raise what the user cannot help."""
+    code = 2
+    sentence = None
+    if isinstance(error, KeyboardInterrupt):
+        code, sentence = 130, "interrupted; run the same command again to resume"
+    elif isinstance(error, _Stopped):
+        code = error.code
+    elif isinstance(error, BrokenPipeError):
+        code = 0
+    else:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise error
+    said = ""
+    if sentence is not None:
+        shown = printable(sentence, lines=False)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
+        said = f"firsttok: {shown}\n"
+    _last_words(sys.stderr, said)
+    _last_words(sys.stdout, "")
+    return code
+
+
+def _last_words(stream: Any, text: str) -> None:
+    """Write what is left, or let it go where nothing can be written."""
+    if stream is None:
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        # Python would try again at its end, and give its own message and exit code.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _write(text: str) -> None:
+    # There is none where the command was started without one.
+    stream: Any = sys.stdout
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with _output_errors():
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def _flush() -> None:
+    stream: Any = sys.stdout
+    if stream is not None:
+        with _output_errors():
+            stream.flush()
+
+
+@contextlib.contextmanager
+def _output_errors() -> Generator[None, None, None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"the output cannot be written ({error.strerror or error}); free some space or send "
+            "it elsewhere"
+        ) from None
+
+
+def _console(*, errors: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=errors, markup=False, emoji=False, highlight=False)
+
+
+@cache
+def _stderr() -> "Console":
+    """One for the progress bar and what is printed above it."""
+    return _console(errors=True)

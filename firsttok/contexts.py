@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from firsttok.arguments import take_fields, taken
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, DamagedFileError
 from firsttok.models import Model, logits
@@ -45,6 +46,7 @@ class ContextSet(Shown):
 
     def __post_init__(self) -> None:
         """Check the templates."""
+        take_fields(self)
         if not self.templates:
             raise BadInputError("a context set holds no templates; give at least '{}'")
         for index, template in enumerate(self.templates):
@@ -108,6 +110,7 @@ class ContextSet(Shown):
         write_record(Path(path), record)
 
 
+@taken
 def load_contexts(path: str | Path) -> ContextSet:
     """Read contexts from JSON: a list of templates, or a set saved by firsttok.
 
@@ -140,16 +143,23 @@ def load_contexts(path: str | Path) -> ContextSet:
     try:
         return ContextSet(
             templates=tuple(cast(list[str], templates)),
-            seed=seed if isinstance(seed, int) else None,
+            seed=seed if type(seed) is int else None,
             model_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-            leading_ids=tuple(leading) if isinstance(leading, list) else None,
+            leading_ids=tuple(cast(list[int], leading)) if _are_ids(leading) else None,
             model_identity=identity if isinstance(identity, str) else None,
         )
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
 
 
-def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) -> ContextSet:
+def _are_ids(content: Any) -> bool:
+    if not isinstance(content, list):
+        return False
+    return all(type(part) is int for part in cast(list[Any], content))
+
+
+@taken
+def sample_contexts(model: Model, *, seed: int = 0, path: str | Path | None = None) -> ContextSet:
     """Sample the 21 contexts of the released code: the bare one and 20 prefixes.
 
     Two prefixes for each of five seed words and each of two lengths (5 and 10 tokens, the seed
@@ -163,6 +173,7 @@ def sample_contexts(model: Model, *, seed: int = 0, path: Path | None = None) ->
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
             written.
     """
+    path = None if path is None else Path(path)
     model = replace(model, interventions=())
     is_kept = path is not None and model.disturbance is None
     if path is not None and is_kept and path.is_file():

@@ -1,11 +1,12 @@
 """How objects show themselves: one description, as HTML in a notebook and as text in a terminal."""
 
-import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from firsttok.escapes import as_html, printable
 from firsttok.svg import line_plot, sparkline
 
 __all__ = ["Note", "Panel", "Part", "Plot", "Shown", "Strip", "Table", "cell_text", "short_hash"]
@@ -13,6 +14,8 @@ __all__ = ["Note", "Panel", "Part", "Plot", "Shown", "Strip", "Table", "cell_tex
 _MONO = "font-family:ui-monospace,monospace"
 _LINE = "1px solid currentColor"
 _LEFT = ' style="text-align:left"'
+_NUMBER = re.compile(r"[-+<>]?\s?[\d.]|[-+]?(inf|nan)\b|-?$")
+"""How a cell begins that holds a number, perhaps with a unit or an interval, or nothing."""
 
 
 @runtime_checkable
@@ -40,12 +43,12 @@ class Note:
     @property
     def html(self) -> str:
         """A paragraph."""
-        return f"<p>{html.escape(self.text)}</p>"
+        return f"<p>{as_html(self.text)}</p>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table; its first column names the lines, a column that begins with a text is flush left."""
+    """A table; its first column names the lines, and columns of numbers are flush right."""
 
     columns: Sequence[str]
     """Names of the columns."""
@@ -55,12 +58,14 @@ class Table:
     @property
     def text(self) -> str:
         """Aligned columns."""
-        rows = [list(self.columns), *([cell_text(cell) for cell in line] for line in self.lines)]
+        rows = [[printable(name, lines=False) for name in self.columns]]
+        rows += [[printable(cell_text(cell), lines=False) for cell in line] for line in self.lines]
         widths = [max(len(row[index]) for row in rows) for index in range(len(self.columns))]
+        flush = self.left
         return "\n".join(
             "  ".join(
                 cell.ljust(width) if left else cell.rjust(width)
-                for cell, width, left in zip(row, widths, self._left, strict=True)
+                for cell, width, left in zip(row, widths, flush, strict=True)
             ).rstrip()
             for row in rows
         )
@@ -68,24 +73,27 @@ class Table:
     @property
     def html(self) -> str:
         """A table whose first cells are headings of their rows."""
+        flush = self.left
         head = "".join(
-            f'<th scope="col"{_LEFT if left else ""}>{html.escape(name)}</th>'
-            for name, left in zip(self.columns, self._left, strict=True)
+            f'<th scope="col"{_LEFT if left else ""}>{as_html(name)}</th>'
+            for name, left in zip(self.columns, flush, strict=True)
         )
-        body = "".join(f"<tr>{self._cells(line)}</tr>" for line in self.lines)
+        body = "".join(f"<tr>{self._cells(line, flush)}</tr>" for line in self.lines)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     @property
-    def _left(self) -> list[bool]:
-        """Which columns are flush left."""
-        first: Sequence[Any] = self.lines[0] if self.lines else self.columns
-        return [index == 0 or isinstance(cell, str) for index, cell in enumerate(first)]
+    def left(self) -> list[bool]:
+        """Which columns are flush left: the first, and those in which a cell is prose."""
+        return [
+            index == 0 or not self.lines or any(_is_prose(line[index]) for line in self.lines)
+            for index in range(len(self.columns))
+        ]
 
-    def _cells(self, line: Sequence[Any]) -> str:
-        first, *rest = (html.escape(cell_text(cell)) for cell in line)
+    def _cells(self, line: Sequence[Any], flush: Sequence[bool]) -> str:
+        first, *rest = (as_html(cell_text(cell)) for cell in line)
         cells = "".join(
             f"<td{_LEFT if left else ''}>{cell}</td>"
-            for cell, left in zip(rest, self._left[1:], strict=True)
+            for cell, left in zip(rest, flush[1:], strict=True)
         )
         return f'<th scope="row"{_LEFT}>{first}</th>{cells}'
 
@@ -104,17 +112,18 @@ class Strip:
     @property
     def text(self) -> str:
         """Two lines: the tokens, and a caret under the marked one."""
-        line = "|".join(self.pieces)
+        pieces = [printable(piece, lines=False) for piece in self.pieces]
+        line = "|".join(pieces)
         if self.marked is None:
             return line
-        indent = sum(len(piece) + 1 for piece in self.pieces[: self.marked])
-        return f"{line}\n{' ' * indent}^ {self.mark}"
+        indent = sum(len(piece) + 1 for piece in pieces[: self.marked])
+        return f"{line}\n{' ' * indent}^ {printable(self.mark, lines=False)}"
 
     @property
     def html(self) -> str:
         """Boxes with their positions, the marked one drawn bold and named below."""
         boxes = "".join(self._box(index, piece) for index, piece in enumerate(self.pieces))
-        note = "" if self.marked is None else f"<small>▲ {html.escape(self.mark)}</small>"
+        note = "" if self.marked is None else f"<small>▲ {as_html(self.mark)}</small>"
         return f'<div style="line-height:2.4">{boxes}</div>{note}'
 
     def _box(self, index: int, piece: str) -> str:
@@ -124,7 +133,7 @@ class Strip:
         return (
             f'<{tag} title="position {index}" style="{plain}{_MONO};white-space:pre;'
             f'border:{border};border-radius:3px;padding:2px 3px;margin:1px">'
-            f"{html.escape(piece)}<sub>{index}</sub></{tag}>"
+            f"{as_html(printable(piece, lines=False))}<sub>{index}</sub></{tag}>"
         )
 
 
@@ -186,16 +195,17 @@ class Panel:
         blocks = [self.title, *(part.text for part in self.parts)]
         if origin := self._origin():
             blocks.append(f"from: {origin}")
-        return "\n".join(blocks)
+        return printable("\n".join(blocks))
 
     @property
     def html(self) -> str:
         """HTML for a notebook; it loads nothing."""
         origin = self._origin()
-        foot = f"<p><small>from: {html.escape(origin)}</small></p>" if origin else ""
+        foot = f"<p><small>from: {as_html(origin)}</small></p>" if origin else ""
         body = "".join(part.html for part in self.parts)
-        title = f"<p><strong>{html.escape(self.title)}</strong></p>"
-        return f'<div class="firsttok">{title}{body}{foot}</div>'
+        title = f"<p><strong>{as_html(self.title)}</strong></p>"
+        # A notebook would set what stands between two dollar signs as a formula.
+        return f'<div class="firsttok tex2jax_ignore mathjax_ignore">{title}{body}{foot}</div>'
 
     def _origin(self) -> str:
         known = (self.source or {}).items()
@@ -219,6 +229,10 @@ class Shown:
         return self.panel().html
 
 
+def _is_prose(cell: Any) -> bool:
+    return isinstance(cell, str) and _NUMBER.match(cell) is None
+
+
 def cell_text(cell: Any) -> str:
     """A cell as it is shown: two decimals, or three digits where the number is small or huge."""
     if cell is None:
@@ -230,6 +244,6 @@ def cell_text(cell: Any) -> str:
     return str(cell)
 
 
-def short_hash(digest: str | None) -> str | None:
+def short_hash(digest: object) -> str | None:
     """The first digits of a hash, enough to tell two apart at a glance."""
-    return digest[:10] if digest else None
+    return str(digest)[:10] if digest else None

@@ -1,5 +1,9 @@
 """Every error a user can cause, each with one sentence that says what, where and what to do."""
 
+import errno
+import os
+import re
+
 __all__ = [
     "BadInputError",
     "CacheError",
@@ -13,6 +17,7 @@ __all__ = [
     "HyperparameterError",
     "LayerOutOfRangeError",
     "NonFiniteError",
+    "OutputError",
     "SpecialTokenError",
     "SubjectAmbiguousError",
     "SubjectBoundaryError",
@@ -24,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "ViewError",
     "WorkerError",
+    "sentence_of",
 ]
 
 
@@ -111,9 +117,80 @@ class CacheError(FirsttokError):
     """The cache folder cannot be used."""
 
 
+class OutputError(FirsttokError):
+    """What a command prints cannot be written where it is to go."""
+
+
 class DownloadError(FirsttokError):
     """A download failed or did not match its checksum."""
 
 
 class WorkerError(FirsttokError):
     """Workers of a cluster could not be started, or cannot do their work."""
+
+
+_ADVICE = {
+    errno.EACCES: "choose one you may use",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.ELOOP: "remove the link that points to itself",
+    errno.EMFILE: "close some files, or raise the limit with: ulimit -n",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EPERM: "choose one you may use",
+    errno.EROFS: "choose one you may use",
+}
+"""What helps, by the system's number of an error."""
+_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+    "DefaultCPUAllocator",
+    "bad_alloc",
+    "failed to map segment",
+    "out of memory",
+)
+"""What libraries write where memory is used up, though they raise no MemoryError."""
+_NAMELESS = {
+    "embedded null": "a path holds a NUL character; leave it out",
+    "Exceeds the limit (4": "a whole number has more than 4300 digits; give a shorter one",
+    "Could not determine home": "no user has the home folder that a path with '~' names; write "
+    "the path in full",
+    "Symlink loop": "a path runs into a link that points to itself; remove that link",
+    "can't start new thread": "no more threads can be started; close other programs",
+    "surrogates not allowed": "a text holds half a surrogate pair, which is no character; write "
+    "it again as UTF-8",
+}
+"""What Python raises as a ValueError or a RuntimeError without naming the file or the text."""
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What the user is told about an error, wherever it came from.
+
+    Args:
+        error: Anything that was raised.
+
+    Returns:
+        One sentence if the user, the files or the machine caused it; None if the program did, whose
+        traceback is needed then.
+    """
+    if isinstance(error, FirsttokError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (
+        isinstance(error, ImportError | RuntimeError) and any(sign in text for sign in _MEMORY)
+    ):
+        detail = f" ({text[:150]})" if text else ""
+        return f"there is not enough memory{detail}; close other programs or take a smaller model"
+    # Libraries in Rust and C++ give the system's number in the text alone.
+    told = re.search(r"(?:os error |\[errno )(\d+)", text, re.IGNORECASE)
+    number = getattr(error, "errno", None) or (int(told.group(1)) if told else None)
+    if isinstance(error, OSError) or told:
+        name = getattr(error, "filename", None)
+        place = "a file" if name is None else os.fsdecode(name) if isinstance(name, bytes) else name
+        reason = os.strerror(number) if number else text[:300] or type(error).__name__
+        advice = _ADVICE.get(number or 0, "check it and run the same command again")
+        return f"{place} cannot be used ({reason}); {advice}"
+    if isinstance(error, ValueError | RuntimeError):
+        for sign, sentence in _NAMELESS.items():
+            if sign in text:
+                return sentence
+    return None

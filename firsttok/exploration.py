@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from firsttok.arguments import taken
 from firsttok.contexts import ContextSet, kept_contexts
 from firsttok.data import Fact, builtin_sentences
 from firsttok.display import Note, Panel, Shown, Table
-from firsttok.editing import METHODS, ROME, Method, RankOneEdit, UpdateReport
+from firsttok.editing import (
+    METHODS,
+    ROME,
+    Method,
+    RankOneEdit,
+    UpdateReport,
+    find_methods,
+)
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -145,6 +153,7 @@ class Comparison(Shown):
         )
 
 
+@taken
 def prepare_study(
     model: Model,
     *,
@@ -193,11 +202,12 @@ def prepare_study(
     )
 
 
+@taken
 def what_if(
     model: Model | Study,
     fact: Fact,
     *,
-    method: Method = ROME,
+    method: Method | str = ROME,
     layer: int | None = None,
     key_source: KeySource | None = None,
 ) -> WhatIf:
@@ -206,7 +216,7 @@ def what_if(
     Args:
         model: The model, or a study of :func:`prepare_study`, which knows contexts and settings.
         fact: The fact to write.
-        method: Which key goes into which slot.
+        method: Which key goes into which slot; a method, or the name of one.
         layer: Layer to edit; None for the study's, or the model's default. A study's second
             moment belongs to its layer, so another one needs a study of its own.
         key_source: Where the keys come from, as a probe gives one; None for the study's own.
@@ -214,15 +224,18 @@ def what_if(
     Raises:
         FirsttokError: If the model cannot be edited, or the fact has no subject token of its own.
     """
-    results = _results(_study(model, layer), fact, [method], key_source)
-    return results[0]
+    chosen = find_methods(method)
+    if len(chosen) != 1:
+        raise BadInputError(f"{method} holds {len(chosen)} methods; give ft.compare_methods those")
+    return _results(_study(model, layer), fact, chosen, key_source)[0]
 
 
+@taken
 def compare_methods(
     model: Model | Study,
     fact: Fact,
     *,
-    methods: Iterable[Method] = METHODS,
+    methods: Iterable[Method | str] = METHODS,
     layer: int | None = None,
     key_source: KeySource | None = None,
 ) -> Comparison:
@@ -231,7 +244,7 @@ def compare_methods(
     Args:
         model: The model, or a study of it.
         fact: The fact to write.
-        methods: The methods, each with a name of its own.
+        methods: The methods, or their names as ``--method`` takes them.
         layer: As for :func:`what_if`.
         key_source: As for :func:`what_if`.
 
@@ -239,10 +252,11 @@ def compare_methods(
         BadInputError: If there is no method, or two go by one name.
         FirsttokError: As for :func:`what_if`.
     """
-    chosen = list(methods)
-    names = [method.name for method in chosen]
-    if not chosen or len(set(names)) < len(names):
-        raise BadInputError(f"methods need a name each, not {', '.join(names) or 'none at all'}")
+    given = tuple(methods)
+    chosen = find_methods(given)
+    if not chosen or len(chosen) < len(given):
+        names = ", ".join(each if isinstance(each, str) else each.name for each in given)
+        raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
     return Comparison(results=_results(_study(model, layer), fact, chosen, key_source))
 
 

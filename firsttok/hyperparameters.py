@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from math import isfinite
 
+from firsttok.arguments import take_fields
 from firsttok.errors import HyperparameterError
 
 __all__ = ["Hyperparameters"]
@@ -31,6 +32,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        take_fields(self)
         if self.steps < 1:
             raise HyperparameterError(f"steps is {self.steps}; give a whole number of at least 1")
         for name, minimum, strict in (

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
@@ -140,6 +141,7 @@ class FactKeys(Shown):
         return float(self.unprefixed.double().norm() / self.prefixed_mean.double().norm())
 
 
+@taken
 def keys_at(
     model: Model,
     prompts: Sequence[Prompt],
@@ -191,6 +193,7 @@ def keys_at(
     )
 
 
+@taken
 def capture_keys(
     model: Model,
     facts: Fact | Sequence[Fact],
@@ -212,11 +215,13 @@ def capture_keys(
     return keys_at(model, prompts, positions(prompts).tolist(), layers=read)
 
 
+@taken
 def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
     """Capture k_bar and k^u of one fact (Equation 1 and Section 3.1)."""
     return keys_of_facts(model, [fact], contexts, layer=layer)[0]
 
 
+@taken
 def keys_of_facts(
     model: Model, facts: Sequence[Fact], contexts: ContextSet, *, layer: int
 ) -> list[FactKeys]:
@@ -324,6 +329,10 @@ class IntervenedKeys:
     """Name in provenance."""
     interventions: tuple[Intervention, ...]
     """The changes, in order."""
+
+    def __post_init__(self) -> None:
+        """Check the changes."""
+        take_fields(self)
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
         """Return the keys under these interventions and no others.

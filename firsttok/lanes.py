@@ -1,27 +1,34 @@
 """Several scripts side by side, each in a process of its own with its share of the cores.
 
+No process outlives this one, however it ends: each watches a pipe that its parent holds open.
+
 On a CPU two processes of one thread each get more done than one process of two threads: only the
 matrix products of a small model keep two threads busy.
 """
 
+import _thread
+import io
 import multiprocessing
 import os
 import runpy
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-__all__ = ["Ended", "Job", "cores", "process_context", "run_in_lanes"]
+__all__ = ["Ended", "Job", "cores", "end_process", "run_alone", "run_in_lanes", "start_process"]
 
 _POLL = 0.1
 """Seconds between two looks at what is running."""
 _PATIENCE = 20.0
 """Seconds an interrupted script has to put down what it holds."""
+_GRACE = 5.0
+"""The same where there is nobody left to wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +66,53 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def process_context(imported: Sequence[str] = ()) -> Any:
-    """How processes are started: forked from one that has imported something, where that is safe.
+def start_process(
+    target: Callable[..., None],
+    args: Sequence[Any],
+    *,
+    imported: Sequence[str] | None = None,
+    scratch: Path | None = None,
+) -> BaseProcess:
+    """Run a function in a process that is interrupted when this one is gone, and soon ended.
 
     Args:
-        imported: Modules that it imports, once.
+        target: The function.
+        args: Its arguments.
+        imported: Modules that it needs; it is forked, where that is safe, from a process that
+            imports them once. None for a fresh interpreter.
+        scratch: A file to remove if this process is gone.
     """
+    context = multiprocessing.get_context("spawn") if imported is None else _context(imported)
+    process: BaseProcess = context.Process(target=_bound, args=(target, tuple(args), scratch))
+    process.start()
+    return process
+
+
+def end_process(process: BaseProcess) -> None:
+    """Ask a process to end, and make it if it does not; nothing is done if it has ended."""
+    # Where Ctrl-C ended this process, the other has had it, too, and is stopping.
+    process.terminate()
+    process.join(_PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def run_alone(job: Job) -> int:
+    """Run a script that has the terminal to itself, and return its exit code.
+
+    Args:
+        job: The job; what it waits for must have ended.
+    """
+    process = start_process(_run_script, (str(job.script), job.arguments))
+    try:
+        process.join()
+    finally:
+        end_process(process)
+    return process.exitcode or 0
+
+
+def _context(imported: Sequence[str]) -> Any:
     # Not on macOS, whose own libraries do not outlive a fork.
     method = "forkserver" if sys.platform.startswith("linux") else "spawn"
     context: Any = multiprocessing.get_context(method)
@@ -83,7 +131,7 @@ def run_in_lanes(
     Args:
         jobs: The jobs.
         lanes: Most scripts that run at the same time.
-        imported: Modules that most scripts import; see :func:`process_context`.
+        imported: Modules that most scripts import; see :func:`start_process`.
 
     Yields:
         The jobs in the order they end in.
@@ -93,7 +141,6 @@ def run_in_lanes(
     """
     share = max(1, cores() // lanes)
     threads = os.environ.get("OMP_NUM_THREADS", str(share))
-    context = process_context(imported)
     waiting, running = list(jobs), list[_Running]()
     try:
         while waiting or running:
@@ -101,7 +148,7 @@ def run_in_lanes(
             ready = [job for job in waiting if unended.isdisjoint(job.after)]
             for job in ready[: lanes - len(running)]:
                 waiting.remove(job)
-                running.append(_Running.start(job, context, threads))
+                running.append(_Running.start(job, imported, threads))
             if not running:
                 raise ValueError(f"these wait for each other: {[job.name for job in waiting]}")
             for each in [each for each in running if not each.process.is_alive()]:
@@ -121,13 +168,15 @@ class _Running:
     started: float
 
     @staticmethod
-    def start(job: Job, context: Any, threads: str) -> "_Running":
+    def start(job: Job, imported: Sequence[str], threads: str) -> "_Running":
         handle, name = tempfile.mkstemp(prefix="firsttok-", suffix=".log")
         os.close(handle)
-        process = context.Process(
-            target=_run_script, args=(str(job.script), job.arguments, name, threads)
+        process = start_process(
+            _run_captured,
+            (name, threads, str(job.script), job.arguments),
+            imported=imported,
+            scratch=Path(name),
         )
-        process.start()
         return _Running(job=job, process=process, output=Path(name), started=time.monotonic())
 
     def ended(self) -> Ended:
@@ -141,26 +190,48 @@ class _Running:
         )
 
     def end(self) -> None:
-        # Where Ctrl-C ended this process, the scripts have had it, too, and are stopping.
-        self.process.terminate()
-        self.process.join(_PATIENCE)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        end_process(self.process)
         self.output.unlink(missing_ok=True)
 
 
-def _run_script(script: str, arguments: Sequence[str], output: str, threads: str) -> None:
-    """Run a file as ``python script arguments`` would, all it writes going to a file."""
+def _bound(target: Callable[..., None], args: tuple[Any, ...], scratch: Path | None) -> None:
+    """Call a function while another thread waits for the parent to be gone."""
+    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
+    target(*args)
+
+
+def _end_with_parent(scratch: Path | None) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    parent.join()
+    if scratch is not None:
+        scratch.unlink(missing_ok=True)
+    # As Ctrl-C does, so that no half-written file is left; a long computation may not hear it.
+    _thread.interrupt_main()
+    time.sleep(_GRACE)
+    os._exit(1)
+
+
+def _run_captured(output: str, threads: str, script: str, arguments: Sequence[str]) -> None:
+    """Run a file with its share of the cores, all it writes going to a file."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
+    for text in (sys.stdout, sys.stderr):
+        # As it is read again, whatever the terminal's encoding is.
+        cast(io.TextIOWrapper, text).reconfigure(encoding="utf-8")
     os.environ["OMP_NUM_THREADS"] = threads
     if "torch" in sys.modules:
         # Imported before this process was forked, it has not seen the variable.
         import torch
 
         torch.set_num_threads(int(threads))
+    _run_script(script, arguments)
+
+
+def _run_script(script: str, arguments: Sequence[str]) -> None:
+    """Run a file as ``python script arguments`` would."""
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")

@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from firsttok.display import cell_text
+from firsttok.console import show_table
+from firsttok.display import Table, cell_text
 from firsttok.storage import atomic_path, write_record
 
 __all__ = ["cell_text", "pick", "print_table", "publish", "save_result"]
@@ -71,12 +69,15 @@ def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[f
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on standard output; numbers get at most six digits."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(cell_text(cell) for cell in row))
-    console = Console()
-    # A file or a pipe has no width of its own, and a narrow table cuts its numbers off.
-    Console(width=console.width if console.is_terminal else 140).print(table)
+    """Print a table on standard output, columns of numbers flush right.
+
+    Args:
+        title: Title of the table.
+        columns: Names of its columns.
+        rows: Its lines; a cell is a text, a number, a truth value or None.
+
+    Raises:
+        OutputError: If the output cannot be written.
+    """
+    lines = [[cell_text(cell) for cell in row] for row in rows]
+    show_table(title, columns, lines, left=Table(columns=columns, lines=rows).left)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from firsttok.escapes import printable
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.storage import atomic_path
 
@@ -17,6 +18,7 @@ __all__ = [
     "accuracy_bars",
     "effect_map",
     "figure",
+    "plain",
     "save_figure",
     "screen_curves",
     "stage_plot",
@@ -39,6 +41,11 @@ def figure(columns: int, *, height: float = 3.6) -> "tuple[Figure, list[Axes]]":
     sns.set_theme(style="whitegrid", context="notebook", font_scale=0.85)
     drawn, axes = plt.subplots(1, columns, figsize=(4.2 * columns, height), squeeze=False)
     return drawn, list(axes[0])
+
+
+def plain(text: str) -> str:
+    """Text from outside for a title or a label, in which no dollar sign begins a formula."""
+    return printable(text, lines=False).replace("$", "\\$")
 
 
 def strip_plot(

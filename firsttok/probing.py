@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Part, Plot, Shown, Table
@@ -287,6 +288,7 @@ PROBES: tuple[Probe, ...] = (
 """The probes that :func:`probe` knows by name."""
 
 
+@taken
 def probe(
     model: Model | Study, fact: Fact, which: str | Probe | KeySource | Intervention
 ) -> ProbeResult:

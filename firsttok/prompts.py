@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.batching import cheapest_split
 from firsttok.data import Fact, Join, Straddle, text_joint
 from firsttok.errors import (
@@ -74,6 +75,7 @@ class Prompt:
         return len(self.token_ids) - 1
 
 
+@taken
 def text_prompt(model: Model, text: str) -> Prompt:
     """Tokenise plain text under the model's BOS policy.
 
@@ -132,6 +134,7 @@ def subject_prompt(
     )
 
 
+@taken
 def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
     """Tokenise a fact's prompt inside a context template.
 

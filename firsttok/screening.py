@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from rich.progress import Progress
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys, keys_of_facts
@@ -83,6 +84,7 @@ class Calibration:
     """Share of collapse cases among those found, by the same thresholds."""
 
 
+@taken
 def screen(
     study: Study,
     facts: Iterable[Fact],

@@ -94,10 +94,6 @@ def parse_script(
     cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
     if not cases.is_file():
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
-    for name in ("collapse", "normal"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BadInputError(f"--{name} is {value}; give at least 1")
     count = 8 if args.profile == "quick" else 24
     study = open_study(
         args,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import Model, capture
@@ -190,6 +191,7 @@ def default_corpus() -> tuple[str, ...]:
     return tuple(topics[name] for name in sorted(topics))
 
 
+@taken
 def compute_second_moment(
     model: Model,
     *,
@@ -245,6 +247,7 @@ def compute_second_moment(
     return result
 
 
+@taken
 def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
     """Read a safetensors file with a tensor ``second_moment`` of shape ``[d_mlp, d_mlp]``.
 

@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 
 from rich.progress import Progress
 
+from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits
+from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits, find_methods
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -86,6 +87,10 @@ class CaseRow:
     collapsed: bool
     """Whether the mean perplexity is above the threshold."""
 
+    def __post_init__(self) -> None:
+        """Check what a file may hold."""
+        take_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study(Shown):
@@ -119,7 +124,8 @@ class Study(Shown):
     """What was measured of the unedited model, by all that decides it; varied studies share it."""
 
     def __post_init__(self) -> None:
-        """Check that the second moment is of this model and layer."""
+        """Check the settings, and that the second moment is of this model and layer."""
+        take_fields(self)
         self.second_moment.check(self.model, self.layer)
 
     @property
@@ -241,10 +247,11 @@ class Study(Shown):
         identity = self.evaluated.with_bos(self.text_bos).identity()
         return content_hash([identity, list(self.texts), *settings])
 
+    @taken
     def edits(
         self,
         facts: Sequence[Fact],
-        methods: Sequence[Method],
+        methods: Sequence[Method | str],
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
@@ -252,7 +259,7 @@ class Study(Shown):
 
         Args:
             facts: The facts.
-            methods: The methods.
+            methods: The methods, or their names.
             on_step: As for :func:`~firsttok.editing.compute_edits`.
 
         Yields:
@@ -302,10 +309,11 @@ class Study(Shown):
         return {} if list(stages.values()) == usual else {"stages": stages}
 
 
+@taken
 def measure_facts(
     study: Study,
     facts: Sequence[Fact],
-    methods: Sequence[Method],
+    methods: Sequence[Method | str],
     *,
     progress: Progress | None = None,
     label: str = "editing",
@@ -322,6 +330,7 @@ def measure_facts(
     """
     if not facts:
         raise BadInputError("there are no facts to edit; give at least one")
+    chosen = find_methods(methods)
     numbered = {fact.case_id: fact for fact in facts}
     for fact in facts:
         if numbered[fact.case_id] != fact:
@@ -330,7 +339,7 @@ def measure_facts(
                 f"{numbered[fact.case_id].prompt!r}; number each once"
             )
     task = None if progress is None else progress.add_task(label, total=len(facts))
-    slots = len({method.anchor for method in methods})
+    slots = len({method.anchor for method in chosen})
 
     def on_step(count: int) -> None:
         if progress is not None and task is not None:
@@ -344,19 +353,17 @@ def measure_facts(
         return study.work / "rows" / f"{_row_hash(settings, fact, method)[:24]}.json"
 
     paths = {
-        (fact.case_id, method.name): path_of(fact, method) for fact in facts for method in methods
+        (fact.case_id, method.name): path_of(fact, method) for fact in facts for method in chosen
     }
     known = {
         key: row for key, path in paths.items() if path and (row := _read_row(path)) is not None
     }
     open_facts = [
-        fact
-        for fact in facts
-        if any((fact.case_id, method.name) not in known for method in methods)
+        fact for fact in facts if any((fact.case_id, method.name) not in known for method in chosen)
     ]
     done = len(facts) - len(open_facts)
-    for fact, edits in study.edits(open_facts, methods, on_step=on_step):
-        missing = [method for method in methods if (fact.case_id, method.name) not in known]
+    for fact, edits in study.edits(open_facts, chosen, on_step=on_step):
+        missing = [method for method in chosen if (fact.case_id, method.name) not in known]
         measured = study.prepared_texts.measure_edits(
             study.evaluated, [edits[method.name] for method in missing]
         )
@@ -372,7 +379,7 @@ def measure_facts(
             progress.update(task, completed=done)
     if progress is not None and task is not None:
         progress.update(task, completed=len(facts))
-    return [known[fact.case_id, method.name] for fact in facts for method in methods]
+    return [known[fact.case_id, method.name] for fact in facts for method in chosen]
 
 
 def case_row(

@@ -1,8 +1,9 @@
 """Small line plots as SVG for notebooks, and as sparklines for a terminal; no library is needed."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+
+from firsttok.escapes import as_html
 
 __all__ = ["line_plot", "sparkline"]
 
@@ -38,10 +39,10 @@ def line_plot(
     lines = {name: _points(places, values, log) for name, values in series.items()}
     found = [point for points in lines.values() for point in points]
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{_safe(title)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{as_html(title)}" '
         f'viewBox="0 0 {_WIDTH} {_HEIGHT + 14 * len(series)}" width="{_WIDTH}" '
         'font-family="sans-serif" font-size="11" fill="currentColor" stroke="none">'
-        f'<title>{_safe(title)}</title><text x="{_LEFT}" y="14">{_safe(title)}</text>'
+        f'<title>{as_html(title)}</title><text x="{_LEFT}" y="14">{as_html(title)}</text>'
     )
     if not found:
         return f'{head}<text x="{_LEFT}" y="40">nothing finite to draw</text></svg>'
@@ -73,9 +74,9 @@ def line_plot(
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     body.append(
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        f"{_safe(x_label)}</text>"
+        f"{as_html(x_label)}</text>"
         f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">'
-        f"{_safe(y_label)}</text>"
+        f"{as_html(y_label)}</text>"
     )
     for index, (name, points) in enumerate(lines.items()):
         stroke = (
@@ -87,7 +88,7 @@ def line_plot(
         body.append(
             f'<polyline points="{path}" fill="none" {stroke}/>'
             f'<line x1="{_LEFT}" x2="{_LEFT + 26}" y1="{height}" y2="{height}" {stroke}/>'
-            f'<text x="{_LEFT + 32}" y="{height + 4}">{_safe(name)}</text>'
+            f'<text x="{_LEFT + 32}" y="{height + 4}">{as_html(name)}</text>'
         )
     return f"{head}{''.join(body)}</svg>"
 
@@ -133,7 +134,3 @@ def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e5 else f"{value:.3g}"
-
-
-def _safe(text: str) -> str:
-    return html.escape(text)

@@ -8,6 +8,7 @@ from math import gcd
 from random import Random
 from typing import Any
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.errors import BadInputError, SubjectBoundaryError, TargetTokenError
 from firsttok.models import Model
@@ -72,6 +73,7 @@ class _Words:
         return len(self.lists["given"]) * len(self.lists["family"])
 
 
+@taken
 def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     """Put facts together, all with different prompts; the answers are drawn, not looked up.
 

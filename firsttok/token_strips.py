@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Shown, Strip
 from firsttok.models import Model
@@ -59,6 +60,7 @@ class TokenStrip(Shown):
         return Strip(pieces=self.pieces, marked=self.looked_up, mark=f"lookup at {self.looked_up}")
 
 
+@taken
 def tokens(model: Model, prompt: Fact | str, context: str = "{}") -> TokenStrip:
     """Show how a fact's prompt, or a plain text, falls into tokens under the model's BOS policy.
 
@@ -88,6 +90,7 @@ def tokens(model: Model, prompt: Fact | str, context: str = "{}") -> TokenStrip:
     )
 
 
+@taken
 def show_tokens(model: Model, fact: Fact, context: str = "{}") -> str:
     """Return two lines: the tokens of a fact's prompt, and a mark under the looked-up one."""
     return tokens(model, fact, context).lines

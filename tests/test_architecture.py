@@ -8,10 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "firsttok"
 LAYERS = [
-    ["errors", "svg"],
+    ["errors", "escapes"],
+    ["arguments", "svg"],
     ["digests", "display", "sinks"],
     ["batching", "console", "lanes", "options", "provenance", "scripts", "storage", "tensors"],
     ["hyperparameters", "data"],
+    ["option_values"],
     ["config", "models"],
     ["prompts"],
     ["contexts", "synthetic", "token_strips"],

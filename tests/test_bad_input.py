@@ -136,7 +136,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     ),
     "layer out of range": (lambda p: p.edit("--layer", "99"), "has no layer 99"),
     "negative layer": (lambda p: p.edit("--layer", "-1"), "has no layer -1"),
-    "unknown device": (lambda p: p.edit("--device", "abacus"), "device 'abacus'"),
+    "unknown device": (lambda p: p.edit("--device", "abacus"), "device 'abacus' is not supported"),
     "unknown method": (lambda p: p.edit("--method", "memit"), "no method is called 'memit'"),
     "no steps": (lambda p: p.edit("--steps", "0"), "steps is 0"),
     "rate is not a number": (lambda p: p.edit("--lr", "nan"), "learning_rate is nan"),

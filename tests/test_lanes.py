@@ -1,13 +1,19 @@
 """Scripts side by side: order, lanes, output, and what happens when one is given up."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from firsttok.cli import main
 from firsttok.lanes import Job, run_in_lanes
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
+ROOT = Path(__file__).parent.parent
 BODY = """
 import sys, time
 log, name, seconds = sys.argv[1:]
@@ -82,6 +88,89 @@ def test_closing_ends_what_still_runs(tmp_path: Path) -> None:
     assert time.monotonic() - start < 15
     time.sleep(0.2)
     assert "end long" not in log.read_text("utf-8")
+
+
+BUSY = """
+import os, sys
+from pathlib import Path
+Path(sys.argv[sys.argv.index("--out") + 1], f"{os.getpid()}.pid").touch()
+while True:
+    sum(range(10_000))
+"""
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from firsttok.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def computes(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("jobs", "number", "code"),
+    [
+        (1, signal.SIGKILL, -signal.SIGKILL),
+        (1, signal.SIGTERM, 143),
+        (1, signal.SIGINT, 130),
+        pytest.param(2, signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
+def test_no_script_computes_on_when_its_reproduction_is_gone(
+    jobs: int, number: int, code: int, tmp_path: Path
+) -> None:
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    for folder in (out, scratch):
+        folder.mkdir()
+    for name in SCRIPTS:
+        (tmp_path / f"{name}.py").write_text(BUSY, "utf-8")
+    command = [sys.executable, "-c", START, "reproduce", "--jobs", str(jobs), "--model", "no-model"]
+    command += ["--analyses", str(tmp_path), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def workers() -> list[int]:
+        return [int(path.stem) for path in out.glob("*.pid")]
+
+    try:
+        deadline = time.monotonic() + 180
+        while len(workers()) < jobs and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(workers()) == jobs
+        assert all(map(computes, workers()))
+        running.send_signal(number)
+        assert running.wait(60) == code
+        deadline = time.monotonic() + 30
+        while any(map(computes, workers())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(computes, workers()))
+        assert list(scratch.glob("firsttok-*")) == []
+    finally:
+        running.kill()
+        for pid in filter(computes, workers()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_script_that_was_killed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in SCRIPTS:
+        (tmp_path / f"{name}.py").write_text("import os; os.kill(os.getpid(), 9)", "utf-8")
+    command = ["reproduce", "--jobs", "1", "--analyses", str(tmp_path), "--out", str(tmp_path)]
+    assert main(command) == 2
+    assert f"{SCRIPTS[0]} was killed by signal 9" in capsys.readouterr().err
 
 
 def test_a_circle_is_refused() -> None:

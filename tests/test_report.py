@@ -377,6 +377,34 @@ def test_command_without_results_says_how_to_make_them(
         build_report(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--out", "no"], "no results in no, which is no folder"),
+        (
+            ["--out", "figures/one"],
+            "one is the folder of one model; give --out figures --m",
+        ),
+        (["--out", "."], "no results in . itself, but in figures; give --out figures"),
+        (["--out", "empty"], "no results in empty; make them with: firsttok reproduce"),
+        (["--out", "figures", "--model", "two"], "no results of two in figures, but of one"),
+    ],
+)
+def test_results_that_are_elsewhere_are_pointed_to(
+    argv: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    leave(tmp_path / "figures", "one", ("table1_update_components",))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *argv]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.rglob("index.html"))
+
+
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Generator[Page, None, None]:
     if find_chromium() is None:

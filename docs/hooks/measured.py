@@ -15,6 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
 from firsttok.claims import CLAIMS, Status, find_inconsistencies
+from firsttok.display import Table
 from firsttok.models import CATALOG
 from firsttok.output import cell_text
 from firsttok.report.view import Judged, ModelReport, build_report, result_folders
@@ -189,7 +190,8 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|") or " " for text in cells) + " |"
 
-    rule = "|" + "|".join(["---", *(["--:"] * (len(columns) - 1))]) + "|"
+    flush = Table(columns=columns, lines=rows).left
+    rule = "|" + "|".join("---" if left else "--:" for left in flush) + "|"
     return "\n".join([line(columns), rule, *map(line, rows)])
 
 

@@ -116,7 +116,7 @@ def _read(path: Path, what: str) -> ScriptResult:
     content = read_json(path, "results")
     try:
         record = cast(dict[str, Any], content)
-        return ScriptResult(
+        result = ScriptResult(
             script=path.stem,
             rows=tuple(dict(row) for row in record["rows"]),
             provenance=dict(record["provenance"]),
@@ -124,8 +124,11 @@ def _read(path: Path, what: str) -> ScriptResult:
             columns=_texts(record.get("columns", ())),
             lines=tuple(tuple(line) for line in record.get("lines", ())),
         )
+        if any(len(line) != len(result.columns) for line in result.lines):
+            raise ValueError("a line has more or fewer cells than there are columns")
     except (AttributeError, KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no result of a firsttok {what}") from None
+    return result
 
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.data import DATA_SETS, Fact, is_pulled_data, pull_data
 from firsttok.data.records import LINES
-from firsttok.errors import BadInputError
 from firsttok.output import print_table
 from firsttok.storage import atomic_path
 
@@ -44,7 +42,7 @@ def _list() -> None:
     ]
     print_table("Data sets", ["name", "holds", "records", "MB", "pinned", "in the cache"], rows)
     for each in DATA_SETS:
-        sys.stdout.write(f"{each.name}: {each.note}\n")
+        show(f"{each.name}: {each.note}")
 
 
 def _pull(args: argparse.Namespace) -> None:
@@ -52,17 +50,11 @@ def _pull(args: argparse.Namespace) -> None:
         path = pull_data(
             args.name, url=args.url, sha256=args.sha256, out=args.out, progress=progress
         )
-    sys.stdout.write(f"{path}\n")
+    show(str(path))
 
 
 def _synthesize(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if args.count < 1:
-        raise BadInputError(f"--count is {args.count}; give at least 1")
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        raise BadInputError(
-            f"--out {out} is a folder, or its folder does not exist; name a file in one that does"
-        )
     from firsttok.models import load
     from firsttok.synthetic import synthetic_facts
 
@@ -72,7 +64,7 @@ def _synthesize(args: argparse.Namespace) -> None:
         shown = progress.track(facts, total=args.count, description="facts")
         with atomic_path(out) as temporary:
             _write(temporary, shown, lines=out.suffix.lower() in LINES)
-    sys.stdout.write(f"{args.count} facts: {out}\n")
+    show(f"{args.count} facts: {out}")
 
 
 def _write(path: Path, facts: Iterable[Fact], *, lines: bool) -> None:

@@ -1,12 +1,9 @@
 """``firsttok edit``: edit one fact, and show the model before and after."""
 
 import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show, show_json
 from firsttok.data import Fact
 from firsttok.editing import compute_edits, find_methods
 from firsttok.errors import BadInputError
@@ -29,8 +26,6 @@ def run(args: argparse.Namespace) -> None:
     methods = find_methods(args.method)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
-    if args.save and not Path(args.save).resolve().parent.is_dir():
-        raise BadInputError(f"the folder of --save {args.save} does not exist; make it first")
     fact = Fact(
         subject=args.subject,
         template=args.template,
@@ -74,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
             "states": states,
             "provenance": study.provenance() | {"contexts": list(study.contexts.templates)},
         }
-        sys.stdout.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        show_json(record)
         return
     strip = tokens(study.model, fact)
-    sys.stdout.write(f"{strip.lines}\nThe target is joined by {strip.joint}.\n\n")
+    show(f"{strip.lines}\nThe target is joined by {strip.joint}.\n")
     _print_states(states, fact)
 
 
@@ -110,5 +105,5 @@ def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
     print_table(fact.prompt, ["", *names], lines)
     for name in names:
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
-        sys.stdout.write(f"\n{name}\n  next: {best}\n")
-        sys.stdout.write(f"  {fact.prompt}{states[name]['continuation']!r}\n")
+        show(f"\n{name}\n  next: {best}")
+        show(f"  {fact.prompt}{states[name]['continuation']!r}")

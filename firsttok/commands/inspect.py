@@ -1,14 +1,11 @@
 """``firsttok inspect``: look at a model, and propose how to edit it."""
 
 import argparse
-import json
-import sys
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
-from firsttok.console import progress_bar
-from firsttok.errors import BadInputError
+from firsttok.console import progress_bar, show, show_json
 from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
 from firsttok.inspection.forecast import DOZEN, choose_facts
@@ -27,8 +24,6 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable, or the model fails a check.
     """
     args.model = args.name or args.model
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise BadInputError(f"--out {args.out} is a file; name a folder")
     facts = tuple(fact_file(args)) if args.facts or args.limit is not None else None
     if facts is None and (args.join or args.straddle):
         usual = [fact for group in choose_facts() for fact in group[: DOZEN // 2]]
@@ -58,11 +53,11 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         _save(Path(args.out) / label, found)
     if args.json:
-        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
+        show_json(found.as_dict())
         return
-    sys.stdout.write(f"{found.panel().text}\n")
+    show(found.panel().text)
     if args.out:
-        sys.stdout.write(f"\n{args.out}: {label}.json, {label}.toml and a figure\n")
+        show(f"\n{args.out}: {label}.json, {label}.toml and a figure")
 
 
 def _save(stem: Path, found: Inspection) -> None:

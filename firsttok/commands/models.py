@@ -1,9 +1,8 @@
 """``firsttok models``: list the known models, or pull one into the cache."""
 
 import argparse
-import sys
 
-from firsttok.console import stderr
+from firsttok.console import note, show
 from firsttok.errors import BadInputError
 from firsttok.models import CATALOG, find_spec, load, pull
 from firsttok.models.location import check_hub_copy
@@ -37,7 +36,7 @@ def _list() -> None:
     ]
     print_table("Models", ["name", "from", "layer", "steps", "weight decay"], rows)
     for spec in CATALOG:
-        sys.stdout.write(f"{spec.name}: {spec.note}\n")
+        show(f"{spec.name}: {spec.note}")
 
 
 def _pull(name: str, *, accept_terms: bool) -> None:
@@ -48,8 +47,8 @@ def _pull(name: str, *, accept_terms: bool) -> None:
         )
     if spec.hub_id is None:
         folder = pull(spec.name, accept_terms=accept_terms)
-        stderr.print(f"{spec.name} is in {folder}")
+        note(f"{spec.name} is in {folder}")
     else:
         model = load(spec.name)
         check_hub_copy(spec.hub_id, spec.revision)
-        stderr.print(f"{spec.name} is in the hub's cache ({model.source})")
+        note(f"{spec.name} is in the hub's cache ({model.source})")

@@ -1,9 +1,9 @@
 """``firsttok report``: write the report on what the scripts found."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from firsttok.console import show
 from firsttok.options import model_label
 from firsttok.report import write_reports
 
@@ -18,4 +18,4 @@ def run(args: argparse.Namespace) -> None:
     """
     model = None if args.model is None else model_label(args.model)
     for path in write_reports(Path(args.out), model):
-        sys.stdout.write(f"{path}\n")
+        show(str(path))

@@ -2,15 +2,16 @@
 
 import argparse
 import itertools
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
-from firsttok.console import exit_on_error, progress_bar
-from firsttok.errors import BadInputError
-from firsttok.lanes import Job, cores, process_context, run_in_lanes
-from firsttok.options import PASSED_ON, model_label
+from firsttok.config import configured
+from firsttok.console import exit_on_error, progress_bar, show
+from firsttok.errors import BadInputError, WorkerError
+from firsttok.lanes import Job, cores, end_process, run_alone, run_in_lanes, start_process
+from firsttok.options import PASSED_ON, add_script_options, model_label
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 __all__ = ["run"]
@@ -37,28 +38,39 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         BadInputError: If scripts are missing, or some did not apply.
         SystemExit: If a script fails, with its exit code.
+        WorkerError: If a script was killed.
     """
     out = Path(args.out or ("figures" if args.profile == "full" else "figures/quick"))
     jobs = _jobs(args, out)
     lanes = _lanes(args)
-    ended = _in_turn(jobs) if lanes == 1 else _side_by_side(jobs, lanes)
     refused: list[str] = []
-    for name, code in ended:
-        if code == BAD_INPUT:
-            # The script has said why it does not apply to this model; the others may.
-            refused.append(name)
-        elif code:
-            raise SystemExit(code)
+    with closing(_in_turn(jobs) if lanes == 1 else _side_by_side(jobs, lanes)) as ended:
+        for name, code in ended:
+            if code == BAD_INPUT:
+                # The script has said why it does not apply to this model; the others may.
+                refused.append(name)
+            elif code:
+                _stop(name, code)
     if len(refused) == len(jobs):
         raise BadInputError("no script could be run; each said why above")
     # Not before: with it comes torch, which this process would hold while the scripts run.
     from firsttok.report import write_reports
 
     for path in write_reports(out, model_label(args.model)):
-        sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
+        show(f"\nfigures, numbers and verdicts: {path}")
     if refused:
         names = ", ".join(sorted(refused, key=SCRIPTS.index))
         raise BadInputError(f"these scripts did not apply, and said why: {names}")
+
+
+def _stop(name: str, code: int) -> NoReturn:
+    """End as a script did that cannot be passed over."""
+    if code < 0:
+        raise WorkerError(
+            f"{name} was killed by signal {-code}, for want of memory perhaps; run the same "
+            "command again to resume, with --jobs 1"
+        )
+    raise SystemExit(code)
 
 
 def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
@@ -73,12 +85,16 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
         if (value := getattr(args, name.replace("-", "_")))
     ]
     options = ["--model", args.model, "--profile", args.profile, "--out", str(out)]
+    arguments = (*options, *itertools.chain(*given))
+    # A value that every script would refuse is refused before the first one starts.
+    parser = argparse.ArgumentParser(prog="firsttok reproduce", add_help=False)
+    add_script_options(parser)
+    configured(parser.parse_args(arguments), parser, arguments)
     jobs: list[Job] = []
     for name in SCRIPTS:
         script = folder / f"{name}.py"
         if not script.is_file():
             raise BadInputError(f"no script {script}; the checkout is incomplete")
-        arguments = (*options, *itertools.chain(*given))
         jobs.append(Job(name=name, script=script, arguments=arguments, after=AFTER.get(name, ())))
     return jobs
 
@@ -87,36 +103,33 @@ def _lanes(args: argparse.Namespace) -> int:
     if args.jobs is None:
         # One device is not shared, and more lanes than two would each hold what an edit needs.
         return min(2, cores()) if (args.device or "cpu") == "cpu" else 1
-    if args.jobs < 1:
-        raise BadInputError(f"--jobs is {args.jobs}; give at least 1")
     return int(args.jobs)
 
 
-def _in_turn(jobs: list[Job]) -> Iterator[tuple[str, int]]:
+def _in_turn(jobs: list[Job]) -> Generator[tuple[str, int], None, None]:
     """One script after another, each with the terminal to itself."""
     for number, job in enumerate(jobs, start=1):
-        sys.stdout.write(f"\n{job.name} ({number} of {len(jobs)})\n")
-        sys.stdout.flush()
-        command = [sys.executable, str(job.script), *job.arguments]
-        yield job.name, subprocess.run(command, check=False).returncode
+        show(f"\n{job.name} ({number} of {len(jobs)})")
+        yield job.name, run_alone(job)
 
 
-def _side_by_side(jobs: list[Job], lanes: int) -> Iterator[tuple[str, int]]:
+def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], None, None]:
     """Several scripts at a time; what one says is shown when it has ended."""
     # All of them need it, so it is made before with every core. What is wrong, the scripts say.
-    preparing = process_context(IMPORTED).Process(target=_prepare, args=(jobs[0].arguments,))
-    preparing.start()
-    preparing.join()
+    preparing = start_process(_prepare, (jobs[0].arguments,), imported=IMPORTED)
+    try:
+        preparing.join()
+    finally:
+        end_process(preparing)
     if preparing.exitcode not in (0, BAD_INPUT):
-        raise SystemExit(preparing.exitcode)
+        _stop("the preparation", preparing.exitcode or 0)
     with progress_bar(estimate_over=3600.0) as progress:
         task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
         ordered = sorted(jobs, key=lambda job: LANE_ORDER.index(job.name))
         for ended in run_in_lanes(ordered, lanes=lanes, imported=IMPORTED):
             progress.advance(task)
             progress.stop()
-            sys.stdout.write(f"\n{ended.job.name} ({ended.seconds:.0f} s)\n{ended.output}")
-            sys.stdout.flush()
+            show(f"\n{ended.job.name} ({ended.seconds:.0f} s)\n{ended.output.rstrip()}")
             progress.start()
             yield ended.job.name, ended.code
 

@@ -1,21 +1,19 @@
 """``firsttok results``: the papers' tables from a sweep, or the answer to a query over its rows."""
 
 import argparse
-import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from firsttok.console import show, show_json
 from firsttok.errors import BadInputError
 from firsttok.output import print_table
 from firsttok.storage import atomic_path
 from firsttok.sweep.groups import GroupedRows
 from firsttok.sweep.results import RunResults, read_run
-from firsttok.sweep.tables import ResultTable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sql is not None:
         if args.figures:
             raise BadInputError("--figures draws the whole run, not an answer; leave out --sql")
-        answer = results.sql(args.sql)
+        answer = results.sql(args.sql, seconds=args.sql_seconds)
         _print_answer(answer, as_json=args.json)
         kept = [*_save_csv(args.csv, answer)]
     else:
@@ -45,55 +43,39 @@ def run(args: argparse.Namespace) -> None:
         kept = [*_save_csv(args.csv, results.frame() if args.csv else None)]
         kept += _draw(results, args.figures)
     if not args.json:
-        sys.stdout.write("".join(f"{path}\n" for path in kept))
+        for path in kept:
+            show(str(path))
 
 
 def _print_answer(answer: "pd.DataFrame", *, as_json: bool) -> None:
     columns = [str(name) for name in answer.columns]
     rows = [list(row) for row in answer.itertuples(index=False, name=None)]
     if as_json:
-        _print_json({"columns": columns, "rows": rows})
+        show_json(_plain({"columns": columns, "rows": rows}))
     elif rows:
         # All of it, however wide: a query says itself which columns and how many rows it wants.
-        sys.stdout.write(answer.to_string(index=False, na_rep="-", float_format="{:.6g}".format))
-        sys.stdout.write("\n")
+        show(answer.to_string(index=False, na_rep="-", float_format="{:.6g}".format))
     else:
-        sys.stdout.write(f"no rows ({', '.join(columns)})\n")
+        show(f"no rows ({', '.join(columns)})")
 
 
 def _print_run(results: RunResults, *, as_json: bool) -> None:
     tables = results.tables()
     if as_json:
-        _print_json(
-            {
-                "progress": [asdict(each) for each in results.progress()],
-                "tables": [asdict(table) for table in tables],
-                "manifest": dict(results.manifest),
-            }
-        )
+        record = {
+            "progress": [asdict(each) for each in results.progress()],
+            "tables": [asdict(table) for table in tables],
+            "manifest": dict(results.manifest),
+        }
+        show_json(_plain(record))
         return
     for each in results.progress():
-        sys.stdout.write(f"{each}\n")
+        show(str(each))
     if not results.models:
-        sys.stdout.write("no model has begun with this run\n")
+        show("no model has begun with this run")
     for table in tables:
-        sys.stdout.write("\n")
-        _print(table)
-
-
-def _print(table: ResultTable) -> None:
-    from rich.markup import escape
-
-    # A label or a reason may hold brackets, which are no markup here.
-    lines = [
-        [escape(cell) if isinstance(cell, str) else cell for cell in line] for line in table.lines
-    ]
-    print_table(escape(table.title), [escape(name) for name in table.columns], lines)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    text = json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
-    sys.stdout.write(text + "\n")
+        show()
+        print_table(table.title, table.columns, table.lines)
 
 
 def _plain(value: Any) -> Any:
@@ -136,7 +118,7 @@ def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
 
 def _scatter(rows: GroupedRows, stem: Path) -> None:
     # They take seconds to import, and only a figure needs them.
-    from firsttok.plots import PALETTE, figure, save_figure
+    from firsttok.plots import PALETTE, figure, plain, save_figure
 
     drawn, axes = figure(len(rows.methods))
     for axis, method in zip(axes, rows.methods, strict=True):
@@ -157,7 +139,7 @@ def _scatter(rows: GroupedRows, stem: Path) -> None:
                 label=f"{cases} (n={len(points)})",
                 rasterized=True,
             )
-        axis.set_title(f"{rows.model}, {rows.label(method)}")
+        axis.set_title(plain(f"{rows.model}, {rows.label(method)}"))
         axis.set_xscale("log")
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("|Delta|")

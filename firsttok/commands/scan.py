@@ -1,11 +1,10 @@
 """``firsttok scan``: edit every fact with ROME, and list the facts that collapse the model."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from firsttok.cases import save_scan, scan
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.inputs import facts_from, open_study
 from firsttok.options import model_label
 from firsttok.output import print_table
@@ -47,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         ["subject is", "facts", "collapsed", "max perplexity", "min |denominator|", "max"],
         lines,
     )
-    sys.stdout.write(f"{path}\n")
+    show(str(path))

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firsttok.cases import load_scan, scan
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.data import FactFile
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
@@ -84,12 +83,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _facts(args: argparse.Namespace) -> FactFile:
     facts = fact_file(args)
-    if args.threshold is not None and not args.threshold > 0:
-        raise BadInputError(f"--threshold is {args.threshold}; give a number above 0")
-    if args.build_hard and not Path(args.build_hard).resolve().parent.is_dir():
-        raise BadInputError(
-            f"the folder of --build-hard {args.build_hard} does not exist; make it first"
-        )
     if args.scan and not Path(args.scan).is_file():
         raise BadInputError(f"no list of edited cases at {args.scan}; make one with: firsttok scan")
     return facts
@@ -149,20 +142,18 @@ def _line(row: Mapping[str, Any]) -> list[object]:
 
 def _describe(found: Calibration | None, seconds: Mapping[str, float]) -> None:
     took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    sys.stdout.write(f"took: {took}\n")
+    show(f"took: {took}")
     if found is None:
-        sys.stdout.write("no edited cases to calibrate on: firsttok scan, or --measure\n")
+        show("no edited cases to calibrate on: firsttok scan, or --measure")
         return
-    sys.stdout.write(
+    show(
         f"{found.collapsed} of {found.cases} edited cases collapsed; taken for one below "
-        f"|denominator| {found.threshold:.4g}\n"
+        f"|denominator| {found.threshold:.4g}"
     )
     for name in ("auc", "average_precision", "recall", "precision"):
         value = getattr(found, name)
         label = name.replace("_", " ").replace("auc", "ROC AUC")
-        sys.stdout.write(
-            f"  {label}: {value.value:.3f} (95 %: {value.low:.3f} to {value.high:.3f})\n"
-        )
+        show(f"  {label}: {value.value:.3f} (95 %: {value.low:.3f} to {value.high:.3f})")
 
 
 def _save_hard(
@@ -179,4 +170,4 @@ def _save_hard(
     records = {fact.case_id: fact.as_record() for fact in facts if fact.case_id in wanted}
     write_json(path.with_suffix(".provenance.json"), dict(record))
     write_json(path, [records[case_id] for case_id in chosen])
-    sys.stdout.write(f"{len(chosen)} facts below {limit:.4g}: {path}\n")
+    show(f"{len(chosen)} facts below {limit:.4g}: {path}")

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,11 +10,12 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.console import progress_bar
+from firsttok.console import progress_bar, show
 from firsttok.data import FactFile
 from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
+from firsttok.models.location import check_name
 from firsttok.options import model_label
 from firsttok.output import print_table
 from firsttok.study import Study
@@ -64,16 +64,18 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
         metrics=tuple(args.metrics),
         seed=args.seed,
     )
-    if args.chunk < 1:
-        raise BadInputError(f"--chunk is {args.chunk}; give at least 1")
-    if args.engine != "ray":
+    if args.engine == "ray":
+        # Before the hours in which the first model would be prepared.
+        from firsttok.sweep.cluster import check_cluster
+
+        check_cluster(args.address)
+    else:
         for name in ("address", "actors"):
             if getattr(args, name) is not None:
                 raise BadInputError(f"--{name} is for --engine ray; leave it out, or add that")
-    for name, number in (("actors", args.actors), ("cpus-per-actor", args.cpus_per_actor)):
-        if number is not None and number < 1:
-            raise BadInputError(f"--{name} is {number}; give at least 1")
     labels = Counter(model_label(name) for name in args.model)
+    for name in args.model:
+        check_name(name)
     twice = [label for label, count in labels.items() if count > 1]
     if twice:
         raise BadInputError(f"--model names {twice[0]} twice; give each model once")
@@ -161,7 +163,7 @@ def _status(folder: Path) -> None:
         seconds = sum(shard.seconds for shard in shards)
         lost = [row for s in shards for row in read_shard(s.path) if row.status == FAILED]
         reasons.update(row.reason or "" for row in lost)
-        done = rows // methods
+        done = rows // methods if methods else 0
         lines.append(
             [
                 label,
@@ -178,4 +180,4 @@ def _status(folder: Path) -> None:
         lines,
     )
     for reason, count in reasons.most_common(10):
-        sys.stdout.write(f"failed, {count} rows: {reason}\n")
+        show(f"failed, {count} rows: {reason}")

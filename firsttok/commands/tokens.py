@@ -1,8 +1,8 @@
 """``firsttok tokens``: show a prompt's tokens, and which one is looked up."""
 
 import argparse
-import sys
 
+from firsttok.console import show
 from firsttok.data import Fact
 from firsttok.inputs import model_from
 from firsttok.token_strips import tokens
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         straddle=args.straddle or "refuse",
     )
     strip = tokens(model_from(args), fact)
-    sys.stdout.write(f"{strip.lines}\n")
+    show(strip.lines)
     if strip.joint:
         whose = f"The target {fact.target_new!r}" if args.target else "A target in this script"
-        sys.stdout.write(f"{whose} is joined by {strip.joint}.\n")
+        show(f"{whose} is joined by {strip.joint}.")

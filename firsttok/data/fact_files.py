@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from firsttok.arguments import taken
 from firsttok.data.facts import Fact, builtin_records
 from firsttok.data.joints import Join, Straddle
 from firsttok.data.records import iter_records
@@ -140,6 +141,7 @@ def iter_facts(path: str | Path) -> Iterator[Fact]:
     return _facts(Path(path))
 
 
+@taken
 def load_facts(path: str | Path) -> tuple[Fact, ...]:
     """Read facts from a JSON list, or from JSON Lines where the name ends in ``.jsonl``.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
+from firsttok.arguments import take_fields
 from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
 from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
@@ -86,6 +87,7 @@ class Fact(Shown):
 
     def __post_init__(self) -> None:
         """Leave stray spaces out, and check the texts."""
+        take_fields(self)
         self._refuse_what_cannot_be_written()
         self._tidy()
         if self.template.count("{}") != 1:

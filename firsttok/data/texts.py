@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from firsttok.arguments import taken
 from firsttok.errors import TextFormatError
 from firsttok.storage import read_json
 
@@ -18,6 +19,7 @@ def builtin_sentences() -> tuple[str, ...]:
     return tuple(json.loads(text)["sentences"])
 
 
+@taken
 def load_texts(path: str | Path) -> tuple[str, ...]:
     """Read sentences from JSON: a list of strings, or of objects with ``Text`` (ME-PPL's schema).
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
+from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.methods import Method, Slot
+from firsttok.editing.own_methods import find_methods
 from firsttok.editing.patch import RankOneEdit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
-from firsttok.errors import EditMismatchError
+from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
 from firsttok.models import Model
@@ -27,11 +29,12 @@ WINDOW = 24
 """Facts looked at together, to find those that fit into one batch; no more are in memory."""
 
 
+@taken
 def compute_edit(
     model: Model,
     fact: Fact,
     *,
-    method: Method,
+    method: Method | str,
     contexts: ContextSet,
     second_moment: SecondMoment,
     layer: int | None = None,
@@ -42,29 +45,36 @@ def compute_edit(
     Args:
         model: The model.
         fact: The fact to write.
-        method: Which key goes into which slot.
+        method: Which key goes into which slot; a method, or the name of one.
         contexts: The contexts of Equation 1 and of the value optimisation.
         second_moment: C; ``SecondMoment.identity`` for the released configurations.
         layer: Layer to edit; None for the model's default.
         hyperparameters: Settings; None for the model's own.
+
+    Raises:
+        BadInputError: If no method, or more than one, goes by the name.
     """
+    chosen = find_methods(method)
+    if len(chosen) != 1:
+        raise BadInputError(f"{method} holds {len(chosen)} methods; give one, or ft.compute_edits")
     ((_, edits),) = compute_edits(
         model,
         [fact],
-        methods=[method],
+        methods=chosen,
         contexts=contexts,
         second_moment=second_moment,
         layer=layer,
         hyperparameters=hyperparameters,
     )
-    return edits[method.name]
+    return edits[chosen[0].name]
 
 
+@taken
 def compute_edits(
     model: Model,
     facts: Sequence[Fact],
     *,
-    methods: Sequence[Method],
+    methods: Sequence[Method | str],
     contexts: ContextSet,
     second_moment: SecondMoment,
     layer: int | None = None,
@@ -82,19 +92,33 @@ def compute_edits(
     The values are optimised on ``model`` with the interventions and edits of its view; the keys
     come from ``key_source``, which may intervene otherwise.
 
+    Args:
+        model: The model.
+        facts: The facts to write.
+        methods: The methods, or their names as ``--method`` takes them.
+        contexts: The contexts of Equation 1 and of the value optimisation.
+        second_moment: C.
+        layer: Layer to edit; None for the model's default.
+        hyperparameters: Settings; None for the model's own.
+        key_source: Where the keys come from.
+        store: Where values are kept; None to keep none.
+        on_step: Called with the number of facts that took one optimisation step.
+
     Yields:
         Each fact with its edits by method name, in order.
 
     Raises:
-        BadInputError: If the second moment is of another layer or model.
+        BadInputError: If no method goes by a name, two different ones go by one, or the second
+            moment is of another layer or model.
         EditMismatchError: If the model is changed while edits are computed.
     """
+    chosen = find_methods(methods)
     site = model.site(layer)
     second_moment.check(model, site.layer)
     return _windows(
         model,
         facts,
-        methods,
+        chosen,
         contexts,
         second_moment,
         site.layer,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from firsttok.arguments import take_fields
 from firsttok.display import Panel, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys
@@ -54,6 +55,10 @@ class Method(Shown):
     """Key the left vector is multiplied with."""
     anchor: Slot
     """Where ``v* = anchor + delta`` starts: the MLP's output for this key (note: not in Eq. 3)."""
+
+    def __post_init__(self) -> None:
+        """Check the slots."""
+        take_fields(self)
 
     @property
     def slots(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from firsttok.arguments import taken
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
 from firsttok.storage import read_toml
@@ -25,18 +26,21 @@ _KEYS = {
 _FORM = "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY"
 
 
-def find_methods(given: Iterable[str]) -> tuple[Method, ...]:
-    """Return the methods that some options name, in order, each once.
+def find_methods(given: Method | str | Iterable[Method | str]) -> tuple[Method, ...]:
+    """Return the methods that are meant, in order, each once.
 
     Args:
-        given: Each a built-in name, a method spelled out, or a TOML file of methods.
+        given: Methods, or what names one: a built-in name, a method spelled out, or a TOML file of
+            methods. One alone counts as a sequence of one.
 
     Raises:
         BadInputError: If one is unknown or malformed, or two different ones go by one name.
     """
     found: list[Method] = []
-    for text in given:
-        if "=" in text:
+    for text in (given,) if isinstance(given, Method | str) else given:
+        if isinstance(text, Method):
+            found.append(text)
+        elif "=" in text:
             found.append(_spelled_out(text))
         elif text.endswith(".toml"):
             found += load_methods(text)
@@ -47,6 +51,7 @@ def find_methods(given: Iterable[str]) -> tuple[Method, ...]:
     return methods
 
 
+@taken
 def load_methods(path: str | Path) -> tuple[Method, ...]:
     """Read methods from TOML: a table each, with the four slots and, if wanted, a ``label``.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import take_fields, taken, whole_number
 from firsttok.display import Panel, Plot, Shown, short_hash
 from firsttok.editing.update import UpdateReport
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
@@ -19,6 +20,14 @@ from firsttok.storage import content_hash, read_safetensors, write_tensors
 from firsttok.tensors import KeyVector, ValueVector, WeightInOut
 
 __all__ = ["AppliedEdit", "RankOneEdit", "load_edit"]
+
+_OBJECTS = (
+    (),
+    *((name,) for name in ("contexts", "fact", "method", "model", "second_moment", "versions")),
+    ("fact", "requested_rewrite"),
+    ("fact", "requested_rewrite", "target_new"),
+)
+"""Parts of the provenance that are read again, each an object if it is there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,6 +66,10 @@ class RankOneEdit(Shown):
     """Loss trace of the value optimisation."""
     provenance: dict[str, Any]
     """Model, fact, method, contexts, second moment, hyperparameters, versions."""
+
+    def __post_init__(self) -> None:
+        """Check what a file may hold."""
+        take_fields(self)
 
     @property
     def delta(self) -> WeightInOut:
@@ -184,6 +197,7 @@ class RankOneEdit(Shown):
 
         return Standing(model.weights, enter, is_pass=False, cache={})
 
+    @taken
     def site_in(self, model: Model, *, cast: bool = False, anyway: bool = False) -> EditSite:
         """Return the model's edit site for this edit.
 
@@ -280,6 +294,7 @@ class RankOneEdit(Shown):
         write_tensors(Path(path), tensors, {"firsttok_edit": json.dumps(record)})
 
 
+@taken
 def load_edit(path: str | Path) -> RankOneEdit:
     """Read an edit written by :meth:`RankOneEdit.save`; applying it checks the model.
 
@@ -292,19 +307,25 @@ def load_edit(path: str | Path) -> RankOneEdit:
     try:
         record = json.loads(metadata["firsttok_edit"])
         left, right = tensors["left"], tensors["right"]
+        for parts in _OBJECTS:
+            found = record["provenance"]
+            for part in parts:
+                found = found.get(part, {})
+            if not isinstance(found, dict):
+                raise TypeError(".".join(parts))
         edit = RankOneEdit(
             left=left,
             right=right,
-            layer=int(record["layer"]),
-            stack=str(record["stack"]),
+            layer=whole_number(record["layer"], "layer", least=0),
+            stack=record["stack"],
             report=UpdateReport(**record["report"]),
             losses=tuple(record["losses"]),
             provenance=record["provenance"],
         )
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, BadInputError, KeyError, RecursionError, TypeError, ValueError):
         raise BadInputError(f"{path} is no edit saved by firsttok; save one with --save") from None
-    if left.ndim != 1 or right.ndim != 1:
-        raise BadInputError(f"{path} holds vectors of the wrong shape; save the edit again")
+    if any(each.ndim != 1 or not each.is_floating_point() for each in (left, right)):
+        raise BadInputError(f"{path} holds vectors of the wrong shape or type; save the edit again")
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise NonFiniteError(f"{path} holds NaN or infinity; compute the edit again")
     return edit

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from firsttok.arguments import take_fields
 from firsttok.display import Panel, Shown, Table
 from firsttok.editing.methods import Method
 from firsttok.editing.value import Value
@@ -40,6 +41,10 @@ class UpdateReport(Shown):
     """Cosine of k_bar and k^u."""
     key_norm_ratio: float
     """``||k^u|| / ||k_bar||``."""
+
+    def __post_init__(self) -> None:
+        """Check what a file may hold."""
+        take_fields(self)
 
     def table(self) -> Table:
         """The components by name."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.editing import RankOneEdit
 from firsttok.evaluation.targets import TargetScore, score_edits
@@ -24,6 +25,7 @@ class Accuracy:
     """Share of tokens at the first neighbour's answer whose argmax the edit did not change."""
 
 
+@taken
 def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}") -> Accuracy:
     """Measure one edit: efficacy, generalization and locality of Section 4.
 
@@ -39,6 +41,7 @@ def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str =
     return edit_accuracies(model, fact, [edit], context=context)[0]
 
 
+@taken
 def edit_accuracies(
     model: Model, fact: Fact, edits: Sequence[RankOneEdit], *, context: str = "{}"
 ) -> list[Accuracy]:

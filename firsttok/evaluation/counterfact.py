@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from scipy.stats import hmean
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.editing import RankOneEdit
 from firsttok.evaluation.targets import TargetScore, score_edits
@@ -40,6 +41,7 @@ class CounterfactScores:
         return float(hmean(parts)) if all(parts) else 0.0
 
 
+@taken
 def counterfact_scores(model: Model, fact: Fact) -> CounterfactScores:
     """Score a fact on a model, inside ``edit.applied(model)`` for an edited one.
 
@@ -48,6 +50,7 @@ def counterfact_scores(model: Model, fact: Fact) -> CounterfactScores:
     return edit_counterfact_scores(model, fact, [])[0]
 
 
+@taken
 def edit_counterfact_scores(
     model: Model, fact: Fact, edits: Sequence[RankOneEdit]
 ) -> list[CounterfactScores]:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from firsttok.arguments import taken, whole_number
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
 from firsttok.models.products import fast_products
@@ -21,11 +22,12 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 """A word, or a mark of its own: a collapsed model may write nothing but commas."""
 
 
+@taken
 def top_predictions(model: Model, text: str, *, count: int = 5) -> list[tuple[str, float]]:
     """Return the most probable next tokens of a text with their probabilities."""
     prompt = text_prompt(model, text)
     last = logits(model, pad(model, [prompt]))[0, prompt.last_position].float().softmax(-1)
-    best = last.topk(count)
+    best = last.topk(whole_number(count, "count", least=1, most=len(last)))
     tokenizer: Any = model.tokenizer
     return [
         (tokenizer.decode([token]), probability)
@@ -33,8 +35,10 @@ def top_predictions(model: Model, text: str, *, count: int = 5) -> list[tuple[st
     ]
 
 
+@taken
 def continuation(model: Model, text: str, *, tokens: int = 20) -> str:
     """Continue a text greedily; returns the new text only."""
+    whole_number(tokens, "tokens", least=0)
     prompt = text_prompt(model, text)
     ids = prompt.token_ids
     for _ in range(tokens):
@@ -44,6 +48,7 @@ def continuation(model: Model, text: str, *, tokens: int = 20) -> str:
     return tokenizer.decode(ids[len(prompt.token_ids) :])
 
 
+@taken
 def sample_continuations(
     model: Model,
     text: str,
@@ -103,6 +108,7 @@ def sample_continuations(
     return [_decode(model, row) for row in rows[:, len(prompt.token_ids) :].tolist()]
 
 
+@taken
 def generation_entropy(texts: Sequence[str]) -> float:
     """Entropy of the words of some generations, over the largest it could be (note 19).
 

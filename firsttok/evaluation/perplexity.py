@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.data import builtin_sentences
 from firsttok.display import Panel, Shown, Table
 from firsttok.editing import RankOneEdit
@@ -126,6 +127,7 @@ class PreparedTexts:
     made_on: tuple[str, str | None]
     """What decided the pass: identity of the view up to the layer, and what disturbed it."""
 
+    @taken
     @torch.no_grad()
     def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
         """Measure the model under each edit alone, as if it stood in the weights.
@@ -166,6 +168,7 @@ class PreparedTexts:
         return [_perplexity(found) for found in nlls]
 
 
+@taken
 def perplexity(
     model: Model,
     texts: Sequence[str] | None = None,
@@ -196,6 +199,7 @@ def perplexity(
     return _perplexity(nlls)
 
 
+@taken
 def prepare_texts(
     model: Model,
     texts: Sequence[str] | None = None,

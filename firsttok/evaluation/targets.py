@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import RankOneEdit
@@ -49,6 +50,7 @@ class TargetScore:
         return hits / len(self.target_ids)
 
 
+@taken
 def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
     """Score prompts that end in a target (see :func:`firsttok.prompts.with_target`)."""
     scores: dict[int, TargetScore] = {}
@@ -60,6 +62,7 @@ def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
     return [scores[index] for index in range(len(prompts))]
 
 
+@taken
 @torch.no_grad()
 def score_edits(
     model: Model, prompts: Sequence[Prompt], edits: Sequence[RankOneEdit]
@@ -134,6 +137,7 @@ def _scores(
     ]
 
 
+@taken
 def target_probabilities(
     model: Model, fact: Fact, contexts: ContextSet, *, target: str | None = None
 ) -> list[float]:

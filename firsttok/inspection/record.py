@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from rich.progress import Progress
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Part, Plot, Shown, Table
 from firsttok.errors import BadInputError
@@ -188,6 +189,7 @@ class Inspection(Shown):
         return cast(dict[str, Any], _finite(record))
 
 
+@taken
 def inspect_model(
     model: Model | Study,
     *,

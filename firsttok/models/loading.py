@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from firsttok.arguments import taken
 from firsttok.errors import (
     BadInputError,
     CheckpointError,
@@ -28,12 +29,13 @@ from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.sites import find_sites
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
 from firsttok.models.weights import Weights
+from firsttok.option_values import check_device_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load"]
+__all__ = ["check_device", "load"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -43,12 +45,13 @@ DTYPES = {
 }
 
 
+@taken
 def load(
-    name: str = "smollm2-135m",
+    name: str | Path = "smollm2-135m",
     *,
     bos: BosPolicy | str = BosPolicy.AS_TOKENIZER,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
 ) -> Model:
     """Load a model and check its edit sites.
 
@@ -69,6 +72,7 @@ def load(
         NonFiniteError: If a weight is NaN or infinite.
         BadInputError: If dtype, device or files are unusable.
     """
+    name, device, dtype = str(name), str(device), str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise BadInputError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
     try:
@@ -76,7 +80,7 @@ def load(
     except ValueError:
         choices = ", ".join(policy.value for policy in BosPolicy)
         raise BadInputError(f"BOS policy {bos!r} is unknown; choose from {choices}") from None
-    _check_device(device)
+    check_device(device)
     spec = find_spec(name)
     location = locate(name, spec)
     with collection_paused(), quiet_libraries():
@@ -109,13 +113,22 @@ def load(
     )
 
 
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise BadInputError(f"device {device!r} is unknown; use cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInputError("device 'cuda' is not available on this machine; use --device cpu")
+def check_device(device: str) -> None:
+    """Refuse a device that is not supported, or not here.
+
+    Raises:
+        BadInputError: If it is neither ``cpu`` nor a GPU of this machine.
+    """
+    check_device_name(device)
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise BadInputError(f"device {device!r} is not available on this machine; use cpu")
+    count = torch.cuda.device_count()
+    if int(device.partition(":")[2] or 0) >= count:
+        raise BadInputError(
+            f"device {device!r} is not on this machine, whose last one is cuda:{count - 1}"
+        )
 
 
 def _load_files(

@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from firsttok.errors import DownloadError, UnknownModelError
-from firsttok.models.catalog import CATALOG, ModelSpec
+from firsttok.models.catalog import CATALOG, ModelSpec, find_spec
 from firsttok.models.embedded import embedded_folder
 from firsttok.models.recipes import find_recipe
 from firsttok.models.weight_files import check_format
 from firsttok.storage import file_sha256
 
-__all__ = ["Location", "check_hub_copy", "hub_file", "hub_trouble", "locate", "reason_of"]
+__all__ = [
+    "Location",
+    "check_hub_copy",
+    "check_name",
+    "hub_file",
+    "hub_trouble",
+    "locate",
+    "reason_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +61,40 @@ def locate(name: str, spec: ModelSpec | None) -> Location:
         return Location(path=str(embedded_folder(recipe.name)), source=recipe.source)
     if spec is not None and spec.hub_id is not None:
         return _on_hub(spec.hub_id, spec.revision)
+    check_name(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Location(path=str(folder), source=folder.resolve().name)
+    hub_id, _, revision = name.partition("@")
+    if not _COMMIT.fullmatch(revision):
+        # A branch or a tag moves on.
+        revision = _commit_of(hub_id, revision or "main")
+        logger.info("%s: pinned to commit %s for this run", hub_id, revision)
+    return _on_hub(hub_id, revision)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that nothing can go by; nothing is fetched, and the hub is not asked.
+
+    Args:
+        name: As for :func:`locate`.
+
+    Raises:
+        UnknownModelError: If it is no name of the catalog, no hub id and no model's folder.
+    """
+    if find_spec(name) is not None:
+        return
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             check_format(folder)
             raise UnknownModelError(f"{folder} holds no config.json; give a model's folder")
-        return Location(path=str(folder), source=folder.resolve().name)
-    hub_id, _, revision = name.partition("@")
-    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
-        if not _COMMIT.fullmatch(revision):
-            # A branch or a tag moves on.
-            revision = _commit_of(hub_id, revision or "main")
-            logger.info("%s: pinned to commit %s for this run", hub_id, revision)
-        return _on_hub(hub_id, revision)
-    known = ", ".join(entry.name for entry in CATALOG)
-    raise UnknownModelError(
-        f"no model is called {name!r} and no folder lies there; "
-        f"choose one of {known}, a hub id or a folder"
-    )
+    elif not _is_hub_id(name):
+        known = ", ".join(entry.name for entry in CATALOG)
+        raise UnknownModelError(
+            f"no model is called {name!r} and no folder lies there; "
+            f"choose one of {known}, a hub id or a folder"
+        )
 
 
 def hub_trouble(name: str, error: Exception) -> str:
@@ -118,6 +142,10 @@ def check_hub_copy(hub_id: str, revision: str | None) -> None:
                 f"{path.name} of {hub_id} is damaged in the hub's cache; delete {stored} and run "
                 "the same command again"
             )
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _on_hub(hub_id: str, revision: str | None) -> Location:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from firsttok.arguments import taken, whole_number
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, LayerOutOfRangeError, ViewError
 from firsttok.hyperparameters import Hyperparameters
@@ -199,7 +200,7 @@ class Model(Shown):
                 loaded.
         """
         refuse_processed(self.weights.bridge, self.name)
-        layer = self.default_layer if layer is None else layer
+        layer = self.default_layer if layer is None else whole_number(layer, "layer")
         stack = self.sites[0].stack if stack is None else stack
         for site in self.sites:
             if site.layer == layer and site.stack == stack:
@@ -415,10 +416,12 @@ class Model(Shown):
         )
         return intervene(self, batch) if self.interventions else batch
 
+    @taken
     def with_bos(self, bos: BosPolicy) -> "Model":
         """Return the same weights under another BOS policy."""
         return replace(self, bos=bos)
 
+    @taken
     def intervened(self, *interventions: Intervention) -> "Model":
         """Return the same weights in a view that changes every batch before it is run.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
@@ -36,6 +37,10 @@ class SeesAll:
     position: int = 0
     """Position of the token, counted from the first of the sequence."""
 
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
+
     @property
     def name(self) -> str:
         """Name in provenance."""
@@ -55,6 +60,10 @@ class SeesItself:
 
     position: int
     """Position of the token, counted from the first of the sequence."""
+
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
 
     @property
     def name(self) -> str:
@@ -80,6 +89,7 @@ class TokenStates:
     """Key at the layer."""
 
 
+@taken
 def token_states(model: Model, prompts: list[Prompt], at: list[int], *, layer: int) -> TokenStates:
     """Read the residual norm and the key of one token of each prompt.
 

@@ -4,12 +4,14 @@ The paper takes BOS away from models that have one, and they collapse. A model w
 the reverse: put one there, and the collapse is gone.
 """
 
+from firsttok.arguments import taken
 from firsttok.models import BosPolicy
 from firsttok.study import Study
 
 __all__ = ["bos_study"]
 
 
+@taken
 def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy | None = None) -> Study:
     """Return a study whose prompts follow another BOS policy, all else being equal.
 

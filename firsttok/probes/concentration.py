@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
 from firsttok.models import EditSite, Model, capture
 from firsttok.prompts import Prompt, batches, pad
@@ -111,6 +112,7 @@ def mean_distance(points: Float[Tensor, "point width"]) -> float:
     return float(_centred(points).norm(dim=1).mean())
 
 
+@taken
 def spread(
     points: Float[Tensor, "point width"],
     *,
@@ -169,6 +171,7 @@ def effective_rank(points: Float[Tensor, "point width"]) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
+@taken
 def concentration(
     model: Model,
     prompts: Sequence[Prompt],
@@ -226,6 +229,7 @@ def concentration(
     )
 
 
+@taken
 def parts_at(layers: Sequence[LayerConcentration]) -> int | None:
     """First layer from which on, to the last one given, D(F) lies below D(S).
 
@@ -240,6 +244,7 @@ def parts_at(layers: Sequence[LayerConcentration]) -> int | None:
     return found
 
 
+@taken
 def later_positions(model: Model, prompt: Prompt, place: int) -> range:
     """Positions of a prompt's own tokens behind a place, without the end token of an encoder."""
     end, trailing = len(prompt.token_ids), model.trailing_ids

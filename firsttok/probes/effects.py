@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.errors import BadInputError
 from firsttok.probes.tracing import LAST_SUBJECT, ROLES, Trace
 
@@ -74,6 +75,7 @@ class LayerProposal:
     """Share of the resamples in which this layer has the highest effect."""
 
 
+@taken
 def average_effects(
     traces: Sequence[Trace], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[RoleEffect, ...]:
@@ -106,6 +108,7 @@ def average_effects(
     return tuple(effects)
 
 
+@taken
 def average_total_effect(
     traces: Sequence[Trace], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Average:
@@ -119,6 +122,7 @@ def average_total_effect(
     return _averages(values, _resampled(values, resamples, seed))[0]
 
 
+@taken
 def propose_layer(
     traces: Sequence[Trace],
     *,

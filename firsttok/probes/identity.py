@@ -8,6 +8,7 @@ that each effect stands alone.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
@@ -51,6 +52,7 @@ IDENTITY_CELLS = tuple(
 """The four cells."""
 
 
+@taken
 def identity_prompt(model: Model, fact: Fact, cell: IdentityCell, *, prefix: str) -> Prompt:
     """Build a fact's prompt for a cell; tokens are put together, never tokenised again.
 
@@ -74,6 +76,7 @@ def identity_prompt(model: Model, fact: Fact, cell: IdentityCell, *, prefix: str
     return join_prompts(model, text_prompt(model, prefix.removesuffix("{}").rstrip()), prompt)
 
 
+@taken
 def distinct_with_space(model: Model, facts: Sequence[Fact]) -> list[Fact]:
     """Return the facts that begin with a subject of one token, another one behind a space."""
     return [fact for fact in facts if _is_distinct(model, fact)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact, PaperValue
 from firsttok.editing import ROME
 from firsttok.keys import IntervenedKeys, keys_at
@@ -55,6 +56,10 @@ class PositionSwap:
     like: int
     """Position whose embedding it gets."""
 
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
+
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Change the position ids of every prompt that is long enough."""
         ids = batch.position_ids.clone()
@@ -68,6 +73,10 @@ class PositionShift:
 
     by: int
     """How many positions."""
+
+    def __post_init__(self) -> None:
+        """Check the position."""
+        take_fields(self)
 
     @property
     def name(self) -> str:
@@ -85,6 +94,7 @@ FIRST2SECOND = PositionSwap(name="First2Second", of=1, like=0)
 """The second token gets the first one's position embedding (Table 7)."""
 
 
+@taken
 def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
     """Return a study in which a swap acts in some stages and not in others.
 
@@ -111,6 +121,7 @@ def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
     )
 
 
+@taken
 def first_key_change(
     model: Model, prompts: Sequence[Prompt], swap: PositionSwap, *, layer: int
 ) -> float:
@@ -126,6 +137,7 @@ def first_key_change(
     return float((keys(model.intervened(swap)) - keys(model)).abs().max())
 
 
+@taken
 def measure_stages(
     study: Study,
     facts: Sequence[Fact],
@@ -157,6 +169,7 @@ def measure_stages(
     return rows
 
 
+@taken
 def stage_lines(
     model: str, rows: Sequence[Mapping[str, Any]], printed: Sequence[PaperValue]
 ) -> list[list[object]]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.storage import atomic_path
 from firsttok.tensors import KeyMatrix
@@ -114,6 +115,7 @@ def project(groups: Mapping[str, Float[Tensor, "_ d_mlp"]]) -> Projection:
     return Projection(points=points, labels=labels, perplexity=perplexity)
 
 
+@taken
 def separation(
     one: Float[Tensor, "one d_mlp"], other: Float[Tensor, "other d_mlp"], *, seed: int = 0
 ) -> Separation:
@@ -155,6 +157,7 @@ def separation(
     )
 
 
+@taken
 def scatter(axis: "Axes", projection: Projection, styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the groups of a projection.
 
@@ -172,6 +175,7 @@ def scatter(axis: "Axes", projection: Projection, styles: Mapping[str, Mapping[s
     axis.set_yticks([])
 
 
+@taken
 def save_points(path: Path, panels: Mapping[str, Projection]) -> None:
     """Write a CSV file with one line per point: panel, group, index within the group, x, y."""
     import pandas as pd

@@ -16,6 +16,7 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
 from firsttok.errors import (
     BadInputError,
@@ -67,6 +68,7 @@ class Corruption:
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        take_fields(self)
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise HyperparameterError(
                 f"the scale of the noise is {self.scale}; give a finite number of at least 0"
@@ -120,6 +122,7 @@ class Restoration:
         return self.restored - self.corrupted
 
 
+@taken
 def corruption_for(
     model: Model, facts: Sequence[Fact], *, factor: float = 3.0, samples: int = 10, seed: int = 0
 ) -> Corruption:
@@ -163,6 +166,7 @@ def subject_range(prompt: Prompt) -> tuple[int, int]:
     return end - prompt.subject_length, end
 
 
+@taken
 @torch.no_grad()
 def restore_states(
     model: Model, fact: Fact, corruption: Corruption, states: Sequence[State]

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.errors import BadInputError, HyperparameterError
 from firsttok.models import Model, logits
@@ -121,6 +122,7 @@ class Trace:
         return Trace(**fields)
 
 
+@taken
 def token_roles(prompt: Prompt) -> tuple[str, ...]:
     """Name the role of each token from the subject's first one on.
 
@@ -143,11 +145,13 @@ def token_roles(prompt: Prompt) -> tuple[str, ...]:
     return tuple(roles)
 
 
+@taken
 def default_window(n_layers: int) -> int:
     """How many layers of MLP or attention are restored together: 10 of 48, as in GPT-2-XL."""
     return max(1, round(n_layers * 10 / 48))
 
 
+@taken
 def window_layers(layer: int, width: int, n_layers: int) -> range:
     """The layers of a window, cut off at the model's ends; of an even one, one more lies below.
 
@@ -159,6 +163,7 @@ def window_layers(layer: int, width: int, n_layers: int) -> range:
     return range(max(0, layer - width // 2), min(n_layers, layer + (width + 1) // 2))
 
 
+@taken
 def answered_facts(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
     """Return the facts whose true target begins with the token that the model puts first."""
     prompts = [fact_prompt(model, fact) for fact in facts]
@@ -176,6 +181,7 @@ def answered_facts(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
     return tuple(fact for index, fact in enumerate(facts) if index in right)
 
 
+@taken
 @torch.no_grad()
 def trace_fact(
     model: Model,
@@ -244,6 +250,7 @@ def trace_fact(
     )
 
 
+@taken
 def trace_facts(
     study: Study,
     facts: Sequence[Fact],

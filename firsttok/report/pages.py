@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from firsttok.claims import Status, Verdict
+from firsttok.display import Table, cell_text
 from firsttok.errors import BadInputError
-from firsttok.output import cell_text
+from firsttok.escapes import printable
 from firsttok.plots import RESOLUTION
 from firsttok.report.view import ModelReport, Section, build_report, result_folders
 from firsttok.storage import atomic_path
@@ -53,8 +54,7 @@ def write_reports(out: Path, model: str | None = None) -> list[Path]:
     folders = result_folders(out)
     chosen = [folder for folder in folders if model in (None, folder.name)]
     if not chosen:
-        name = "" if model is None else f" of {model}"
-        raise BadInputError(f"no results{name} in {out}; make them with: firsttok reproduce")
+        raise BadInputError(_where_else(out, model, [folder.name for folder in folders]))
     written: list[Path] = []
     for folder in chosen:
         report = build_report(folder, folders)
@@ -65,6 +65,27 @@ def write_reports(out: Path, model: str | None = None) -> list[Path]:
                 temporary.write_text(text, encoding="utf-8")
             written.append(path)
     return written
+
+
+def _where_else(out: Path, model: str | None, known: Sequence[str]) -> str:
+    """What to do where a folder holds no results, or not those of a model.
+
+    Args:
+        out: The folder.
+        model: The model; None for any.
+        known: Models that have results there.
+    """
+    make = "make them with: firsttok reproduce"
+    if known:
+        return f"no results of {model} in {out}, but of {', '.join(known)}; {make} --model {model}"
+    if not out.is_dir():
+        return f"no results in {out}, which is no folder; name the folder of all models, or {make}"
+    if out in result_folders(out.parent):
+        return f"{out} is the folder of one model; give --out {out.parent} --model {out.name}"
+    for below in sorted(path for path in out.iterdir() if path.is_dir()):
+        if result_folders(below):
+            return f"no results in {out} itself, but in {below}; give --out {below}"
+    return f"no results{'' if model is None else f' of {model}'} in {out}; {make}"
 
 
 def render_html(report: ModelReport) -> str:
@@ -88,9 +109,11 @@ def _environment() -> "Environment":
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
+        finalize=_printable,
     )
     filters: Any = environment.filters
-    filters.update(cell=cell_text, md=_markdown, math=_math, label=_label, sign=_sign)
+    filters.update(cell=cell_text, code=_code, label=_label, left=_left, math=_math, md=_markdown)
+    filters.update(sign=_sign)
     return environment
 
 
@@ -106,10 +129,26 @@ def _sign(verdict: Verdict) -> str:
     return SIGNS[verdict.status]
 
 
+def _printable(value: object) -> object:
+    """What a page shows of a value; markup of our own is left as it is."""
+    return printable(value) if type(value) is str else value
+
+
+def _left(columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> list[bool]:
+    return Table(columns=columns, lines=lines).left
+
+
+def _code(text: object) -> str:
+    """Text as code in Markdown, inside more backticks than there are in it."""
+    shown = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
+
+
 def _markdown(text: object) -> str:
     """Text that Markdown shows as it is, also inside a table."""
     shown = " ".join(str(text).split())
-    for special in ("\\", "|", "*", "_", "`", "[", "]"):
+    for special in ("\\", "|", "*", "_", "`", "[", "]", "$", "~"):
         shown = shown.replace(special, f"\\{special}")
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
@@ -118,7 +157,7 @@ def _math(text: object) -> "Markup":
     """Text for HTML, escaped, with the few symbols of the paper as it sets them."""
     from markupsafe import Markup, escape
 
-    shown = str(escape(str(text)))
+    shown = str(escape(printable(str(text))))
     for plain, symbol in SYMBOLS.items():
         shown = shown.replace(plain, symbol)
     return Markup(shown)  # noqa: S704 (escaped above)

@@ -23,7 +23,7 @@ from firsttok.sweep.engine import Chunk, DoneChunk
 from firsttok.sweep.measuring import Plan, measure_chunk
 from firsttok.sweep.rows import failed_row
 
-__all__ = ["RayEngine", "Recipe", "connected"]
+__all__ = ["RayEngine", "Recipe", "check_cluster", "connected"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,7 @@ def connected(address: str | None) -> Generator[Any, None, None]:
     Raises:
         BadInputError: If Ray is not installed, or no cluster answers.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise BadInputError("--engine ray needs Ray; install it with: pip install 'firsttok[ray]'")
+    check_cluster(address)
     # A cluster that is started here tells nobody of it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -156,14 +155,9 @@ def connected(address: str | None) -> Generator[Any, None, None]:
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     try:
         if not already:
-            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (OSError, ValueError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise BadInputError(
-            f"no Ray cluster answers at {address or 'this machine'} ({first}); start one with: "
-            "ray start --head, or leave --address out"
-        ) from None
+        raise _silent(address, error) from None
     try:
         yield ray
     finally:
@@ -171,20 +165,35 @@ def connected(address: str | None) -> Generator[Any, None, None]:
             ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
-    """See that something listens there: Ray itself would go on asking for minutes.
+def check_cluster(address: str | None) -> None:
+    """See that Ray is there, and that something listens: Ray itself would go on asking for minutes.
+
+    Args:
+        address: As for :func:`connected`.
 
     Raises:
-        OSError: If nothing does.
-        ValueError: If the address is none.
+        BadInputError: If Ray is not installed, or nothing listens.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise BadInputError("--engine ray needs Ray; install it with: pip install 'firsttok[ray]'")
     if address is None or address == "auto":
         return
     host, colon, port = address.rpartition(":")
-    if not (host and colon and port.isdecimal() and int(port) < 2**16):
-        raise ValueError(f"{address} is not HOST:PORT")
-    with socket.create_connection((host, int(port)), timeout=10):
-        pass
+    try:
+        if not (host and colon and port.isdecimal() and int(port) < 2**16):
+            raise ValueError(f"{address} is not HOST:PORT")
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise _silent(address, error) from None
+
+
+def _silent(address: str | None, error: Exception) -> BadInputError:
+    first = " ".join(str(error).split())[:200]
+    return BadInputError(
+        f"no Ray cluster answers at {address or 'this machine'} ({first}); start one with: "
+        "ray start --head, or leave --address out"
+    )
 
 
 @dataclass(kw_only=True, eq=False)

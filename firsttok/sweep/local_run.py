@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
-from firsttok.editing import Method
+from firsttok.editing import Method, find_methods
 from firsttok.errors import BadInputError
 from firsttok.study import Study
 from firsttok.sweep.engine import LocalEngine
@@ -20,11 +21,12 @@ from firsttok.sweep.runner import CHUNK, model_folder, sweep
 __all__ = ["sweep_facts"]
 
 
+@taken
 def sweep_facts(
     folder: str | Path,
     study: Study,
     facts: Sequence[Fact],
-    methods: Sequence[Method],
+    methods: Sequence[Method | str],
     *,
     metrics: Sequence[str] = METRICS[:3],
     seed: int = 0,
@@ -40,7 +42,7 @@ def sweep_facts(
         folder: The run's folder, begun or gone on with.
         study: The model and its settings; its work folder is not used.
         facts: The facts; if none has a number of its own they are numbered in order.
-        methods: The methods, each with a name of its own.
+        methods: The methods, or their names as ``--method`` takes them.
         metrics: What is measured; see :data:`~firsttok.sweep.METRICS`.
         seed: Seed of Table 5's prefixes and of the generations.
         chunk: Facts that are done together.
@@ -54,7 +56,7 @@ def sweep_facts(
     if chunk < 1:
         raise BadInputError(f"chunk is {chunk}; give at least 1")
     numbered = _numbered(facts)
-    plan = Plan(methods=tuple(methods), metrics=tuple(metrics), seed=seed)
+    plan = Plan(methods=find_methods(methods), metrics=tuple(metrics), seed=seed)
     run, label = Path(folder), study.model.label
     entry = run_entry(
         # As a file of these facts has it, so that the command goes on with the run.

@@ -1,6 +1,6 @@
 """What a run is made of; one that was begun with something else is not gone on with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,15 +15,21 @@ __all__ = ["check_run", "join_run", "model_entry", "read_manifest", "run_entry"]
 
 _NAME = "manifest.json"
 _FORMAT = 1
-_FIELDS = {
-    "models": dict,
-    "facts": dict,
-    "methods": dict,
-    "metrics": list,
-    "seed": int,
-    "chunk": int,
-    "format": int,
+_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "models": lambda found: _is_table(found, dict),
+    "facts": lambda found: _is_table(found, object),
+    "facts.count": lambda found: _is_count(found, 0),
+    "methods": lambda found: (
+        _is_table(found, dict) and all(_is_table(slots, str) for slots in found.values())
+    ),
+    "metrics": lambda found: (
+        isinstance(found, list) and all(isinstance(name, str) for name in cast(list[Any], found))
+    ),
+    "seed": lambda found: _is_count(found, None),
+    "chunk": lambda found: _is_count(found, 1),
+    "format": lambda found: _is_count(found, None),
 }
+"""Fields of a manifest, and whether one is what a sweep writes."""
 _SHOWN = 6
 """Differences that are named; a whole list would hide the first."""
 
@@ -132,17 +138,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInputError(f"{path} is no manifest of a run; begin another run elsewhere")
     manifest = cast(dict[str, Any], content)
-    for name, kind in _FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
-            raise BadInputError(f"{path} has no field {name}; begin another run elsewhere")
-    if not isinstance(manifest["facts"].get("count"), int):
-        raise BadInputError(f"{path} has no field facts.count; begin another run elsewhere")
+    for name, is_right in _FIELDS.items():
+        whole, _, part = name.partition(".")
+        found = manifest.get(whole)
+        if not is_right(found.get(part) if part and found else found):
+            raise BadInputError(
+                f"{path} has no field {name}, or it is damaged; begin another run elsewhere"
+            )
     if manifest["format"] != _FORMAT:
         raise BadInputError(
             f"{path} has format {manifest['format']}, this version of firsttok reads {_FORMAT}; "
             "begin another run elsewhere"
         )
     return manifest
+
+
+def _is_table(found: Any, kind: type[Any]) -> bool:
+    """Whether it is a JSON object whose values are all of a kind."""
+    values = cast(dict[str, Any], found).values() if isinstance(found, dict) else [None]
+    return isinstance(found, dict) and all(isinstance(value, kind) for value in values)
+
+
+def _is_count(found: Any, least: int | None) -> bool:
+    """Whether it is a whole number, which True is not, and not below the least."""
+    if not isinstance(found, int) or isinstance(found, bool):
+        return False
+    return least is None or found >= least
 
 
 def _refuse(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from firsttok.arguments import take_fields
 from firsttok.data import Fact
 from firsttok.editing import Method, RankOneEdit, check_methods, compute_edits
 from firsttok.efficacy import draw_prefix
@@ -46,6 +47,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the methods and metrics."""
+        take_fields(self)
         if not self.methods:
             raise BadInputError("a sweep needs at least one method; give one")
         check_methods(self.methods)

@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from firsttok.arguments import taken
 from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
-from firsttok.sweep.query import frame_of, select
+from firsttok.sweep.query import SECONDS, frame_of, select
 from firsttok.sweep.rows import DONE, FAILED, SweepRow, row_schema, rows_of
 from firsttok.sweep.shards import read_table
 from firsttok.sweep.tables import ResultTable, method_summary, model_tables
@@ -77,7 +78,8 @@ class RunResults(Shown):
         """Names of the methods in tables, as far as the run tells."""
         told: Any = self.manifest.get("told")
         labels: Any = told.get("labels") if isinstance(told, Mapping) else None
-        return dict(labels) if isinstance(labels, Mapping) else {}
+        known = cast(Mapping[str, Any], labels) if isinstance(labels, Mapping) else {}
+        return {name: label for name, label in known.items() if isinstance(label, str)}
 
     @cached_property
     def rows(self) -> tuple[SweepRow, ...]:
@@ -88,16 +90,18 @@ class RunResults(Shown):
         """All rows as a data frame; whole numbers and truth values may be missing (pandas.NA)."""
         return frame_of(self.table)
 
-    def sql(self, query: str) -> "pd.DataFrame":
+    @taken
+    def sql(self, query: str, *, seconds: float = SECONDS) -> "pd.DataFrame":
         """Answer a SELECT over the view ``rows``, in DuckDB's SQL.
 
         Args:
             query: One SELECT; it can read nothing but the rows.
+            seconds: How long it may take.
 
         Raises:
-            BadInputError: If it is anything else, or cannot be answered.
+            BadInputError: If it is anything else, or cannot be answered in that time.
         """
-        return frame_of(select(self.table, query))
+        return frame_of(select(self.table, query, seconds=seconds))
 
     def of(self, model: str) -> "RunResults":
         """The part of one model.
@@ -137,7 +141,7 @@ class RunResults(Shown):
     def original(self, model: str) -> float | None:
         """Perplexity of a model before any edit, where the manifest knows it."""
         value = self.manifest["models"][model].get("original_perplexity")
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
     def tables(self) -> tuple[ResultTable, ...]:
         """The papers' tables, model by model; of a model without a row, none."""
@@ -229,6 +233,7 @@ class RunResults(Shown):
         return tuple(written)
 
 
+@taken
 def read_run(path: str | Path) -> RunResults:
     """Read what is there of a run, whether it has ended or not.
 

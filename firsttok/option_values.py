@@ -1,0 +1,139 @@
+"""What the options of commands and scripts may be, checked before anything is computed."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from firsttok.arguments import check_text, seed_number
+from firsttok.errors import BadInputError, FirsttokError
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.sinks import check_output
+
+__all__ = ["HYPERPARAMETERS", "check_arguments", "check_device_name", "check_options"]
+
+HYPERPARAMETERS = {
+    "steps": "steps",
+    "lr": "learning_rate",
+    "weight_decay": "weight_decay",
+    "clamp": "clamp",
+    "kl": "kl",
+}
+"""Fields of :class:`Hyperparameters` by the option that sets them."""
+_COUNTS = ("actors", "chunk", "collapse", "count", "cpus_per_actor", "jobs", "limit", "normal")
+_FILES = ("build_hard", "csv", "save")
+"""Options that name a file to write."""
+_FOLDERS = ("figures", "out")
+"""Options that name a folder to write to."""
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Refuse arguments that are no text, before they reach a tokenizer or a file.
+
+    Raises:
+        BadInputError: If one was not UTF-8, so that Python has made half surrogate pairs of it.
+    """
+    for word in argv:
+        check_text(word, "the argument")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse values that cannot be right whatever the model.
+
+    Args:
+        args: Parsed options of any command or script; those it does not have are passed over.
+
+    Raises:
+        BadInputError: If a number is outside its range, or nothing can be written where it is to
+            be; names the option.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in _COUNTS:
+        if name in given and given[name] < 1:
+            raise BadInputError(f"{_option(name)} is {given[name]}; give at least 1")
+    if "seed" in given:
+        seed_number(given["seed"], "--seed")
+    if given.get("layer", 0) < 0:
+        raise BadInputError(
+            f"--layer is {given['layer']}, but a model has no layer {given['layer']}; count them "
+            "from 0"
+        )
+    for name in ("sql_seconds", "threshold"):
+        if not given.get(name, 1.0) > 0:
+            raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
+    Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
+    if "device" in given:
+        check_device_name(given["device"])
+    if "save" in given and len(set(given["method"])) > 1:
+        raise BadInputError(
+            f"--save takes one method, not {len(set(given['method']))}; run it for each"
+        )
+    _check_places(given)
+
+
+def check_device_name(device: str) -> None:
+    """Refuse a device that is not supported.
+
+    Raises:
+        BadInputError: If it is neither ``cpu`` nor ``cuda`` nor ``cuda:N``.
+    """
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", device):
+        raise BadInputError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
+
+
+def _check_places(given: dict[str, Any]) -> None:
+    """See that what the options name can be written, so that no work is lost at its end."""
+    synthesized = given.get("action") == "synthesize"
+    files = (*_FILES, "out") if synthesized else _FILES
+    for name in (name for name in files if given.get(name)):
+        path = _path(_option(name), given[name])
+        if path.is_dir():
+            raise BadInputError(f"{_option(name)} {path} is a folder; name a file in it")
+        if not path.parent.is_dir():
+            raise BadInputError(
+                f"the folder of {_option(name)} {path} does not exist; make it first"
+            )
+        try:
+            check_output(path)
+        except FirsttokError as error:
+            raise BadInputError(f"{_option(name)}: {error}") from None
+    folders = {_option(name): given[name] for name in _FOLDERS if given.get(name)}
+    if synthesized:
+        del folders["--out"]
+    if given.get("command") == "sweep" and given["run"][0] != "status":
+        folders["the run"] = given["run"][0]
+    for name, folder in folders.items():
+        path = _path(name, folder)
+        there = next(each for each in (path, *path.parents) if each.exists())
+        if not there.is_dir():
+            raise BadInputError(f"{name} {path}: {there} is a file; name a folder")
+        _check_writable(name, there)
+
+
+def _path(name: str, text: str) -> Path:
+    """A path that the system takes.
+
+    Raises:
+        BadInputError: If it is too long, runs in circles, or holds a NUL.
+    """
+    path = Path(text)
+    try:
+        # Not Path.exists, which takes a loop of links for nothing at all.
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInputError(f"{name} {text[:200]!r} is no usable path ({reason})") from None
+    return path
+
+
+def _check_writable(name: str, place: Path) -> None:
+    if not os.access(place, os.W_OK):
+        raise BadInputError(f"{name}: {place} cannot be written to; choose another place")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

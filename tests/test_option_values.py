@@ -1,0 +1,274 @@
+"""What an option may be is checked before a model is loaded; a bad one leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from firsttok.arguments import SEEDS
+from firsttok.cli import _parser, main
+from firsttok.config import configured
+from firsttok.errors import BadInputError
+from firsttok.models import loading
+
+ROOT = Path(__file__).parent.parent
+FACT = ["--subject", "England", "--template", "{}'s capital city is"]
+EDIT = ["edit", *FACT, "--target", "Berlin"]
+MADE = ["data", "synthesize", "--count", "3"]
+COMMANDS: dict[str, list[str]] = {
+    "edit": EDIT,
+    "scan": ["scan"],
+    "screen": ["screen"],
+    "inspect": ["inspect"],
+    "sweep": ["sweep", "run"],
+}
+"""Commands that edit, with what each needs."""
+BAD: dict[str, tuple[list[str], str]] = {
+    "steps": (["--steps", "0"], "steps is 0"),
+    "rate": (["--lr", "-1"], "learning_rate is -1"),
+    "rate of infinity": (["--lr", "inf"], "learning_rate is inf"),
+    "decay": (["--weight-decay", "nan"], "weight_decay is nan"),
+    "clamp": (["--clamp", "0"], "clamp is 0"),
+    "KL": (["--kl", "-0.1"], "kl is -0.1"),
+    "layer": (["--layer", "-1"], "no layer -1"),
+    "seed": (["--seed", "-1"], "--seed is -1; give a whole number from 0 to 4294967295"),
+    "large seed": (["--seed", str(SEEDS)], f"--seed is {SEEDS}"),
+    "huge seed": (["--seed", str(2**70)], "--seed is 1180591620717411303424"),
+    "Apple's device": (["--device", "mps"], "'mps' is not supported; use cpu, cuda or cuda:N"),
+    "Intel's device": (["--device", "xpu"], "'xpu' is not supported"),
+    "no device": (["--device", "meta"], "'meta' is not supported"),
+    "third CPU": (["--device", "cpu:3"], "'cpu:3' is not supported"),
+    "device without number": (["--device", "cuda:"], "'cuda:' is not supported"),
+    "negative device": (["--device", "cuda:-1"], "'cuda:-1' is not supported"),
+    "far device": (["--device", "cuda:99"], "device 'cuda:99' is not"),
+    "contexts": (["--contexts", "no.json"], "no file of"),
+    "corpus": (["--corpus", "no.txt"], "cannot be read"),
+    "texts": (["--texts", "no.json"], "no.json"),
+    "second moment": (["--second-moment", "no.safetensors"], "no second moment at"),
+    "configuration": (["--config", "no.toml"], "no.toml"),
+}
+"""Bad values of options that all of them have."""
+OTHERS: dict[str, tuple[list[str], str]] = {
+    "edit, several methods saved": (
+        [*EDIT, "--method", "rome", "c-rome", "--save", "e"],
+        "--save takes one method, not 2",
+    ),
+    "edit, a file of several methods saved": (
+        [*EDIT, "--method", "methods.toml", "--save", "e"],
+        "--save takes one method, not 2",
+    ),
+    "edit, saved in no folder": ([*EDIT, "--save", "no/e"], "folder of --save no/e does not exist"),
+    "edit, saved as a folder": ([*EDIT, "--save", "folder"], "--save folder is a folder"),
+    "edit, saved below a file": ([*EDIT, "--save", "file/e"], "does not exist"),
+    "edit, saved in a circle": ([*EDIT, "--save", "loop/e"], "no usable path"),
+    "edit, saved under a long name": ([*EDIT, "--save", "x" * 300], "no usable path (File name"),
+    "edit, saved where nobody may": ([*EDIT, "--save", "closed/e"], "closed cannot be written to"),
+    "edit, no method": ([*EDIT, "--method", "memit"], "no method is called 'memit'"),
+    "edit, half a method": ([*EDIT, "--method", "a=direction:bare"], "has no residual"),
+    "edit, no target": (["edit", *FACT, "--target", " "], "is empty"),
+    "edit, no place for the subject": (
+        ["edit", "--subject", "a", "--template", "b", "--target", "c"],
+        "exactly once",
+    ),
+    "tokens, no subject": (["tokens", "--subject", " ", "--template", "{} b"], "subject"),
+    "tokens, device": (["tokens", *FACT, "--device", "mps"], "'mps' is not supported"),
+    "scan, limit": (["scan", "--limit", "0"], "--limit is 0; give at least 1"),
+    "scan, facts": (["scan", "--facts", "no.json"], "no file of facts"),
+    "scan, out": (["scan", "--out", "file"], "--out file: file is a file; name a folder"),
+    "scan, out below a file": (["scan", "--out", "file/a/b"], "file is a file; name a folder"),
+    "scan, out in a circle": (["scan", "--out", "loop/a"], "no usable path"),
+    "scan, out under a long name": (["scan", "--out", "x" * 300], "no usable path"),
+    "scan, out where nobody may": (["scan", "--out", "closed/a"], "closed cannot be written to"),
+    "screen, limit": (["screen", "--limit", "-3"], "--limit is -3"),
+    "screen, out": (["screen", "--out", "file"], "file is a file"),
+    "screen, threshold": (["screen", "--threshold", "0"], "--threshold is 0"),
+    "screen, no threshold": (["screen", "--threshold", "nan"], "--threshold is nan"),
+    "screen, list": (["screen", "--scan", "no.json"], "no list of edited cases"),
+    "screen, hard list in no folder": (
+        ["screen", "--build-hard", "no/h", "--threshold", "1"],
+        "folder of --build-hard no/h does not exist",
+    ),
+    "screen, hard list as a folder": (
+        ["screen", "--build-hard", "folder", "--threshold", "1"],
+        "--build-hard folder is a folder",
+    ),
+    "inspect, limit": (["inspect", "--limit", "0"], "--limit is 0"),
+    "inspect, out": (["inspect", "--out", "file"], "file is a file"),
+    "sweep, two folders": (["sweep", "a", "b"], "give one run folder"),
+    "sweep, run": (["sweep", "file"], "the run file: file is a file"),
+    "sweep, run below a file": (["sweep", "file/a"], "file is a file"),
+    "sweep, share": (["sweep", "run", "--shard", "5/4"], "--shard is 5/4"),
+    "sweep, no share": (["sweep", "run", "--shard", "a/b"], "--shard is 'a/b'"),
+    "sweep, limit": (["sweep", "run", "--limit", "0"], "--limit is 0"),
+    "sweep, chunk": (["sweep", "run", "--chunk", "0"], "--chunk is 0"),
+    "sweep, address": (["sweep", "run", "--address", "auto"], "--address is for --engine ray"),
+    "sweep, workers": (["sweep", "run", "--engine", "ray", "--actors", "0"], "--actors is 0"),
+    "sweep, CPUs": (
+        ["sweep", "run", "--engine", "ray", "--cpus-per-actor", "0"],
+        "--cpus-per-actor is 0",
+    ),
+    "sweep, no cluster": (
+        ["sweep", "run", "--engine", "ray", "--address", "127.0.0.1:1"],
+        "no Ray cluster answers at 127.0.0.1:1",
+    ),
+    "sweep, no address": (
+        ["sweep", "run", "--engine", "ray", "--address", "host"],
+        "host is not HOST:PORT",
+    ),
+    "sweep, a model twice": (["sweep", "run", "--model", "a/b", "a/b"], "twice"),
+    "sweep, an unknown second model": (
+        ["sweep", "run", "--model", "smollm2-135m", "gpt-9"],
+        "no model is called 'gpt-9'",
+    ),
+    "sweep, method": (["sweep", "run", "--method", "memit"], "no method is called"),
+    "sweep, a changed run": (["sweep", "begun"], "begun with something else"),
+    "data, count": (["data", "synthesize", "--count", "0", "--out", "f"], "--count is 0"),
+    "data, out": ([*MADE, "--out", "folder"], "--out folder is a folder"),
+    "data, out in no folder": ([*MADE, "--out", "no/f"], "folder of --out no/f does not exist"),
+    "data, seed": ([*MADE, "--out", "f", "--seed", "-1"], "--seed is -1"),
+    "data, pulled into a file": (["data", "pull", "me-ppl-50", "--out", "file"], "file is a file"),
+    "models, name": (["models", "pull", "gpt-9"], "no model is called 'gpt-9'"),
+    "reproduce, scripts": (["reproduce", "--analyses", "no"], "in a checkout"),
+    "reproduce, jobs": (["reproduce", "--jobs", "0"], "--jobs is 0"),
+    "reproduce, out": (["reproduce", "--out", "file"], "file is a file"),
+    "reproduce, device": (["reproduce", "--device", "tpu"], "'tpu' is not supported"),
+    "reproduce, configuration": (["reproduce", "--config", "bad.toml"], "steps is 0"),
+    "results, answer in no folder": (["results", "begun", "--csv", "no/f"], "does not exist"),
+    "results, answer as a folder": (["results", "begun", "--csv", "folder"], "is a folder"),
+    "results, figures": (["results", "begun", "--figures", "file"], "file is a file"),
+    "results, no query": (["results", "begun", "--sql", "SELEC 1"], "cannot be answered"),
+    "report, out": (["report", "--out", "file"], "file is a file"),
+}
+"""Bad values of options of one command, or of those that no model is needed for."""
+CASES = OTHERS | {
+    f"{command}, {name}": ([*argv, *options], said)
+    for command, argv in COMMANDS.items()
+    for name, (options, said) in BAD.items()
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with places that cannot be written, in which no model can be loaded."""
+    del own_cache
+    folder = tmp_path / "place"
+    for name in ("folder", "closed", "begun"):
+        (folder / name).mkdir(parents=True)
+    (folder / "file").write_text("", "utf-8")
+    (folder / "loop").symlink_to(folder / "loop")
+    slots = 'direction="bare"\nresidual="bare"\ndenominator="bare"\nanchor="prefixed"\n'
+    (folder / "methods.toml").write_text(f"[a]\n{slots}[b]\n{slots}", "utf-8")
+    (folder / "bad.toml").write_text("steps = 0\n", "utf-8")
+    manifest = {
+        "format": 1,
+        "models": {},
+        "facts": {"hash": "abc", "count": 1},
+        "methods": {"rome": {}},
+        "metrics": ["perplexity"],
+        "seed": 0,
+        "chunk": 24,
+    }
+    (folder / "begun" / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (folder / "analyses").symlink_to(ROOT / "analyses")
+    monkeypatch.chdir(folder)
+    may = os.access
+    # Nobody is forbidden anything as root.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "closed" not in str(path) and may(path, mode)
+    )
+
+    def load(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "_load_files", load)
+    monkeypatch.setattr("firsttok.models.location.embedded_folder", load)
+    return folder
+
+
+def tree(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "analyses" not in path.parts}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_bad_option_is_refused_before_a_model_is_loaded(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, said = CASES[name]
+    before = tree(place)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    (line,) = filter(str.strip, captured.err.splitlines())
+    assert line.startswith("firsttok: ")
+    assert said in line
+    assert captured.out == ""
+    assert tree(place) == before
+
+
+def test_a_good_option_would_have_loaded_one(place: Path) -> None:
+    for argv in ([*EDIT, "--seed", str(SEEDS - 1)], ["tokens", *FACT], ["scan", "--out", "new"]):
+        with pytest.raises(AssertionError, match="a model was loaded"):
+            main(argv)
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [*EDIT, "--save", "e.safetensors"],
+        [*EDIT, "--save", "file"],
+        [*EDIT, "--save", "/dev/null", "--method", "rome", "rome"],
+        ["scan", "--out", "a/b/c", "--seed", "0", "--limit", "1"],
+        ["sweep", "status", "closed"],
+        ["sweep", "a/b", "--chunk", "1"],
+        [*MADE, "--out", "f.json", "--seed", str(SEEDS - 1)],
+        ["results", "begun", "--csv", "folder/f", "--figures", "folder"],
+        ["reproduce", "--jobs", "1", "--device", "cuda:11"],
+        ["edit", *FACT, "--target", "a", "--device", "cuda"],
+        ["screen", "--threshold", "0.1", "--build-hard", "folder/hard.json"],
+    ],
+)
+def test_what_can_be_right_is_not_refused(argv: list[str], place: Path) -> None:
+    del place
+    parser = _parser()
+    assert configured(parser.parse_args(argv), parser, argv).command == argv[0]
+
+
+def test_values_of_a_configuration_are_checked_as_options_are(place: Path) -> None:
+    Path("seed.toml").write_text("seed = 18446744073709551616\n", "utf-8")
+    Path("device.toml").write_text('device = "mps"\n', "utf-8")
+    Path("digits.toml").write_text(f"seed = {'1' * 5000}\n", "utf-8")
+    for name, said in (("seed", "--seed is 18446744073709551616"), ("device", "'mps'")):
+        argv = [*EDIT, "--config", f"{name}.toml"]
+        parser = _parser()
+        with pytest.raises(BadInputError, match=said):
+            configured(parser.parse_args(argv), parser, argv)
+    assert main([*EDIT, "--config", "digits.toml"]) == 2
+    del place
+
+
+PARSES: dict[str, Callable[[Path], list[str]]] = {
+    "several methods saved": lambda p: [*EDIT, "--method", "a", "b", "--save", str(p / "e")],
+    "an unknown device": lambda _: [*EDIT, "--device", "mps"],
+    "an output in no folder": lambda p: [*EDIT, "--save", str(p / "no" / "e")],
+    "no limit": lambda _: ["scan", "--limit", "0"],
+}
+
+
+@pytest.mark.parametrize("name", PARSES)
+def test_what_needs_no_library_to_be_seen_is_told_without_one(name: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from firsttok.cli import main; code = main(sys.argv[1:]); "
+        "print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules]); sys.exit(code)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *PARSES[name](tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert (ended.returncode, ended.stdout) == (2, "[]\n"), ended.stderr
