@@ -14,6 +14,7 @@ from firsttok.options import (
     add_edit_options,
     add_model_options,
 )
+from firsttok.sweep.query import SECONDS
 
 __all__ = ["main"]
 
@@ -208,7 +209,7 @@ def _add_results_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sql-seconds",
         type=float,
-        default=60.0,
+        default=SECONDS,
         metavar="N",
         help="seconds a query may take (default: %(default)g)",
     )
