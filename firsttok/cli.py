@@ -15,6 +15,7 @@ from firsttok.options import (
     add_model_options,
     add_prompt_options,
 )
+from firsttok.sweep.query import SECONDS
 
 __all__ = ["main"]
 
@@ -213,7 +214,7 @@ def _add_results_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sql-seconds",
         type=float,
-        default=60.0,
+        default=SECONDS,
         metavar="N",
         help="seconds a query may take (default: %(default)g)",
     )

@@ -27,6 +27,10 @@ _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
 """Options that name a folder to write to."""
+_WITHOUT = {"name": "the name", "run": "the run"}
+"""Arguments that are no options."""
+_TEXTS = ("subject", "target", "template", "true")
+"""Options whose text is a fact's, which says itself what may be empty."""
 
 
 def check_arguments(argv: Sequence[str]) -> None:
@@ -50,6 +54,10 @@ def check_options(args: argparse.Namespace) -> None:
             be; names the option.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
+    for name, value in given.items():
+        values: list[Any] = value if isinstance(value, list) else [value]
+        if name not in _TEXTS and any(isinstance(v, str) and not v.strip() for v in values):
+            raise BadInputError(f"{_option(name)} is empty; give a value, or leave it out")
     for name in _COUNTS:
         if name in given and given[name] < 1:
             raise BadInputError(f"{_option(name)} is {given[name]}; give at least 1")
@@ -87,7 +95,7 @@ def _check_places(given: dict[str, Any]) -> None:
     """See that what the options name can be written, so that no work is lost at its end."""
     synthesized = given.get("action") == "synthesize"
     files = (*_FILES, "out") if synthesized else _FILES
-    for name in (name for name in files if given.get(name)):
+    for name in (name for name in files if name in given):
         path = _path(_option(name), given[name])
         if path.is_dir():
             raise BadInputError(f"{_option(name)} {path} is a folder; name a file in it")
@@ -99,16 +107,17 @@ def _check_places(given: dict[str, Any]) -> None:
             check_output(path)
         except FirsttokError as error:
             raise BadInputError(f"{_option(name)}: {error}") from None
-    folders = {_option(name): given[name] for name in _FOLDERS if given.get(name)}
+    folders = {_option(name): given[name] for name in _FOLDERS if name in given}
     if synthesized:
         del folders["--out"]
     if given.get("command") == "sweep" and given["run"][0] != "status":
-        folders["the run"] = given["run"][0]
+        folders[_option("run")] = given["run"][0]
     for name, folder in folders.items():
         path = _path(name, folder)
-        there = next(each for each in (path, *path.parents) if each.exists())
+        there = next(each for each in (path, *path.parents) if os.path.lexists(each))
         if not there.is_dir():
-            raise BadInputError(f"{name} {path}: {there} is a file; name a folder")
+            kind = "file" if there.exists() else "link to nothing"
+            raise BadInputError(f"{name} {path}: {there} is a {kind}; name a folder")
         _check_writable(name, there)
 
 
@@ -136,4 +145,5 @@ def _check_writable(name: str, place: Path) -> None:
 
 
 def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """How an option is written; of the arguments without one, what they name."""
+    return _WITHOUT.get(name) or f"--{name.replace('_', '-')}"

@@ -131,6 +131,19 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "data, out in no folder": ([*MADE, "--out", "no/f"], "folder of --out no/f does not exist"),
     "data, seed": ([*MADE, "--out", "f", "--seed", "-1"], "--seed is -1"),
     "data, pulled into a file": (["data", "pull", "me-ppl-50", "--out", "file"], "file is a file"),
+    "edit, saved nowhere": ([*EDIT, "--save", ""], "--save is empty"),
+    "edit, no contexts": ([*EDIT, "--contexts", " "], "--contexts is empty"),
+    "edit, no model": ([*EDIT, "--model", ""], "--model is empty"),
+    "inspect, no model": (["inspect", ""], "the name is empty"),
+    "inspect, nobody's home": (["inspect", "~no-such-user/x"], "write the path in full"),
+    "inspect, a NUL": (["inspect", "a\0b"], "no model is called"),
+    "scan, out nowhere": (["scan", "--out", ""], "--out is empty"),
+    "scan, out in a link to nothing": (
+        ["scan", "--out", "dangling/a"],
+        "dangling is a link to nothing; name a folder",
+    ),
+    "sweep, no run": (["sweep", ""], "the run is empty"),
+    "data, out nowhere": ([*MADE, "--out", ""], "--out is empty"),
     "models, name": (["models", "pull", "gpt-9"], "no model is called 'gpt-9'"),
     "reproduce, scripts": (["reproduce", "--analyses", "no"], "in a checkout"),
     "reproduce, jobs": (["reproduce", "--jobs", "0"], "--jobs is 0"),
@@ -160,6 +173,7 @@ def place(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
         (folder / name).mkdir(parents=True)
     (folder / "file").write_text("", "utf-8")
     (folder / "loop").symlink_to(folder / "loop")
+    (folder / "dangling").symlink_to(folder / "nowhere")
     slots = 'direction="bare"\nresidual="bare"\ndenominator="bare"\nanchor="prefixed"\n'
     (folder / "methods.toml").write_text(f"[a]\n{slots}[b]\n{slots}", "utf-8")
     (folder / "bad.toml").write_text("steps = 0\n", "utf-8")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firsttok.errors import CheckpointError, FirsttokError, UnsupportedModelError
+from firsttok.errors import CheckpointError, FirsttokError, UnsupportedModelError, sentence_of
 from firsttok.models import EditSite, Model, capture
 from firsttok.prompts import Prompt, pad
 
@@ -74,9 +74,11 @@ def named_checks(name: str) -> Generator[None, None, None]:
     except CheckpointError as error:
         check = "tokenizer" if str(error).startswith("the tokenizer of") else "files"
         raise CheckpointError(f"check of {name} failed ({check}): {error}") from None
-    except (FirsttokError, torch.OutOfMemoryError):
+    except FirsttokError:
         raise
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        if sentence_of(error) is not None:
+            raise
         # An architecture that nobody tried can fail anywhere in two big libraries.
         logger.debug("%s was refused", name, exc_info=True)
         lines = str(error).strip().splitlines() or ["no reason given"]
