@@ -3,10 +3,11 @@
 from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
 from firsttok.data.fact_files import (
     FactFile,
+    LeftOut,
     builtin_facts,
     check_facts,
-    iter_facts,
     load_facts,
+    write_facts,
 )
 from firsttok.data.facts import Fact
 from firsttok.data.paper import FALL_OF_ROME, SLIDES, PaperValue, paper_values
@@ -20,17 +21,18 @@ __all__ = [
     "DataSet",
     "Fact",
     "FactFile",
+    "LeftOut",
     "PaperValue",
     "builtin_facts",
     "builtin_sentences",
     "check_facts",
     "find_data_set",
     "is_pulled_data",
-    "iter_facts",
     "load_facts",
     "load_texts",
     "paper_values",
     "pull_data",
     "resolve_facts",
     "resolve_texts",
+    "write_facts",
 ]

@@ -16,10 +16,13 @@ __all__ = ["Fact", "builtin_records"]
 class Fact(Shown):
     """One fact to edit: ``(subject, relation, target_true)`` becomes ``(..., target_new)``.
 
+    An edit needs no old answer. Without ``target_true``, what compares with it is not measured: the
+    scores of the rewriting prompt and the paraphrases, and the neighbours that have no own answer.
+
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
-        EmptyTargetError: If a target is empty.
-        FactFormatError: If the subject is empty.
+        EmptyTargetError: If the new target, or a neighbour's own answer, is empty.
+        FactFormatError: If the subject is empty, or neighbours and their answers differ in number.
     """
 
     subject: str
@@ -28,18 +31,19 @@ class Fact(Shown):
     """The prompt with ``{}`` where the subject goes; it ends where the target follows."""
     target_new: str
     """What the edited model shall answer, without a leading space."""
-    target_true: str
-    """What the model answers before the edit, without a leading space."""
+    target_true: str = ""
+    """What the model answers before the edit, without a leading space; empty if unknown."""
     paraphrases: tuple[str, ...] = ()
     """Other wordings, with the subject written in (COUNTERFACT's ``paraphrase_prompts``)."""
     neighbours: tuple[str, ...] = ()
-    """Prompts about other subjects, whose answer is :attr:`neighbour_target`."""
+    """Prompts whose answers the edit should not change."""
     source: str = "python"
     """Where the record comes from."""
     case_id: int = 0
     """The number of the record in its set."""
-    neighbour_answer: str = ""
-    """The neighbours' answer where it is another one (ZsRE); empty where it is ``target_true``."""
+    neighbour_answers: tuple[str, ...] = ()
+    """One answer for each neighbour (ZsRE, KnowEdit, QAEdit); empty where all are ``target_true``
+    (COUNTERFACT)."""
 
     def __post_init__(self) -> None:
         """Check what cannot be mended later."""
@@ -50,11 +54,19 @@ class Fact(Shown):
             )
         if not self.subject.strip():
             raise FactFormatError(f"the subject of {self.template!r} is empty; name one")
-        for field in ("target_new", "target_true"):
-            if not getattr(self, field).strip():
-                raise EmptyTargetError(
-                    f"{field} of {self.prompt!r} is empty; give at least one word"
-                )
+        if not self.target_new.strip():
+            raise EmptyTargetError(
+                f"target_new of {self.prompt!r} is empty; give at least one word"
+            )
+        if len(self.neighbour_answers) not in (0, len(self.neighbours)):
+            raise FactFormatError(
+                f"{self.prompt!r} has {len(self.neighbours)} neighbours and "
+                f"{len(self.neighbour_answers)} answers to them; give one for each, or none"
+            )
+        if not all(answer.strip() for answer in self.neighbour_answers):
+            raise EmptyTargetError(
+                f"an answer to a neighbour of {self.prompt!r} is empty; give at least one word"
+            )
 
     @property
     def prompt(self) -> str:
@@ -66,7 +78,7 @@ class Fact(Shown):
         lines = [
             ["subject", self.subject],
             ["new target", self.target_new],
-            ["true target", self.target_true],
+            ["true target", self.target_true or None],
             ["paraphrases", len(self.paraphrases)],
             ["neighbours", len(self.neighbours)],
         ]
@@ -77,26 +89,37 @@ class Fact(Shown):
         )
 
     @property
-    def neighbour_target(self) -> str:
-        """What the model answers to the neighbours before the edit."""
-        return self.neighbour_answer or self.target_true
+    def answered_neighbours(self) -> tuple[tuple[str, str], ...]:
+        """Each neighbour with the answer to it; without those whose answer is not known."""
+        answers = self.neighbour_answers or (self.target_true,) * len(self.neighbours)
+        pairs = zip(self.neighbours, answers, strict=True)
+        return tuple((prompt, answer) for prompt, answer in pairs if answer)
 
     def as_record(self) -> dict[str, Any]:
-        """The fact in COUNTERFACT's schema, with ``neighborhood_answer`` where it has its own."""
+        """The fact in COUNTERFACT's schema.
+
+        It has no ``target_true`` where that is not known, and ``neighborhood_answer`` (a text, or a
+        list with one for each) where the neighbours have answers of their own.
+        """
+        rewrite: dict[str, Any] = {
+            "prompt": self.template,
+            "target_new": {"str": self.target_new},
+            "subject": self.subject,
+        }
         record: dict[str, Any] = {
             "case_id": self.case_id,
-            "requested_rewrite": {
-                "prompt": self.template,
-                "target_new": {"str": self.target_new},
-                "target_true": {"str": self.target_true},
-                "subject": self.subject,
-            },
+            "requested_rewrite": rewrite,
             "paraphrase_prompts": list(self.paraphrases),
             "neighborhood_prompts": list(self.neighbours),
         }
-        if self.neighbour_answer:
-            # Not in every record: cached results are found by the hash of this one.
-            record["neighborhood_answer"] = self.neighbour_answer
+        # Not in every record: cached results are found by the hash of this one.
+        if self.target_true:
+            rewrite["target_true"] = {"str": self.target_true}
+        if self.neighbour_answers:
+            same = len(set(self.neighbour_answers)) == 1
+            record["neighborhood_answer"] = (
+                self.neighbour_answers[0] if same else list(self.neighbour_answers)
+            )
         return record
 
     @property

@@ -21,7 +21,8 @@ class Accuracy:
     generalization: float | None
     """The same behind the first paraphrase."""
     locality: float | None
-    """Share of tokens at the first neighbour's answer whose argmax the edit did not change."""
+    """Share of tokens at the first neighbour's answer whose argmax the edit did not change; the
+    first whose answer is known."""
 
 
 def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}") -> Accuracy:
@@ -61,8 +62,8 @@ def edit_accuracies(
         paraphrase = text_prompt(model, fact.paraphrases[0])
         prompts.append(with_target(model, paraphrase, fact.target_new))
     prompts += [
-        with_target(model, text_prompt(model, text), fact.neighbour_target)
-        for text in fact.neighbours[:1]
+        with_target(model, text_prompt(model, text), answer)
+        for text, answer in fact.answered_neighbours[:1]
     ]
     before, *after = score_edits(model, prompts, edits)
     return [_accuracy(fact, before, scores) for scores in after]
@@ -70,7 +71,7 @@ def edit_accuracies(
 
 def _accuracy(fact: Fact, before: Sequence[TargetScore], after: Sequence[TargetScore]) -> Accuracy:
     locality = None
-    if fact.neighbours:
+    if fact.answered_neighbours:
         pairs = zip(before[-1].predicted_ids, after[-1].predicted_ids, strict=True)
         locality = sum(a == b for a, b in pairs) / len(before[-1].predicted_ids)
     return Accuracy(

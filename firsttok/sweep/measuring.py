@@ -120,7 +120,7 @@ def _unusable(study: Study, fact: Fact, plan: Plan) -> str | None:
     asked: list[tuple[str, str]] = []
     if {"accuracy", "scores"} & set(plan.metrics):
         asked += [(text, fact.target_new) for text in fact.paraphrases]
-        asked += [(text, fact.neighbour_target) for text in fact.neighbours]
+        asked += fact.answered_neighbours
     try:
         for template in study.contexts.templates:
             with_target(model, fact_prompt(model, fact, template), fact.target_new)
