@@ -1,6 +1,9 @@
 """Options that commands and scripts share. They are light: ``--help`` loads no library."""
 
 import argparse
+import hashlib
+import re
+import unicodedata
 from pathlib import Path
 
 __all__ = [
@@ -10,6 +13,7 @@ __all__ = [
     "add_edit_options",
     "add_model_options",
     "add_script_options",
+    "folder_name",
     "model_label",
 ]
 
@@ -17,6 +21,10 @@ PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``firsttok reproduce`` that go to every script."""
 FACTS = "facts in COUNTERFACT's schema, or the name of a pulled data set"
 """What ``--facts`` takes."""
+_USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
+_ODD = re.compile(r"^[^A-Za-z0-9]|[^A-Za-z0-9_.@+-]+")
+_LONGEST = 120
+"""Bytes of a folder name; file systems take 255, less where they encrypt."""
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
@@ -127,5 +135,34 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_label(name: str) -> str:
-    """Name of a model's folder of results."""
-    return Path(name.partition("@")[0]).name or "model"
+    """What tables and records call a model: its name; of a folder, the folder's own name.
+
+    Args:
+        name: What the model is loaded by: a name of the catalog, a hub id or a folder.
+    """
+    plain = name.rstrip("/") or name
+    if not (plain.startswith((".", "/", "~")) or plain.count("/") > 1):
+        return plain or "model"
+    path = Path(plain)
+    if path.name in ("", "..", "~"):
+        path = path.expanduser().resolve()
+    return path.name or "model"
+
+
+def folder_name(name: str) -> str:
+    """The folder of a model's results or rows: one folder name for each label of a model.
+
+    A hub id's slash becomes two hyphens. A label whose folder could be that of another one, or none
+    at all, gets a part of its SHA-256: one that holds two hyphens or characters that not every file
+    system takes, or is very long.
+
+    Args:
+        name: What the model is loaded by, or its label.
+    """
+    label = model_label(name)
+    folder = label.replace("/", "--")
+    usual = _USUAL.fullmatch(label) and "--" not in label and len(folder.encode()) <= _LONGEST
+    if usual and unicodedata.is_normalized("NFC", label):
+        return folder
+    digest = hashlib.sha256(label.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{_ODD.sub('_', folder)[: _LONGEST // 2]}-{digest}"

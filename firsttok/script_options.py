@@ -15,7 +15,7 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
 from firsttok.inputs import facts_from, kept_contexts, open_study
-from firsttok.options import add_script_options, model_label
+from firsttok.options import add_script_options, folder_name
 from firsttok.storage import read_json
 from firsttok.study import Study
 
@@ -89,7 +89,7 @@ def parse_script(
     if own_contexts and args.contexts:
         raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
     facts = facts_from(args)
-    label = model_label(args.model)
+    label = folder_name(args.model)
     out = Path(args.out) / label
     cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
     if not cases.is_file():

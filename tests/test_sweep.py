@@ -356,7 +356,9 @@ def test_other_weights_facts_contexts_and_versions_are_another_run(
         (["--address", "auto"], "--address is for --engine ray"),
         (["--facts", "missing.json"], "missing.json"),
         (["--texts", "missing.json"], "missing.json"),
-        (["--model", "a/model", "b/model"], "--model names model twice"),
+        (["--model", "./a/model", "./b/model"], "rows would be in one folder"),
+        (["--model", "gpt2-xl", "gpt2-xl"], "rows would be in one folder"),
+        (["--model", "x/y", "X/Y"], "rows would be in one folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

@@ -12,6 +12,7 @@ from firsttok.editing import compute_edits, find_methods
 from firsttok.errors import BadInputError
 from firsttok.exploration import Observation, observe
 from firsttok.inputs import open_study
+from firsttok.options import folder_name
 from firsttok.output import print_table
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
@@ -35,11 +36,11 @@ def run(args: argparse.Namespace) -> None:
         subject=args.subject,
         template=args.template,
         target_new=args.target,
-        target_true=args.true or "(not given)",
+        target_true=args.true,
         source="command line",
     )
     with progress_bar() as progress:
-        study = open_study(args, cache_folder("contexts", _safe(args.model)), progress)
+        study = open_study(args, cache_folder("contexts", folder_name(args.model)), progress)
         prompt = with_target(study.model, fact_prompt(study.model, fact), fact.target_new)
         slots = len({method.anchor for method in methods})
         task = progress.add_task("editing", total=slots * study.hyperparameters.steps)
@@ -108,7 +109,3 @@ def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
         sys.stdout.write(f"\n{name}\n  next: {best}\n")
         sys.stdout.write(f"  {fact.prompt}{states[name]['continuation']!r}\n")
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-._" else "_" for c in name)

@@ -11,7 +11,7 @@ from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
 from firsttok.models import BosPolicy
-from firsttok.options import model_label
+from firsttok.options import folder_name, model_label
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.storage import atomic_path, cache_folder, write_json
 
@@ -30,14 +30,14 @@ def run(args: argparse.Namespace) -> None:
     facts = tuple(fact_file(args)) if args.facts or args.limit is not None else None
     given = None if args.text_bos is None else BosPolicy(args.text_bos)
     args.text_bos = args.text_bos or BosPolicy.WITHOUT.value
-    label = model_label(args.model)
+    label, folder = model_label(args.model), folder_name(args.model)
     with progress_bar() as progress:
         with named_checks(label):
             study = open_study(
                 args,
-                cache_folder("inspect", label),
+                cache_folder("inspect", folder),
                 progress,
-                contexts_folder=Path("figures") / label,
+                contexts_folder=Path("figures") / folder,
             )
         found = inspect_model(
             study,
@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
     if args.out:
-        _save(Path(args.out) / label, found)
+        _save(Path(args.out) / folder, found)
     if args.json:
         sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False, allow_nan=False) + "\n")
         return
     sys.stdout.write(f"{found.panel().text}\n")
     if args.out:
-        sys.stdout.write(f"\n{args.out}: {label}.json, {label}.toml and a figure\n")
+        sys.stdout.write(f"\n{args.out}: {folder}.json, {folder}.toml and a figure\n")
 
 
 def _save(stem: Path, found: Inspection) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.errors import BadInputError
 from firsttok.lanes import Job, cores, process_context, run_in_lanes
-from firsttok.options import PASSED_ON, model_label
+from firsttok.options import PASSED_ON, folder_name
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 __all__ = ["run"]
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     # Not before: with it comes torch, which this process would hold while the scripts run.
     from firsttok.report import write_reports
 
-    for path in write_reports(out, model_label(args.model)):
+    for path in write_reports(out, folder_name(args.model)):
         sys.stdout.write(f"\nfigures, numbers and verdicts: {path}\n")
     if refused:
         names = ", ".join(sorted(refused, key=SCRIPTS.index))

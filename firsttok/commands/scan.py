@@ -7,7 +7,7 @@ from pathlib import Path
 from firsttok.cases import save_scan, scan
 from firsttok.console import progress_bar
 from firsttok.inputs import facts_from, open_study
-from firsttok.options import model_label
+from firsttok.options import folder_name
 from firsttok.output import print_table
 
 __all__ = ["run"]
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable.
     """
     facts = facts_from(args)
-    out = Path(args.out) / model_label(args.model)
+    out = Path(args.out) / folder_name(args.model)
     with progress_bar() as progress:
         study = open_study(args, out, progress)
         study.warn_if_collapsed()

@@ -15,7 +15,7 @@ from firsttok.console import progress_bar
 from firsttok.data import FactFile
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
-from firsttok.options import model_label
+from firsttok.options import folder_name
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, screen_curves
 from firsttok.screening import Calibration, ScreenRow, calibrate, screen
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable.
     """
     facts = _facts(args)
-    out = Path(args.out) / model_label(args.model)
+    out = Path(args.out) / folder_name(args.model)
     with progress_bar() as progress:
         study = open_study(args, out, progress)
         start = time.perf_counter()

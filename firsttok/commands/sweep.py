@@ -16,7 +16,7 @@ from firsttok.data import FactFile
 from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
-from firsttok.options import model_label
+from firsttok.options import folder_name
 from firsttok.output import print_table
 from firsttok.study import Study
 from firsttok.sweep import (
@@ -73,10 +73,16 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
     for name, number in (("actors", args.actors), ("cpus-per-actor", args.cpus_per_actor)):
         if number is not None and number < 1:
             raise BadInputError(f"--{name} is {number}; give at least 1")
-    labels = Counter(model_label(name) for name in args.model)
-    twice = [label for label, count in labels.items() if count > 1]
-    if twice:
-        raise BadInputError(f"--model names {twice[0]} twice; give each model once")
+    names: dict[str, str] = {}
+    for name in args.model:
+        # On some file systems names that differ in case alone are one.
+        key = folder_name(name).casefold()
+        if key in names:
+            raise BadInputError(
+                f"--model names {names[key]} and {name}, whose rows would be in one folder; give "
+                "each model once, and models of one name in runs of their own"
+            )
+        names[key] = name
     # The limit of a sweep is one on its chunks, not on what the run is about.
     facts = fact_file(argparse.Namespace(**{**vars(args), "limit": None}))
     entry = run_entry(
@@ -105,7 +111,7 @@ def _sweep_model(
     progress: Progress,
 ) -> None:
     chosen = argparse.Namespace(**{**vars(args), "model": name})
-    study = open_study(chosen, folder / "models" / model_label(name), progress)
+    study = open_study(chosen, folder / "models" / folder_name(name), progress)
     study.warn_if_collapsed()
     label = study.model.label
     join_run(folder, entry, label, model_entry(study))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from firsttok.models.fusibility import is_fusible
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import EditSite
 from firsttok.models.tail import Replay
+from firsttok.options import model_label
 from firsttok.tensors import Intervention
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Model(Shown):
     @property
     def label(self) -> str:
         """The name as tables and provenance show it: of a folder, only its own name."""
-        is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        return Path(self.name).name if is_path else self.name
+        return model_label(self.name)
 
     @property
     def origin(self) -> dict[str, Any]:

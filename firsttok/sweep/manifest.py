@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.errors import BadInputError, CacheError
+from firsttok.options import folder_name
 from firsttok.storage import locked, read_json, write_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         model: What :func:`model_entry` returned.
 
     Raises:
-        BadInputError: If the run was begun, or a model of that name took part, with something else.
+        BadInputError: If the run was begun, or a model of that name took part, with something else,
+            or the label differs from that of another model in case alone.
         CacheError: If the folder cannot be written to.
     """
     path = folder / _NAME
@@ -104,6 +106,13 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         check_run(folder, entry)
         manifest = read_manifest(folder) if path.exists() else {**entry, "models": {}}
         models = cast(dict[str, Any], manifest["models"])
+        folders = {folder_name(known).casefold(): known for known in models}
+        other = folders.get(folder_name(label).casefold(), label)
+        if other != label:
+            raise BadInputError(
+                f"the rows of {label} would be in the folder of {other}, which takes part in the "
+                f"run in {folder}; begin another run with it"
+            )
         if label in models:
             _refuse(folder, models[label], model)
         else:

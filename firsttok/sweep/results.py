@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
+from firsttok.options import folder_name
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import frame_of, select
@@ -213,7 +214,7 @@ class RunResults(Shown):
         written: list[Path] = []
         for model in (name for name in self.models if name in done):
             table, entry = self.summary(model), self.manifest["models"][model]
-            stem = Path(out) / model.replace("/", "--") / f"sweep_{_plain_name(self.folder)}"
+            stem = Path(out) / folder_name(model) / f"sweep_{_plain_name(self.folder)}"
             save_result(
                 stem,
                 title=table.title,

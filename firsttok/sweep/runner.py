@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
+from firsttok.options import folder_name
 from firsttok.sweep.engine import Chunk, Engine
 from firsttok.sweep.shards import finished_chunks, write_shard
 
@@ -69,8 +70,8 @@ class Share:
 
 
 def model_folder(run: Path, label: str) -> Path:
-    """Where the shards of one model lie; a hub id's slash makes no folder of its own."""
-    return run / "rows" / label.replace("/", "--")
+    """Where the shards of one model are."""
+    return run / "rows" / folder_name(label)
 
 
 def chunks_of(facts: Iterable[Fact], size: int) -> Iterator[Chunk]:
