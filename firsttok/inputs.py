@@ -163,8 +163,9 @@ def _second_moment(
             progress=progress,
         )
     moment = load_second_moment(args.second_moment, d_mlp=site.d_mlp)
-    made_for = (moment.model_fingerprint, moment.layer)
-    if made_for not in ((None, None), (model.fingerprint, site.layer)):
+    # A file of another tool may tell the layer alone, or nothing.
+    told = moment.model_fingerprint not in (None, model.fingerprint)
+    if told or moment.layer not in (None, site.layer):
         raise BadInputError(
             f"{args.second_moment} was computed for layer {moment.layer} of another model or "
             f"another layer than {site.layer} of {model.name}; compute it for this one"

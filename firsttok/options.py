@@ -19,7 +19,7 @@ __all__ = [
 
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``firsttok reproduce`` that go to every script."""
-FACTS = "facts in COUNTERFACT's schema, or the name of a pulled data set"
+FACTS = "facts as published (JSON, JSON Lines, Parquet, .gz), or the name of a pulled data set"
 """What ``--facts`` takes."""
 _USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
 _ODD = re.compile(r"^[^A-Za-z0-9]|[^A-Za-z0-9_.@+-]+")
@@ -87,7 +87,8 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
     group.add_argument(
         "--second-moment",
         metavar="FILE",
-        help="safetensors with a tensor 'second_moment', or 'identity' (default: computed)",
+        help="safetensors with a tensor 'second_moment', ROME's statistics as .npz, or 'identity' "
+        "(default: computed)",
     )
     group.add_argument(
         "--corpus", metavar="FILE", help="text file for the second moment (default: pydoc topics)"
@@ -95,7 +96,8 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
     group.add_argument(
         "--texts",
         metavar="FILE",
-        help="sentences for perplexity, as in ME-PPL, or the name of a pulled set",
+        help="sentences for perplexity, as in ME-PPL (JSON, JSON Lines, Parquet, .gz), or the name "
+        "of a pulled set",
     )
     group.add_argument(
         "--text-bos",
