@@ -13,7 +13,7 @@ import pytest
 from published import ANNA, COUNTERFACT, PERPLEXITY, PUBLISHED
 
 from firsttok.data import Fact, check_facts, load_facts, load_texts, write_facts
-from firsttok.errors import BadInputError, TextFormatError
+from firsttok.errors import BadInputError, FactFormatError, TextFormatError
 
 Writer = Callable[[Path, list[Any]], None]
 
@@ -183,7 +183,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "no answer to a neighbour": (
         {"locality_prompt": ["Rome is", "He is"], "locality_ground_truth": ["a city", None]},
-        {},
+        {"neighbours": ("Rome is", "He is"), "neighbour_answers": ("a city", "")},
+    ),
+    "no answer to any neighbour": ({"locality_ground_truth": " "}, {"neighbour_answers": ("",)}),
+    "an empty list of answers": ({"locality_ground_truth": []}, {"neighbour_answers": ("",)}),
+    "a blank neighbour has an answer, too": (
+        {
+            "locality_prompt": ["Rome is", "", None, "He is"],
+            "locality_ground_truth": ["a city", "a", "b", "a man"],
+        },
+        {"neighbours": ("Rome is", "He is"), "neighbour_answers": ("a city", "a man")},
+    ),
+    "answers without neighbours": (
+        {"locality_prompt": [], "locality_ground_truth": ["a", "b"]},
+        {"neighbours": (), "neighbour_answers": ()},
     ),
     "the neighbour's answer is null": (
         {"locality_ground_truth": None},
@@ -229,6 +242,20 @@ def test_a_field_in_another_form_is_read_for_what_it_is(name: str, tmp_path: Pat
     assert facts_in(tmp_path / "facts.json") == [replace(PLAIN, **expected)]
 
 
+def test_neighbours_that_cannot_be_measured_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    as_list(tmp_path / "facts.json", PUBLISHED["KnowEdit, wiki_recent"][0])
+    assert len(load_facts(tmp_path / "facts.json")[0].answered_neighbours) == 2
+    assert "neighbours without an answer, not measured: 1" in caplog.text
+    bare = FLAT | {"ground_truth": None, "locality_ground_truth": None}
+    as_list(tmp_path / "facts.json", [bare, bare])
+    (fact, _) = load_facts(tmp_path / "facts.json")
+    assert (fact.neighbours, fact.answered_neighbours) == (("Rome is",), ())
+    assert "neighbours without an answer, not measured: 2" in caplog.text
+
+
 # --- numbers -------------------------------------------------------------------------------------
 
 NUMBERS: dict[str, tuple[list[Any], list[int], str]] = {
@@ -256,6 +283,12 @@ def test_no_two_facts_of_a_file_have_one_number(
     # The same numbers, whatever part is taken.
     few = check_facts(tmp_path / "facts.json", limit=1)
     assert [fact.case_id for fact in few] == expected[:1]
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**40])
+def test_a_number_that_no_row_holds_is_refused_in_python(number: int) -> None:
+    with pytest.raises(FactFormatError, match="more than 64 bits"):
+        replace(PLAIN, case_id=number)
 
 
 def test_facts_of_python_without_numbers_make_a_file(tmp_path: Path) -> None:

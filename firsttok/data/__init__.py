@@ -2,6 +2,7 @@
 
 from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
 from firsttok.data.fact_files import (
+    SKIP_HINT,
     FactFile,
     LeftOut,
     builtin_facts,
@@ -17,6 +18,7 @@ from firsttok.data.texts import builtin_sentences, load_texts
 __all__ = [
     "DATA_SETS",
     "FALL_OF_ROME",
+    "SKIP_HINT",
     "SLIDES",
     "DataSet",
     "Fact",

@@ -127,7 +127,7 @@ class FactFile:
             count=count,
             content_hash=digest.hexdigest(),
             left_out=(*self.left_out, *more),
-            skipped=self.skipped | refused.keys(),
+            skipped=self.skipped.union(refused),
         )
 
     @property
@@ -188,7 +188,7 @@ def check_facts(
     own_digest, placed_digest = hashlib.sha256(), hashlib.sha256()
     refused: list[tuple[str, str]] = []
     seen: set[int] = set()
-    unnumbered = readable = count = 0
+    unnumbered = readable = count = unanswered = 0
     odd = ""
     for place, attempt in enumerate(attempts(file)):
         if attempt.error is not None and not skip_bad:
@@ -203,6 +203,7 @@ def check_facts(
         if attempt.own in seen:
             odd = odd or f"{attempt.place} has the case_id {case_id} of another one"
         seen.add(case_id)
+        unanswered += len(attempt.fact.neighbours) - len(attempt.fact.answered_neighbours)
         if limit is None or count < limit:
             own_hash = attempt.fact.content_hash
             own_digest.update(own_hash.encode())
@@ -214,6 +215,8 @@ def check_facts(
     left_out = LeftOut.grouped(refused)
     name = "the built-in set" if file is None else str(file)
     _tell(name, count, left_out)
+    if unanswered:
+        logger.info("%s: neighbours without an answer, not measured: %d", name, unanswered)
     if 0 < unnumbered < readable:
         odd = odd or f"{unnumbered} facts have no case_id"
     if odd:
@@ -277,7 +280,7 @@ def write_facts(path: Path, facts: Iterable[Fact]) -> None:
 
 def _tell(name: str, count: int, left_out: Sequence[LeftOut]) -> None:
     """Say what is left out; raise if nothing else is there."""
-    told = [f"{each.count} for this: {each.reason} (first {each.first})" for each in left_out]
+    told = [f"{each.count} because {each.reason} (first {each.first})" for each in left_out]
     if not count:
         why = f" that can be used ({told[0]})" if told else "; give at least one"
         raise FactFormatError(f"{name} holds no facts{why}")

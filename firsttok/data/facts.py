@@ -11,6 +11,9 @@ from firsttok.storage import content_hash
 
 __all__ = ["Fact", "builtin_records"]
 
+_LARGEST = 2**63
+"""Case ids are columns of 64 bits in the rows of a sweep."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fact(Shown):
@@ -21,8 +24,9 @@ class Fact(Shown):
 
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
-        EmptyTargetError: If the new target, or a neighbour's own answer, is empty.
-        FactFormatError: If the subject is empty, or neighbours and their answers differ in number.
+        EmptyTargetError: If the new target is empty.
+        FactFormatError: If the subject is empty, the case id has more than 64 bits, or neighbours
+            and their answers differ in number.
     """
 
     subject: str
@@ -42,8 +46,8 @@ class Fact(Shown):
     case_id: int = 0
     """The number of the record in its set."""
     neighbour_answers: tuple[str, ...] = ()
-    """One answer for each neighbour (ZsRE, KnowEdit, QAEdit); empty where all are ``target_true``
-    (COUNTERFACT)."""
+    """One answer for each neighbour (ZsRE, KnowEdit, QAEdit), ``""`` for one that is not known;
+    empty where all are ``target_true`` (COUNTERFACT)."""
 
     def __post_init__(self) -> None:
         """Check what cannot be mended later."""
@@ -58,14 +62,14 @@ class Fact(Shown):
             raise EmptyTargetError(
                 f"target_new of {self.prompt!r} is empty; give at least one word"
             )
+        if not -_LARGEST <= self.case_id < _LARGEST:
+            raise FactFormatError(
+                f"the case_id of {self.prompt!r} has more than 64 bits; give a smaller number"
+            )
         if len(self.neighbour_answers) not in (0, len(self.neighbours)):
             raise FactFormatError(
                 f"{self.prompt!r} has {len(self.neighbours)} neighbours and "
                 f"{len(self.neighbour_answers)} answers to them; give one for each, or none"
-            )
-        if not all(answer.strip() for answer in self.neighbour_answers):
-            raise EmptyTargetError(
-                f"an answer to a neighbour of {self.prompt!r} is empty; give at least one word"
             )
 
     @property
@@ -93,7 +97,7 @@ class Fact(Shown):
         """Each neighbour with the answer to it; without those whose answer is not known."""
         answers = self.neighbour_answers or (self.target_true,) * len(self.neighbours)
         pairs = zip(self.neighbours, answers, strict=True)
-        return tuple((prompt, answer) for prompt, answer in pairs if answer)
+        return tuple((prompt, answer) for prompt, answer in pairs if answer.strip())
 
     def as_record(self) -> dict[str, Any]:
         """The fact in COUNTERFACT's schema.

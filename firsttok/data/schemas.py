@@ -64,8 +64,8 @@ def fact_from(fields: Mapping[str, Any], number: int, place: str, source: str) -
     QAEdit, EasyEdit) holds ``prompt``, ``subject``, ``target_new`` and perhaps ``ground_truth``
     directly; one of ZsRE holds ``src``, ``subject``, ``alt`` (the new answer) and ``answers`` (the
     old one first). A prompt holds ``{}`` or the subject. The old answer may be lacking; of a list,
-    which is one of aliases, the first is taken. Blank paraphrases and neighbours are passed over,
-    and so are neighbours in KnowEdit's and QAEdit's ``locality`` that have no answer.
+    which is one of aliases, the first is taken. Blank paraphrases and neighbours are passed over.
+    KnowEdit's and QAEdit's ``locality`` is read as neighbours, whatever its kinds.
 
     Args:
         fields: The record.
@@ -92,7 +92,7 @@ def fact_from(fields: Mapping[str, Any], number: int, place: str, source: str) -
     prompt_name, prompt = _text(rewrite, _PROMPT, place)
     new_name, new = _new_answer(rewrite, place)
     true = next(_aliases(*_first(rewrite, _TRUE), place, strict=False), "")
-    paraphrases = _texts(*_first(fields, _PARAPHRASES), place)
+    paraphrases = tuple(text for text in _texts(*_first(fields, _PARAPHRASES), place) if text)
     neighbours = _neighbours(fields, true, place)
     template = _template(prompt, subject)
     if prompt_name == "src" and (not new or template.count("{}") != 1):
@@ -163,15 +163,15 @@ def _aliases(name: str, value: Any, place: str, *, strict: bool) -> Iterator[str
 
 
 def _neighbours(fields: Mapping[str, Any], true: str, place: str) -> list[tuple[str, str]]:
-    """Prompts with their answers, of which each may be ``true``, though that be unknown."""
+    """Prompts with their answers, ``""`` for one that is not known."""
     name, value = _first(fields, _NEIGHBOURS)
     items: list[Any] = value if isinstance(value, list) else [value]
     if any(isinstance(item, Mapping) for item in items):
         return [pair for item in items for pair in _nested(name, item, place)]
     texts = _texts(name, value, place)
     answer_name, answer = _first(fields, _ANSWER)
-    if answer is None:
-        return [(text, true) for text in texts]
+    if answer is None or not texts:
+        return [(text, true) for text in texts if text]
     given: list[Any] = answer if isinstance(answer, list) else [answer]
     answers = [next(_aliases(answer_name, each, place, strict=False), "") for each in given]
     if len(set(answers)) == 1:
@@ -181,8 +181,8 @@ def _neighbours(fields: Mapping[str, Any], true: str, place: str) -> list[tuple[
             f"{place}, field {answer_name} holds {len(answers)} different answers to {len(texts)} "
             "neighbours; give one for each, or one for all"
         )
-    # Without an answer there is nothing to measure there.
-    return [pair for pair in zip(texts, answers, strict=False) if pair[1]]
+    pairs = zip(texts, answers or [""] * len(texts), strict=True)
+    return [(text, answer) for text, answer in pairs if text]
 
 
 def _nested(name: str, value: Any, place: str) -> Iterator[tuple[str, str]]:
@@ -212,7 +212,7 @@ def _nested(name: str, value: Any, place: str) -> Iterator[tuple[str, str]]:
         text = _checked(prompt, f"{name}.{prompt_name}", place)
         found: Any = answers[number] if apart else answers
         answer = next(_aliases(f"{name}.{answer_name}", found, place, strict=False), "")
-        if text.strip() and answer:
+        if text.strip():
             yield text, answer
 
 
@@ -224,6 +224,7 @@ def _text(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tupl
 
 
 def _texts(name: str, value: Any, place: str) -> tuple[str, ...]:
+    """A text or a list of texts; what is blank or null in it becomes ``""``."""
     if value is None:
         return ()
     if not isinstance(value, str | list):
@@ -231,8 +232,8 @@ def _texts(name: str, value: Any, place: str) -> tuple[str, ...]:
             f"{place}, field {name} is not a list of texts but {kind_of(value)}; correct it"
         )
     items = cast(list[Any], [value] if isinstance(value, str) else value)
-    texts = (_checked(x, f"{name}[{i}]", place) for i, x in enumerate(items) if x is not None)
-    return tuple(text for text in texts if text.strip())
+    texts = ("" if x is None else _checked(x, f"{name}[{i}]", place) for i, x in enumerate(items))
+    return tuple(text if text.strip() else "" for text in texts)
 
 
 def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
