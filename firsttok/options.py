@@ -7,10 +7,10 @@ import unicodedata
 from pathlib import Path
 
 __all__ = [
-    "FACTS",
     "PASSED_ON",
     "add_config_option",
     "add_edit_options",
+    "add_facts_options",
     "add_model_options",
     "add_script_options",
     "folder_name",
@@ -19,8 +19,6 @@ __all__ = [
 
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos")
 """Options of ``firsttok reproduce`` that go to every script."""
-FACTS = "facts as published (JSON, JSON Lines, Parquet, .gz), or the name of a pulled data set"
-"""What ``--facts`` takes."""
 _USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
 _ODD = re.compile(r"^[^A-Za-z0-9]|[^A-Za-z0-9_.@+-]+")
 _LONGEST = 120
@@ -115,12 +113,38 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
         group.add_argument(f"--{name}", type=kind, help=f"{what} (default: the model's)")
 
 
+def add_facts_options(
+    parser: argparse.ArgumentParser, *, limit: str | None = None, default: str = ""
+) -> None:
+    """Add the options that choose the facts.
+
+    Args:
+        parser: Where to.
+        limit: What ``--limit`` does; None where there is none.
+        default: What is told of the default.
+    """
+    group = parser.add_argument_group("facts")
+    group.add_argument(
+        "--facts",
+        metavar="FILE",
+        help="facts as published (COUNTERFACT, ZsRE, KnowEdit, MQuAKE, ...; JSON, JSON Lines, "
+        f"Parquet, .gz), or the name of a pulled data set{default}",
+    )
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out facts that cannot be read or edited, and say how many and why",
+    )
+    if limit is not None:
+        group.add_argument("--limit", type=int, help=limit)
+
+
 def add_script_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the scripts in ``analyses/``."""
     add_model_options(parser)
     add_edit_options(parser)
+    add_facts_options(parser)
     group = parser.add_argument_group("cases and output")
-    group.add_argument("--facts", metavar="FILE", help=FACTS)
     group.add_argument("--cases", metavar="FILE", help="list of collapse cases of firsttok scan")
     group.add_argument(
         "--profile",

@@ -14,7 +14,7 @@ LAYERS = [
     ["hyperparameters", "data"],
     ["config", "models"],
     ["prompts"],
-    ["contexts", "synthetic", "token_strips"],
+    ["contexts", "sieve", "synthetic", "token_strips"],
     ["keys", "second_moment"],
     ["editing"],
     ["evaluation"],

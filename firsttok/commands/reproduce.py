@@ -73,6 +73,7 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
         if (value := getattr(args, name.replace("-", "_")))
     ]
     options = ["--model", args.model, "--profile", args.profile, "--out", str(out)]
+    options += ["--skip-bad"] if args.skip_bad else []
     jobs: list[Job] = []
     for name in SCRIPTS:
         script = folder / f"{name}.py"
