@@ -83,12 +83,13 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
                 "each model once, and models of one name in runs of their own"
             )
         names[key] = name
-    # The limit of a sweep is one on its chunks, not on what the run is about.
+    # The limit of a sweep is one on what is done now, not on what the run is about.
     facts = fact_file(argparse.Namespace(**{**vars(args), "limit": None}))
     entry = run_entry(
         facts_hash=facts.content_hash,
         facts=len(facts),
         facts_name=facts.path.name if facts.path else "built-in",
+        left_out=facts.left_out,
         plan=plan,
         chunk=args.chunk,
     )
@@ -167,11 +168,15 @@ def _status(folder: Path) -> None:
         lost = [row for s in shards for row in read_shard(s.path) if row.status == FAILED]
         reasons.update(row.reason or "" for row in lost)
         done = rows // methods
+        size = manifest["chunk"]
+        whole = sum(
+            shard.rows >= methods * min(size, facts - shard.index * size) for shard in shards
+        )
         lines.append(
             [
                 label,
                 f"{done} of {facts}",
-                f"{len(shards)} of {chunks}",
+                f"{whole} of {chunks}",
                 len(lost),
                 seconds / done if done else None,
                 seconds / done * (facts - done) / 3600 if done else None,

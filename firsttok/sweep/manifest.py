@@ -9,6 +9,7 @@ from firsttok.options import folder_name
 from firsttok.storage import locked, read_json, write_json
 
 if TYPE_CHECKING:
+    from firsttok.data import LeftOut
     from firsttok.study import Study
     from firsttok.sweep.measuring import Plan
 
@@ -29,7 +30,15 @@ _SHOWN = 6
 """Differences that are named; a whole list would hide the first."""
 
 
-def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chunk: int) -> Any:
+def run_entry(
+    *,
+    facts_hash: str,
+    facts: int,
+    facts_name: str,
+    plan: "Plan",
+    chunk: int,
+    left_out: Sequence["LeftOut"] = (),
+) -> Any:
     """What is the same for all models of a run.
 
     Args:
@@ -38,6 +47,7 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
         facts_name: Where they came from; told, not compared.
         plan: Methods and metrics.
         chunk: Facts in a chunk.
+        left_out: Records of the file that could not be read, by reason; told, not compared.
     """
     return {
         "format": _FORMAT,
@@ -49,7 +59,8 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
         "told": {
             "facts": facts_name,
             "labels": {method.name: method.label for method in plan.methods},
-        },
+        }
+        | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
     }
 
 
