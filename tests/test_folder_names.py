@@ -5,9 +5,13 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from tiny import CONTEXTS, FACTS, SENTENCES, build
 
+from firsttok.cli import main
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name, model_label
+from firsttok.storage import write_json
+from firsttok.sweep import read_run
 from firsttok.sweep.manifest import join_run
 
 KEPT = {
@@ -78,6 +82,46 @@ def test_a_folder_is_called_by_its_own_name(
 def test_a_name_and_its_label_have_one_folder() -> None:
     for name in {*KEPT, *ODD} - {"~nouser"}:
         assert folder_name(model_label(name)) == folder_name(name)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, own_cache: Path) -> list[str]:
+    write_json(tmp_path / "facts.json", [FACTS[0].as_record()])
+    write_json(tmp_path / "texts.json", list(SENTENCES))
+    write_json(tmp_path / "contexts.json", list(CONTEXTS.templates))
+    files = [f"--{name}={tmp_path / f'{name}.json'}" for name in ("facts", "texts", "contexts")]
+    return [*files, "--second-moment", "identity", "--steps", "1", "--layer", "1"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../inner"])
+def test_results_of_a_folder_without_a_name_are_in_the_folder_asked_for(
+    name: str, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "outer" / "inner"
+    (inner / "a").mkdir(parents=True)
+    build("gpt2", inner)
+    monkeypatch.chdir(inner / "a" if name == ".." else inner)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    assert main(["scan", "--model", name, "--out", str(tmp_path / "out"), *settings]) == 0
+    made = {path for path in tmp_path.rglob("*") if "cache" not in path.parts} - before
+    assert tmp_path / "out" / "inner" / "collapse_cases.json" in made
+    assert all(path.is_relative_to(tmp_path / "out") for path in made)
+
+
+def test_models_that_differ_in_a_slash_are_both_swept(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("x/y", "x--y")
+    for seed, name in enumerate(names):
+        (tmp_path / name).mkdir(parents=True)
+        build("gpt2", tmp_path / name, seed=seed)
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "run", "--model", *names, *settings, "--method", "rome"]) == 0
+    results = read_run("run")
+    assert results.models == names
+    assert [(each.model, each.done) for each in results.progress()] == [(n, 1) for n in names]
+    one, other = (results.of(name).rows[0].perplexity for name in names)
+    assert one != other
 
 
 def test_labels_that_differ_in_case_alone_are_not_in_one_run(tmp_path: Path) -> None:

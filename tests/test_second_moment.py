@@ -1,5 +1,6 @@
 """C: streamed, cached, resumed, solved with, refused."""
 
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import DECODERS, SENTENCES, TRAINING, TinyFactory, relative
 
+from firsttok.cli import main
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import (
@@ -332,6 +334,29 @@ def test_the_published_sum_is_divided_by_its_count(tmp_path: Path) -> None:
     other = statistics(tmp_path / "model.layers.11.mlp.down_proj_float32_mom2_100000.npz")
     assert load_second_moment(other, d_mlp=4).layer == 11
     assert load_second_moment(statistics(tmp_path / "c.npz"), d_mlp=4).layer is None
+
+
+def test_the_command_takes_them_for_their_own_layer(
+    tiny: TinyFactory,
+    tmp_path: Path,
+    own_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("gpt2")
+    monkeypatch.setattr("firsttok.inputs.load", lambda *_, **__: model)
+    matrix = positive(model.site(2).d_mlp)
+    path = statistics(tmp_path / ROME_FILE, **{"mom2.mom2": 7 * matrix.numpy()})
+    (tmp_path / "contexts.json").write_text('["{}", "It rained. {}"]', "utf-8")
+    words = ["edit", "--subject", "Rome", "--template", "{} is", "--target", "it", "--json"]
+    words += ["--contexts", str(tmp_path / "contexts.json"), "--steps", "1"]
+    (tmp_path / "texts.json").write_text('["It rained."]', "utf-8")
+    words += ["--second-moment", str(path), "--texts", str(tmp_path / "texts.json")]
+    assert main([*words, "--layer", "2"]) == 0
+    record = json.loads(capsys.readouterr().out)["provenance"]["second_moment"]
+    assert (record["corpus"], record["tokens"]) == (ROME_FILE, 7)
+    assert main([*words, "--layer", "1"]) == 2
+    assert "was computed for layer 2" in capsys.readouterr().err
 
 
 STATISTICS: dict[str, tuple[dict[str, Any], str]] = {
