@@ -132,7 +132,7 @@ def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
             continue
         stem = Path(folder) / f"{folder_name(model)}_delta_entropy"
         _scatter(rows, stem)
-        yield stem.with_suffix(".png")
+        yield stem.with_name(f"{stem.name}.png")
 
 
 def _scatter(rows: GroupedRows, stem: Path) -> None:

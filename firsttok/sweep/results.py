@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name
+from firsttok.storage import content_hash
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import frame_of, select
@@ -294,7 +295,10 @@ def _holder(files: list[Path], shards: "list[pa.Table]", match: Mapping[str, Any
 
 
 def _plain_name(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", folder.resolve().name)
+    """The run's name as a part of a file's; no two runs of different names have one."""
+    name = folder.resolve().name
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return plain if plain == name else f"{plain}-{content_hash(name)[:8]}"
 
 
 def _finite(value: Any) -> Any:
