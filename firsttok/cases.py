@@ -1,8 +1,9 @@
 """Collapse cases: found by editing every fact with ROME, kept as a list, verified when used."""
 
 import logging
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -37,6 +38,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
+_PERPLEXITIES = ("perplexity", "corpus_perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,11 @@ def save_scan(
         failed: Facts whose edit failed.
         left_out: Facts that were not scanned, by reason.
     """
-    collapsed = sorted((row for row in rows if row.collapsed), key=lambda row: -row.perplexity)
+    # A perplexity that is no number is worse than any.
+    collapsed = sorted(
+        (row for row in rows if row.collapsed),
+        key=lambda row: -math.inf if math.isnan(row.perplexity) else -row.perplexity,
+    )
     first = [row for row in rows if row.first_token]
     write_json(
         path,
@@ -133,7 +139,7 @@ def save_scan(
             }
             | ({"failed": len(failed)} if failed else {}),
             "collapse": [row.case_id for row in collapsed],
-            "rows": [asdict(row) for row in rows],
+            "rows": [_without_nan(asdict(row)) for row in rows],
         }
         | ({"failed": [fact.as_dict() for fact in failed]} if failed else {})
         | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
@@ -150,10 +156,20 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], str]:
     content = read_json(path, "collapse cases")
     try:
         record = cast(dict[str, Any], content)
-        rows = tuple(CaseRow(**row) for row in record["rows"])
+        rows = tuple(CaseRow(**_with_nan(row)) for row in record["rows"])
         return rows, str(record["provenance"]["model"]["fingerprint"])
     except (KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
+
+
+def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON takes it: a perplexity that is not finite is a text."""
+    odd = {name: str(row[name]) for name in _PERPLEXITIES if not math.isfinite(row[name])}
+    return {**row, **odd}
+
+
+def _with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: float(row[name]) for name in _PERPLEXITIES}}
 
 
 def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:

@@ -327,7 +327,9 @@ def measure_facts(
         )
         for method, found in zip(missing, measured, strict=True):
             row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
-            write_json(paths[fact.case_id, method.name], asdict(row))
+            if math.isfinite(row.perplexity) and math.isfinite(row.corpus_perplexity):
+                # JSON has no other numbers; such a row is measured again in the next run.
+                write_json(paths[fact.case_id, method.name], asdict(row))
             known[fact.case_id, method.name] = row
         done += 1
         if progress is not None and task is not None:

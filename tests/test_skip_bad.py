@@ -1,6 +1,7 @@
 """Facts that cannot be used: refused before any work, or left out with a count and the reasons."""
 
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,9 +24,11 @@ from firsttok.cases import (
 )
 from firsttok.cli import main
 from firsttok.data import Fact, check_facts, load_facts
+from firsttok.editing import RankOneEdit
 from firsttok.errors import BadInputError, CacheError, FactFormatError
+from firsttok.evaluation import Perplexity, PreparedTexts
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import load
+from firsttok.models import Model, load
 from firsttok.prompts import fact_prompt
 from firsttok.script_options import ScriptOptions
 from firsttok.second_moment import SecondMoment
@@ -216,6 +219,40 @@ def test_a_fact_that_overflows_is_a_failed_row_and_stops_nobody(
     status = {row.case_id: row.status for row in read_run(run).rows}
     assert [case for case, found in status.items() if found == FAILED] == [22]
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_edit_that_leaves_no_perplexity_is_a_collapse(
+    on_tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = PreparedTexts.measure_edits
+
+    def broken(
+        texts: PreparedTexts, model: Model, edits: Sequence[RankOneEdit]
+    ) -> list[Perplexity]:
+        odd = {22: float("nan"), 23: float("inf")}
+        cases = [edit.provenance["fact"]["case_id"] for edit in edits]
+        return [
+            replace(found, mean=odd.get(case, 5.0 + case), corpus=odd.get(case, 5.0))
+            for case, found in zip(cases, plain(texts, model, edits), strict=True)
+        ]
+
+    monkeypatch.setattr(PreparedTexts, "measure_edits", broken)
+    write_json(tmp_path / "facts.json", GOOD)
+    words = ["--facts", str(tmp_path / "facts.json"), *on_tiny, "--out", str(tmp_path / "out")]
+    for _ in ("measured", "found finished"):
+        assert main(["scan", *words]) == 0
+        path = tmp_path / "out" / on_tiny[1] / "collapse_cases.json"
+        assert load_collapse_ids(path, load_facts(tmp_path / "facts.json")) == [22, 23]
+        rows, _ = load_scan(path)
+        found = {row.case_id: row.perplexity for row in rows}
+        assert math.isnan(found.pop(22))
+        assert found == {20: 25.0, 21: 26.0, 23: float("inf"), 24: 29.0}
+        assert "failed" not in json.loads(path.read_text("utf-8"))
+    assert main(["screen", *words]) == 0
+    assert "2 of 5 edited cases collapsed" in capsys.readouterr().out
 
 
 def test_if_no_fact_goes_well_nothing_is_written(
