@@ -20,7 +20,7 @@ from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.inputs import open_study
 from firsttok.models import BosPolicy, is_pulled
-from firsttok.options import model_label
+from firsttok.options import folder_name
 from firsttok.output import pick, publish
 from firsttok.plots import figure, plain, save_figure
 from firsttok.script_options import ScriptOptions, parse_script
@@ -54,7 +54,7 @@ def other_study(name: str, options: ScriptOptions, progress: Progress) -> Study:
     own: dict[str, Any] = {"model": name, "layer": None, "bos": "as_tokenizer", "contexts": None}
     own["second_moment"] = "identity" if options.args.second_moment == "identity" else None
     changed = argparse.Namespace(**vars(options.args) | own)
-    return open_study(changed, options.out.parent / model_label(name), progress)
+    return open_study(changed, options.out.parent / folder_name(name), progress)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Collapse cases: found by editing every fact with ROME, kept as a list, verified when used."""
 
 import logging
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,12 +11,13 @@ from typing import Any, TypeVar, cast
 from rich.progress import Progress
 
 from firsttok.arguments import taken
-from firsttok.data import Fact
+from firsttok.data import SKIP_HINT, Fact, LeftOut
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.prompts import fact_prompt
 from firsttok.script_options import ScriptOptions
+from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_against
 from firsttok.storage import content_hash, read_json, write_record
 from firsttok.study import CaseRow, Study, measure_facts
 
@@ -37,6 +39,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
+_PERPLEXITIES = ("perplexity", "corpus_perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +55,71 @@ class CaseSelection:
 
 
 @taken
-def scan(study: Study, facts: Sequence[Fact], *, progress: Progress | None = None) -> list[CaseRow]:
-    """Edit every fact with ROME and measure; collapse cases are found, not assumed."""
-    return measure_facts(study, facts, [ROME], progress=progress, label="scanning")
+def scan(
+    study: Study,
+    facts: Sequence[Fact],
+    *,
+    progress: Progress | None = None,
+    on_failure: Callable[[FailedFact], None] | None = None,
+) -> list[CaseRow]:
+    """Edit every fact with ROME and measure; collapse cases are found, not assumed.
+
+    Args:
+        study: The study.
+        facts: The facts.
+        progress: Where to show progress.
+        on_failure: Told of each fact whose edit fails, such as one whose update is not finite; it
+            has no row then. None to raise what went wrong.
+
+    Raises:
+        BadInputError: If there are no facts, or none of them has a row.
+        NonFiniteError: If an update is not finite, and ``on_failure`` is None.
+    """
+
+    def edit(some: Sequence[Fact]) -> list[CaseRow]:
+        # What is done in parts after a failure was there before for the most part.
+        shown = progress if len(some) == len(facts) else None
+        return measure_facts(study, some, [ROME], progress=shown, label="scanning")
+
+    if on_failure is None:
+        return edit(facts)
+    rows: list[CaseRow] = []
+    failed: FailedFact | None = None
+    for _, found in each_or_reason(facts, edit) if facts else ():
+        if isinstance(found, FailedFact):
+            failed = found
+            on_failure(found)
+        else:
+            rows.append(found)
+    if not rows:
+        raise nothing_done("edit", failed)
+    return rows
 
 
-def save_scan(path: Path, study: Study, facts: Sequence[Fact], rows: Sequence[CaseRow]) -> None:
-    """Write the list of collapse cases with all scanned rows and their provenance as JSON."""
-    collapsed = sorted((row for row in rows if row.collapsed), key=lambda row: -row.perplexity)
+def save_scan(
+    path: Path,
+    study: Study,
+    facts: Iterable[Fact],
+    rows: Sequence[CaseRow],
+    *,
+    failed: Sequence[FailedFact] = (),
+    left_out: Sequence[LeftOut] = (),
+) -> None:
+    """Write the list of collapse cases with all scanned rows and their provenance as JSON.
+
+    Args:
+        path: The file.
+        study: The study.
+        facts: The facts as their file holds them, by which the list is known.
+        rows: What was scanned.
+        failed: Facts whose edit failed.
+        left_out: Facts that were not scanned, by reason.
+    """
+    # A perplexity that is no number is worse than any.
+    collapsed = sorted(
+        (row for row in rows if row.collapsed),
+        key=lambda row: -math.inf if math.isnan(row.perplexity) else -row.perplexity,
+    )
     first = [row for row in rows if row.first_token]
     write_record(
         path,
@@ -78,10 +138,13 @@ def save_scan(path: Path, study: Study, facts: Sequence[Fact], rows: Sequence[Ca
                     row.collapsed and row.one_token for row in first
                 ),
                 "other_collapsed": sum(row.collapsed and not row.first_token for row in rows),
-            },
+            }
+            | ({"failed": len(failed)} if failed else {}),
             "collapse": [row.case_id for row in collapsed],
-            "rows": [asdict(row) for row in rows],
-        },
+            "rows": [_without_nan(asdict(row)) for row in rows],
+        }
+        | ({"failed": [fact.as_dict() for fact in failed]} if failed else {})
+        | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
     )
 
 
@@ -95,10 +158,20 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
     content = read_json(path, "collapse cases")
     try:
         record = cast(dict[str, Any], content)
-        rows = tuple(CaseRow(**row) for row in record["rows"])
+        rows = tuple(CaseRow(**_with_nan(row)) for row in record["rows"])
         return rows, dict(record["provenance"]["model"])
     except (BadInputError, KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
+
+
+def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON takes it: a perplexity that is not finite is a text."""
+    odd = {name: str(row[name]) for name in _PERPLEXITIES if not math.isfinite(row[name])}
+    return {**row, **odd}
+
+
+def _with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: float(row[name]) for name in _PERPLEXITIES}}
 
 
 def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:
@@ -164,19 +237,28 @@ def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:
 
 
 def choose_cases(options: ScriptOptions) -> CaseSelection:
-    """Choose the cases a script was asked for.
+    """Choose the cases a script was asked for, among the facts that can be edited.
 
     Raises:
-        BadInputError: If the list of collapse cases is unusable.
+        BadInputError: If the list of collapse cases is unusable; if a chosen fact cannot be edited
+            and ``--skip-bad`` is not given.
     """
     ids, made_on = _load_list(options.cases, options.facts)
-    selection = select_cases(
-        options.facts,
-        ids,
-        collapse=options.collapse,
-        normal=options.normal,
-        seed=options.seed,
-    )
+    bad: set[int] = set()
+    while True:
+        selection = select_cases(
+            [fact for fact in options.facts if fact.case_id not in bad],
+            [case_id for case_id in ids if case_id not in bad],
+            collapse=options.collapse,
+            normal=options.normal,
+            seed=options.seed,
+        )
+        chosen = [*selection.collapse, *selection.normal]
+        found = _unusable(options, chosen, options.study.contexts.templates)
+        if not found:
+            break
+        # Others take their place, which may be such facts, too.
+        bad |= found
     return replace(selection, borrowed=not options.study.model.is_of(made_on))
 
 
@@ -237,7 +319,10 @@ def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
     """
     listed = set(_load_list(options.cases, options.facts)[0])
     chosen: list[Fact] = []
+    bad = _unusable(options, options.facts, ("{}",))
     for fact in options.facts:
+        if fact.case_id in bad:
+            continue
         prompt = fact_prompt(options.study.model, fact)
         second = prompt.subject_position == 1 and prompt.subject_length == 1
         if second and fact.case_id not in listed:
@@ -249,6 +334,20 @@ def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
         )
     count = min(options.normal, len(chosen))
     return tuple(random.Random(options.seed).sample(chosen, count))  # noqa: S311
+
+
+def _unusable(options: ScriptOptions, facts: Sequence[Fact], templates: Sequence[str]) -> set[int]:
+    """Numbers of the facts that cannot be edited; raises unless they are to be left out."""
+    found: set[int] = set()
+    for fact in facts:
+        reason = reason_against(options.study.model, fact, templates=templates)
+        if reason is None:
+            continue
+        if not options.args.skip_bad:
+            raise BadInputError(f"case {fact.case_id} cannot be edited: {reason}{SKIP_HINT}")
+        logger.warning("case %d is left out: %s", fact.case_id, reason)
+        found.add(fact.case_id)
+    return found
 
 
 def measure_selection(
@@ -315,5 +414,5 @@ def _verified(selection: CaseSelection, rows: Sequence[CaseRow]) -> set[int]:
     return collapsed & set(listed)
 
 
-def _facts_hash(facts: Sequence[Fact]) -> str:
+def _facts_hash(facts: Iterable[Fact]) -> str:
     return content_hash([fact.as_record() for fact in facts])

@@ -8,10 +8,10 @@ from firsttok.config import configured
 from firsttok.console import exit_on_error, show
 from firsttok.escapes import printable
 from firsttok.options import (
-    FACTS,
     PASSED_ON,
     add_config_option,
     add_edit_options,
+    add_facts_options,
     add_model_options,
     add_prompt_options,
 )
@@ -107,15 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     scan = commands.add_parser("scan", help="edit every fact with ROME and list the collapse cases")
     add_model_options(scan)
     add_edit_options(scan)
-    scan.add_argument("--facts", metavar="FILE", help=FACTS)
-    scan.add_argument("--limit", type=int, help="only the first so many facts")
+    add_facts_options(scan, limit="only the first so many facts")
     scan.add_argument("--out", metavar="DIR", default="figures", help="folder for the list")
 
     screen = commands.add_parser("screen", help="tell collapse cases from their keys, unedited")
     add_model_options(screen)
     add_edit_options(screen)
-    screen.add_argument("--facts", metavar="FILE", help=FACTS)
-    screen.add_argument("--limit", type=int, help="only the first so many facts")
+    add_facts_options(screen, limit="only the first so many facts")
     screen.add_argument("--out", metavar="DIR", default="figures", help="folder for the ranking")
     screen.add_argument(
         "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
@@ -124,10 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", action="store_true", help="edit and evaluate every fact, too, and time both"
     )
     screen.add_argument(
-        "--threshold", type=float, help="|denominator| below which a fact is taken for a case"
+        "--threshold",
+        type=float,
+        help="|denominator| below which a fact is taken for a case (default: from edited cases; "
+        "without any, a twentieth of C-ROME's)",
     )
     screen.add_argument(
-        "--build-hard", metavar="FILE", help="write those facts as a list in COUNTERFACT's schema"
+        "--build-hard",
+        metavar="FILE",
+        help="write those facts as a list in COUNTERFACT's schema (.json, .jsonl or .gz)",
     )
 
     sweep = commands.add_parser("sweep", help="facts x methods x models into a run folder")
@@ -152,8 +155,9 @@ def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_edit_options(parser, text_bos=None)
     group = parser.add_argument_group("inspection")
-    group.add_argument("--facts", metavar="FILE", help=f"{FACTS} (default: a dozen built-in ones)")
-    group.add_argument("--limit", type=int, help="only the first so many facts")
+    add_facts_options(
+        parser, limit="only the first so many facts", default=" (default: a dozen built-in ones)"
+    )
     group.add_argument(
         "--edit", action="store_true", help="edit those facts, where else collapse is predicted"
     )
@@ -173,7 +177,7 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser, several=True)
     add_edit_options(parser)
     group = parser.add_argument_group("sweep")
-    group.add_argument("--facts", metavar="FILE", help=FACTS)
+    add_facts_options(parser, limit="only the first so many facts")
     group.add_argument(
         "--method",
         nargs="+",
@@ -188,13 +192,10 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
         help="default: all but entropy, which generates text",
     )
     group.add_argument(
-        "--chunk", type=int, default=24, help="facts that are done together (default: 24)"
+        "--chunk", type=int, default=24, help="facts that are edited together (default: 24)"
     )
-    group.add_argument("--limit", type=int, help="only the chunks of the first so many facts")
     group.add_argument("--shard", metavar="I/N", help="only every N-th chunk, for job arrays")
-    group.add_argument(
-        "--retry-failed", action="store_true", help="do chunks again that hold a failed case"
-    )
+    group.add_argument("--retry-failed", action="store_true", help="do the cases again that failed")
     group.add_argument(
         "--engine", choices=["local", "ray"], default="local", help="who does the chunks"
     )
@@ -238,6 +239,7 @@ def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
     )
     for name in PASSED_ON:
         parser.add_argument(f"--{name}", help="passed on to every script; see its --help")
+    parser.add_argument("--skip-bad", action="store_true", help="passed on, too")
 
 
 def _add_data_actions(parser: argparse.ArgumentParser) -> None:
@@ -256,7 +258,9 @@ def _add_data_actions(parser: argparse.ArgumentParser) -> None:
     making.add_argument(
         "--model", default="smollm2-135m", help="whose tokenizer takes them (default: %(default)s)"
     )
-    making.add_argument("--out", metavar="FILE", required=True, help="the list, .json or .jsonl")
+    making.add_argument(
+        "--out", metavar="FILE", required=True, help="the list: .json, .jsonl or .gz"
+    )
 
 
 def _add_fact_options(parser: argparse.ArgumentParser, *, target: bool) -> None:

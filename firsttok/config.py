@@ -15,7 +15,7 @@ from firsttok.storage import read_toml
 
 __all__ = ["config_keys", "configured", "read_config", "toml_line"]
 
-_OF_ONE_RUN = frozenset({"config", "profile", "collapse", "normal", "out"})
+_OF_ONE_RUN = frozenset({"config", "profile", "collapse", "normal", "out", "skip_bad"})
 """Options of scripts that say what one run does and not what it works on."""
 _KINDS = {int: "a whole number", float: "a number", str: "a text in quotation marks"}
 

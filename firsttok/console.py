@@ -85,7 +85,7 @@ def note(text: str) -> None:
 
 
 def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
-    """A progress bar with an estimate, on standard error.
+    """A progress bar with an estimate, on standard error; in a pipe a line now and then.
 
     Args:
         estimate_over: Seconds of the latest progress that the estimate is made from.
@@ -93,13 +93,15 @@ def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
     from rich import progress
     from rich.text import Text
 
+    from firsttok.bars import Bar
+
     class Description(progress.ProgressColumn):
         """What is done, which may hold the name of a model or a file."""
 
         def render(self, task: progress.Task) -> Text:
             return Text(printable(task.description, lines=False))
 
-    return progress.Progress(
+    return Bar(
         progress.SpinnerColumn(),
         Description(),
         progress.BarColumn(),

@@ -1,6 +1,7 @@
 """What options name, read and opened: a model, its settings, contexts, a study."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from rich.progress import Progress
 
 from firsttok.contexts import ContextSet, kept_contexts, load_contexts
 from firsttok.data import (
-    Fact,
     FactFile,
     builtin_sentences,
     check_facts,
@@ -20,14 +20,15 @@ from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+from firsttok.sieve import usable_facts
 from firsttok.study import Study
 
 __all__ = [
     "fact_file",
-    "facts_from",
     "hyperparameters_from",
     "model_from",
     "open_study",
+    "open_study_of",
 ]
 
 
@@ -39,7 +40,8 @@ def model_from(args: argparse.Namespace) -> Model:
 def fact_file(args: argparse.Namespace) -> FactFile:
     """Check the facts of ``--facts``, or take the built-in ones; no more than ``--limit`` if given.
 
-    ``--facts`` is a file, or the name of a data set that was pulled (``firsttok data pull``).
+    ``--facts`` is a file, or the name of a data set that was pulled (``firsttok data pull``). With
+    ``--skip-bad`` records that cannot be read are left out.
 
     Raises:
         BadInputError: If the file is unusable, or the limit is below 1.
@@ -48,16 +50,9 @@ def fact_file(args: argparse.Namespace) -> FactFile:
     if limit is not None and limit < 1:
         raise BadInputError(f"--limit is {limit}; give at least 1")
     path = resolve_facts(args.facts) if args.facts else None
-    return check_facts(path, limit=limit, join=args.join, straddle=args.straddle)
-
-
-def facts_from(args: argparse.Namespace) -> tuple[Fact, ...]:
-    """As :func:`fact_file`, all of them in memory.
-
-    Raises:
-        BadInputError: If the file is unusable, or the limit is below 1.
-    """
-    return tuple(fact_file(args))
+    return check_facts(
+        path, limit=limit, skip_bad=args.skip_bad, join=args.join, straddle=args.straddle
+    )
 
 
 def hyperparameters_from(args: argparse.Namespace, model: Model) -> Hyperparameters:
@@ -81,6 +76,7 @@ def open_study(
     contexts_folder: Path | None = None,
     leave_in: Path | None = None,
     without_bos: bool = False,
+    on_model: Callable[[Model], None] | None = None,
 ) -> Study:
     """Read every input file first, then load the model, then compute what is missing.
 
@@ -92,6 +88,8 @@ def open_study(
         leave_in: Where to put contexts that were not there.
         without_bos: Take BOS away where the tokenizer puts one by itself and no policy is asked
             for, so that the first token is a word (Appendices A.2 and A.4).
+        on_model: Called with the model before anything is computed on it, to refuse what does not
+            go with it.
 
     Raises:
         FirsttokError: If an input is unusable.
@@ -112,6 +110,8 @@ def open_study(
         model = model.with_bos(BosPolicy.WITHOUT)
     site = model.site(args.layer)
     settings = hyperparameters_from(args, model)
+    if on_model is not None:
+        on_model(model)
     moment = _second_moment(args, model, site, corpus, progress)
     if contexts is None:
         look_in = [contexts_folder] if contexts_folder else []
@@ -126,6 +126,32 @@ def open_study(
         work=folder / ".work",
         text_bos=BosPolicy(args.text_bos),
     )
+
+
+def open_study_of(
+    args: argparse.Namespace, facts: FactFile, folder: Path, progress: Progress | None
+) -> tuple[Study, FactFile]:
+    """As :func:`open_study`, with the tokens of all facts looked at before anything is computed.
+
+    Args:
+        args: Parsed options, those of :func:`add_facts_options` among them.
+        facts: The facts.
+        folder: Where contexts and finished parts are kept.
+        progress: Where to show progress.
+
+    Returns:
+        The study, and the facts that can be edited: all of them unless ``--skip-bad`` is given.
+
+    Raises:
+        FirsttokError: If an input is unusable, a fact without ``--skip-bad`` among them.
+    """
+    usable: list[FactFile] = []
+
+    def look(model: Model) -> None:
+        usable.append(usable_facts(model, facts, skip_bad=args.skip_bad, progress=progress))
+
+    study = open_study(args, folder, progress, leave_in=folder, on_model=look)
+    return study, usable[0]
 
 
 def _second_moment(

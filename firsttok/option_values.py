@@ -1,6 +1,7 @@
 """What the options of commands and scripts may be, checked before anything is computed."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def check_options(args: argparse.Namespace) -> None:
             "from 0"
         )
     for name in ("sql_seconds", "threshold"):
-        if not given.get(name, 1.0) > 0:
+        if not 0 < given.get(name, 1.0) < math.inf:
             raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
     Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
     if "device" in given:

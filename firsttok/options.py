@@ -1,23 +1,29 @@
 """Options that commands and scripts share. They are light: ``--help`` loads no library."""
 
 import argparse
+import hashlib
+import re
+import unicodedata
 from pathlib import Path
 
 __all__ = [
-    "FACTS",
     "PASSED_ON",
     "add_config_option",
     "add_edit_options",
+    "add_facts_options",
     "add_model_options",
     "add_prompt_options",
     "add_script_options",
+    "folder_name",
     "model_label",
 ]
 
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos", "join", "straddle")
 """Options of ``firsttok reproduce`` that go to every script."""
-FACTS = "facts in COUNTERFACT's schema, or the name of a pulled data set"
-"""What ``--facts`` takes."""
+_USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
+_ODD = re.compile(r"^[^A-Za-z0-9]|[^A-Za-z0-9_.@+-]+")
+_LONGEST = 120
+"""Bytes of a folder name; file systems take 255, less where they encrypt."""
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +109,8 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
     group.add_argument(
         "--second-moment",
         metavar="FILE",
-        help="safetensors with a tensor 'second_moment', or 'identity' (default: computed)",
+        help="safetensors with a tensor 'second_moment', ROME's statistics as .npz, or 'identity' "
+        "(default: computed)",
     )
     group.add_argument(
         "--corpus", metavar="FILE", help="text file for the second moment (default: pydoc topics)"
@@ -111,7 +118,8 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
     group.add_argument(
         "--texts",
         metavar="FILE",
-        help="sentences for perplexity, as in ME-PPL, or the name of a pulled set",
+        help="sentences for perplexity, as in ME-PPL (JSON, JSON Lines, Parquet, .gz), or the name "
+        "of a pulled set",
     )
     group.add_argument(
         "--text-bos",
@@ -129,12 +137,38 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
         group.add_argument(f"--{name}", type=kind, help=f"{what} (default: the model's)")
 
 
+def add_facts_options(
+    parser: argparse.ArgumentParser, *, limit: str | None = None, default: str = ""
+) -> None:
+    """Add the options that choose the facts.
+
+    Args:
+        parser: Where to.
+        limit: What ``--limit`` does; None where there is none.
+        default: What is told of the default.
+    """
+    group = parser.add_argument_group("facts")
+    group.add_argument(
+        "--facts",
+        metavar="FILE",
+        help="facts as published (COUNTERFACT, ZsRE, KnowEdit, MQuAKE, ...; JSON, JSON Lines, "
+        f"Parquet, .gz), or the name of a pulled data set{default}",
+    )
+    group.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out facts that cannot be read or edited, and say how many and why",
+    )
+    if limit is not None:
+        group.add_argument("--limit", type=int, help=limit)
+
+
 def add_script_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the scripts in ``analyses/``."""
     add_model_options(parser)
     add_edit_options(parser)
+    add_facts_options(parser)
     group = parser.add_argument_group("cases and output")
-    group.add_argument("--facts", metavar="FILE", help=FACTS)
     group.add_argument("--cases", metavar="FILE", help="list of collapse cases of firsttok scan")
     group.add_argument(
         "--profile",
@@ -151,5 +185,34 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_label(name: str) -> str:
-    """Name of a model's folder of results."""
-    return Path(name.partition("@")[0]).name or "model"
+    """What tables and records call a model: its name; of a folder, the folder's own name.
+
+    Args:
+        name: What the model is loaded by: a name of the catalog, a hub id or a folder.
+    """
+    plain = name.rstrip("/") or name
+    if not (plain.startswith((".", "/", "~")) or plain.count("/") > 1):
+        return plain or "model"
+    path = Path(plain)
+    if path.name in ("", "..", "~"):
+        path = path.expanduser().resolve()
+    return path.name or "model"
+
+
+def folder_name(name: str) -> str:
+    """The folder of a model's results or rows: one folder name for each label of a model.
+
+    A hub id's slash becomes two hyphens. A label whose folder could be that of another one, or none
+    at all, gets a part of its SHA-256: one that holds two hyphens or characters that not every file
+    system takes, or is very long.
+
+    Args:
+        name: What the model is loaded by, or its label.
+    """
+    label = model_label(name)
+    folder = label.replace("/", "--")
+    usual = _USUAL.fullmatch(label) and "--" not in label and len(folder.encode()) <= _LONGEST
+    if usual and unicodedata.is_normalized("NFC", label):
+        return folder
+    digest = hashlib.sha256(label.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{_ODD.sub('_', folder)[: _LONGEST // 2]}-{digest}"

@@ -54,8 +54,9 @@ def save_result(
     flat = [dict(row) for row in rows]
     table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
     # JSON first: it refuses NaN, and then there is to be no CSV either.
-    write_record(stem.with_suffix(".json"), {**table, "provenance": dict(provenance), "rows": flat})
-    with atomic_path(stem.with_suffix(".csv")) as temporary:
+    record = {**table, "provenance": dict(provenance), "rows": flat}
+    write_record(stem.with_name(f"{stem.name}.json"), record)
+    with atomic_path(stem.with_name(f"{stem.name}.csv")) as temporary:
         pd.DataFrame(flat).to_csv(temporary, index=False)
 
 

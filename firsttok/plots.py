@@ -90,7 +90,9 @@ def save_figure(stem: Path, drawn: "Figure") -> None:
         # No date and no random ids in the file, so that equal numbers give an equal file.
         metadata = {"Date": None} if suffix == ".svg" else None
         settings: Any = {"svg.hashsalt": stem.name}
-        with atomic_path(stem.with_suffix(suffix)) as temporary, mpl.rc_context(settings):
+        # The name of a model may hold a dot, and a suffix would take the place of what follows it.
+        path = stem.with_name(f"{stem.name}{suffix}")
+        with atomic_path(path) as temporary, mpl.rc_context(settings):
             drawn.savefig(temporary, format=suffix[1:], dpi=RESOLUTION, metadata=metadata)
     plt.close(drawn)
 

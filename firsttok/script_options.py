@@ -12,10 +12,10 @@ from rich.progress import Progress
 
 from firsttok.config import configured
 from firsttok.contexts import ContextSet
-from firsttok.data import Fact
+from firsttok.data import Fact, LeftOut
 from firsttok.errors import BadInputError
-from firsttok.inputs import facts_from, kept_contexts, open_study
-from firsttok.options import add_script_options, model_label
+from firsttok.inputs import fact_file, kept_contexts, open_study
+from firsttok.options import add_script_options, folder_name
 from firsttok.storage import read_json
 from firsttok.study import Study
 
@@ -44,6 +44,8 @@ class ScriptOptions:
     """The command that repeats the run, without machine paths."""
     args: argparse.Namespace
     """Every option as it was parsed, the script's own among them."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Records of the file of facts that could not be read, by reason."""
 
     def halved(self) -> "ScriptOptions":
         """Half as many cases, for a script that optimises each of them several times."""
@@ -51,12 +53,16 @@ class ScriptOptions:
 
     def provenance(self) -> dict[str, Any]:
         """What determines the numbers of a script that works on this study."""
-        return self.study.provenance() | {
-            "seed": self.seed,
-            "command": self.command,
-            "original_perplexity": self.study.original_perplexity.mean,
-            "case_list": _made_on(self.cases),
-        }
+        return (
+            self.study.provenance()
+            | {
+                "seed": self.seed,
+                "command": self.command,
+                "original_perplexity": self.study.original_perplexity.mean,
+                "case_list": _made_on(self.cases),
+            }
+            | ({"left_out": [each.as_dict() for each in self.left_out]} if self.left_out else {})
+        )
 
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
@@ -88,8 +94,8 @@ def parse_script(
     args = configured(parser.parse_args(argv), parser, argv)
     if own_contexts and args.contexts:
         raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
-    facts = facts_from(args)
-    label = model_label(args.model)
+    facts = fact_file(args)
+    label = folder_name(args.model)
     out = Path(args.out) / label
     cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
     if not cases.is_file():
@@ -106,7 +112,8 @@ def parse_script(
     study.keep_original_perplexity()
     return ScriptOptions(
         study=study,
-        facts=facts,
+        facts=tuple(facts),
+        left_out=facts.left_out,
         cases=cases,
         out=out,
         collapse=count if args.collapse is None else args.collapse,

@@ -3,12 +3,16 @@
 import hashlib
 import logging
 import math
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from rich.progress import Progress
@@ -36,6 +40,7 @@ logger = logging.getLogger(__name__)
 WINDOW = 128
 MAX_TOKENS = 100_000
 _ROWS = 256
+_LAYER_IN_NAME = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
 _RIDGES = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
@@ -249,14 +254,22 @@ def compute_second_moment(
 
 @taken
 def load_second_moment(path: str | Path, *, d_mlp: int) -> SecondMoment:
-    """Read a safetensors file with a tensor ``second_moment`` of shape ``[d_mlp, d_mlp]``.
+    """Read a second moment: a file of :meth:`SecondMoment.save`, or published statistics of ROME.
+
+    Args:
+        path: A safetensors file with a tensor ``second_moment``; or ``.npz`` with ``mom2.mom2``,
+            the sum of ``k k^T``, and ``mom2.count``, the number of keys, as ROME and EasyEdit keep
+            it. The name of such a file tells the layer (``transformer.h.17.mlp.c_proj_...``), if
+            anything does.
+        d_mlp: Width of a key.
 
     Raises:
         BadInputError: If the file is missing, truncated or of another shape.
         NonFiniteError: If the matrix holds NaN or infinity.
     """
     path = Path(path)
-    return _second_moment(path, *read_safetensors(path, "a second moment"), d_mlp=d_mlp)
+    read = _read_statistics if path.suffix.lower() == ".npz" else read_safetensors
+    return _second_moment(path, *read(path, "a second moment"), d_mlp=d_mlp)
 
 
 def _second_moment(
@@ -291,6 +304,29 @@ def _second_moment(
         # Finding it takes longer than all the rest of reading a file.
         vars(moment)["condition_number"] = condition_number
     return moment
+
+
+def _read_statistics(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Statistics of ROME as :func:`read_safetensors` would give them; arrays only, no pickle."""
+    if not path.is_file():
+        raise BadInputError(f"no file of {what} at {path}; check the path")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            total, count = arrays["mom2.mom2"], int(arrays["mom2.count"])
+        matrix = torch.from_numpy(total.astype(np.float64))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zlib.error, BadZipFile) as error:
+        reason = " ".join(str(error).partition("\n")[0].split())
+        raise BadInputError(
+            f"{path} is no complete .npz file of ROME's statistics, with 'mom2.mom2' and "
+            f"'mom2.count' as plain arrays ({reason}); fetch it again"
+        ) from None
+    if count < 1:
+        raise BadInputError(f"{path} says that it was taken over {count} keys; fetch it again")
+    named = _LAYER_IN_NAME.search(path.name)
+    return {"second_moment": matrix / count}, {
+        "tokens": str(count),
+        "layer": named[1] if named else "",
+    }
 
 
 def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Prompt]:

@@ -371,7 +371,10 @@ def measure_facts(
             row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
             path = paths[fact.case_id, method.name]
             # An edit that was put into the model meanwhile would be filed under the model without.
-            if path and _row_settings(study) == settings:
+            same = _row_settings(study) == settings
+            # JSON has no other numbers; such a row is measured again in the next run.
+            finite = math.isfinite(row.perplexity) and math.isfinite(row.corpus_perplexity)
+            if path and same and finite:
                 write_record(path, asdict(row))
             known[fact.case_id, method.name] = row
         done += 1

@@ -216,7 +216,6 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "fact without target": (lambda p: p.scan(record(target_new={})), "field target_new"),
     "fact with an empty target": (lambda p: p.scan(record(target_new="")), "record 0"),
     "fact with two braces": (lambda p: p.scan(record(prompt="{} and {}")), "2 times"),
-    "facts with equal numbers": (lambda p: p.scan([RECORD, RECORD]), "case_id repeats 0"),
     "no limit": (lambda p: ["scan", "--limit", "0"], "--limit is 0"),
     "no checkout": (lambda p: ["reproduce", "--analyses", f"{p.folder}/no"], "in a checkout"),
 }

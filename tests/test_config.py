@@ -120,6 +120,7 @@ def test_scripts_take_the_same_file(config: Path) -> None:
         "collapse": None,
         "normal": None,
         "out": "figures",
+        "skip_bad": False,
     }
 
 

@@ -19,9 +19,9 @@ from firsttok.data import (
     Fact,
     builtin_facts,
     check_facts,
-    iter_facts,
     load_facts,
 )
+from firsttok.data.records import iter_records
 from firsttok.editing import ROME, compute_edit
 from firsttok.errors import BadInputError, FactFormatError
 from firsttok.evaluation import counterfact_scores, edit_accuracy, score_targets
@@ -87,9 +87,9 @@ def as_lines(records: list[Any]) -> str:
 
 PEAK = """
 import sys, tracemalloc
-from firsttok.data import iter_facts
+from firsttok.data import check_facts
 tracemalloc.start()
-count = sum(1 for _ in iter_facts(sys.argv[1]))
+count = sum(1 for _ in check_facts(sys.argv[1]))
 print(count, tracemalloc.get_traced_memory()[1])
 """
 
@@ -98,6 +98,7 @@ print(count, tracemalloc.get_traced_memory()[1])
 
 GOOD = record(0)
 LISTED = json.dumps([GOOD, record(1)])
+PACKED = gzip.compress(LISTED.encode())
 DEEP = "[" * 100_000
 
 DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
@@ -107,7 +108,6 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
     "trailing garbage": (LISTED + "\nand so on", ("Extra data", "at line 2, column 1")),
     "two lists": (LISTED + LISTED, ("Extra data",)),
     "objects one after another": (as_lines([GOOD, record(1)]), ("end in .jsonl",)),
-    "an object": (json.dumps({"item": [GOOD]}), ("holds an object", "a list of facts")),
     "a number": ("3", ("holds a number",)),
     "nothing": (b"", ("is empty",)),
     "white space": (" \n\t\n", ("is empty",)),
@@ -119,7 +119,6 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
     "no prompt": ([GOOD, without("prompt")], ("record 1 has no field prompt",)),
     "no subject": ([GOOD, without("subject")], ("record 1 has no field subject",)),
     "no new target": ([GOOD, without("target_new")], ("record 1 has no field target_new",)),
-    "no true target": ([GOOD, without("target_true")], ("record 1 has no field target_true",)),
     "rewrite is a text": (
         [record(requested_rewrite="x")],
         ("record 0, field requested_rewrite is not an object but a text",),
@@ -131,7 +130,6 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
         [record(target_new=True)],
         ("field target_new is not a text but true/false",),
     ),
-    "target is a list": ([record(target_true=["a"])], ("field target_true is not a text",)),
     "target without str": (
         [record(target_new={"id": "Q1"})],
         ("field target_new.str is not a text but null",),
@@ -144,27 +142,10 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
         [record(paraphrase_prompts=["a", 7])],
         ("field paraphrase_prompts[1] is not a text",),
     ),
-    "neighbours are null": (
-        [record(neighborhood_prompts=None)],
-        ("field neighborhood_prompts is not a list of texts but null",),
-    ),
-    "a neighbour is an object": (
-        [record(neighborhood_prompts=[{"prompt": "a", "target": "b"}])],
-        ("field neighborhood_prompts[0] is not a text but an object",),
-    ),
     "two answers of the neighbours": (
         [record(neighborhood_answer=["Kent", "Wien"])],
-        ("field neighborhood_answer holds 2 different answers",),
+        ("field neighborhood_answer holds 2 different answers to 1 neighbours",),
     ),
-    "equal numbers": ([GOOD, record(1), record(1)], ("record 2, field case_id repeats 1",)),
-    "a number equal to a place": (
-        [record(1), {name: GOOD[name] for name in GOOD if name != "case_id"}],
-        ("record 1, field case_id repeats 1",),
-    ),
-    "number is a fraction": ([record(1.5)], ("record 0, field case_id is 1.5",)),
-    "number is a float": ([record(1.0)], ("field case_id is 1.0",)),
-    "number is true": ([record(True)], ("field case_id is true/false",)),
-    "number is a text": ([record(case_id="7")], ("field case_id is a text",)),
     "number is NaN": (
         "[\n" + json.dumps(GOOD) + ',\n{"case_id": NaN}]',
         ("holds NaN at line 3, column 13",),
@@ -185,7 +166,6 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
     "empty subject": ([record(subject="")], ("record 0, field subject",)),
     "blank subject": ([record(subject=" \t")], ("record 0, field subject",)),
     "empty new target": ([record(target_new={"str": ""})], ("field target_new", "is empty")),
-    "blank true target": ([record(target_true=" ")], ("field target_true", "is empty")),
     "half a character": (
         '[{"subject": "\\udc00", "prompt": "{}", "target_new": "a", "ground_truth": "b"}]',
         ("record 0, field subject holds half a character",),
@@ -209,8 +189,10 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
         '[{"case_id": ' + DEEP + "]" * len(DEEP) + "}]",
         ("is nested too deeply",),
     ),
-    "gzip": (gzip.compress(LISTED.encode()), ("is compressed",)),
-    "zip": (b"PK\x03\x04rest", ("is compressed",)),
+    "gzip, cut off": (PACKED[:-12], ("is damaged or not all there",)),
+    "gzip, of other bytes": (PACKED[:20] + b"zzzz" + PACKED[24:], ("is damaged or not all there",)),
+    "zip": (b"PK\x03\x04rest", ("is compressed, not by gzip",)),
+    "Parquet, cut off": (b"PAR1" + b"x" * 40, ("is no complete Parquet file of facts",)),
     "a pointer of Git LFS": (
         "version https://git-lfs.github.com/spec/v1\noid sha256:d0\nsize 45108470\n",
         ("Git LFS pointer",),
@@ -218,7 +200,29 @@ DAMAGES: dict[str, tuple[str | bytes | list[Any], tuple[str, ...]]] = {
     "a web page": ("<!DOCTYPE html><html>Sign in</html>", ("line 1, column 1",)),
     "CSV": ("case_id,subject\n0,England\n", ("line 1, column 1",)),
     "zeros": (b"\0" * 4096, ("line 1, column 1",)),
-    "ZsRE without an answer": ([ZSRE | {"answers": []}], ("field answers is not a text",)),
+    "answers is a number": ([ZSRE | {"answers": 3}], ("field answers is not a text",)),
+    "two new answers": (
+        [record(target_new=["Berlin", "Wien"])],
+        ("field target_new holds 2 different answers",),
+    ),
+    "locality is a number": (
+        [EASY_EDIT | {"locality": {"kind": 3}, "locality_prompt": None}],
+        ("field locality.kind is not an object with prompt and answer but a number",),
+    ),
+    "two lists in an object": (
+        json.dumps({"train": [GOOD], "test": [GOOD]}),
+        ("holds 2 lists (train, test)",),
+    ),
+    "an object of numbers": (json.dumps({"a": 1}), ("holds an object", "a list of facts")),
+    "no rewrite": ([{"requested_rewrite": []}], ("field requested_rewrite is empty",)),
+    "a rewrite is a text": (
+        [{"requested_rewrite": [GOOD["requested_rewrite"], "x"]}],
+        ("record 0, rewrite 1, field requested_rewrite is not an object but a text",),
+    ),
+    "a number of 5 000 digits": (
+        f'[{{"case_id": {"7" * 5000}}}]',
+        ("holds a number that cannot be read",),
+    ),
     "ZsRE without src's subject": ([ZSRE | {"subject": None}], ("field subject",)),
     "ZsRE, nothing to edit": ([ZSRE | {"alt": ""}], ("holds no facts",)),
 }
@@ -231,9 +235,12 @@ LINE_DAMAGES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "lines: a record over several": (json.dumps(GOOD, indent=1), ("line 1, column",)),
     "lines: mixed": (as_lines([GOOD, 7]), ("record 1 (line 2) is not an object but a number",)),
     "lines: two in one": (json.dumps(GOOD) * 2, ("line 1", "Extra data")),
-    "lines: NaN": ('\n{"case_id": NaN}\n', ("holds NaN in line 2",)),
+    "lines: NaN": ('\n{"case_id": NaN}\n', ("holds in line 2 what is no JSON (NaN)",)),
     "lines: not UTF-8": (as_lines([GOOD]).encode() + b'{"a": "\xff"}', ("UTF-8 text in line 2",)),
-    "lines: equal numbers": (as_lines([GOOD, GOOD]), ("record 1 (line 2), field case_id",)),
+    "lines: a number of 5 000 digits": (
+        f'{{"case_id": {"7" * 5000}}}',
+        ("holds in line 1 what is no JSON",),
+    ),
     "lines: nothing": ("\n \n", ("holds no facts",)),
     "lines: too deep": (DEEP, ("is nested too deeply",)),
 }
@@ -297,8 +304,6 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_mistake_at_the_end_is_found_before_any_fact_is_used(tmp_path: Path) -> None:
     path = write(tmp_path / "facts.json", [record(i) for i in range(50)] + [record(50, subject=1)])
-    facts = iter_facts(path)
-    assert next(facts).case_id == 0
     with pytest.raises(FactFormatError, match="record 50, field subject"):
         check_facts(path)
     with pytest.raises(FactFormatError, match="record 50, field subject"):
@@ -377,11 +382,11 @@ def test_both_forms_of_zsre(tmp_path: Path, published: dict[str, Any]) -> None:
         target_true="Welsh",
         paraphrases=("Which language is Morfydd written in?",),
         neighbours=("nq question: who wrote the song",),
-        neighbour_answer="a singer",
+        neighbour_answers=("a singer",),
         source="zsre.json",
         case_id=published.get("case_id", 0),
     )
-    assert fact.neighbour_target == "a singer"
+    assert fact.answered_neighbours == (("nq question: who wrote the song", "a singer"),)
     (again,) = load_facts(write(tmp_path / "again.json", [fact.as_record()]))
     assert again.as_record() == fact.as_record()
 
@@ -392,16 +397,17 @@ def test_zsre_leaves_out_what_its_own_loaders_do(
     blank = ZSRE | {"alt": " "}
     vague = ZSRE | {"src": "Is it Morfydd or Morfydd?"}
     facts = check_facts(write(tmp_path / "zsre.json", [blank, ZSRE, vague, ZSRE]))
-    assert (len(facts), facts.left_out) == (2, 2)
+    (left_out,) = facts.left_out
+    assert (len(facts), left_out.count, left_out.first) == (2, 2, "record 0")
     # The numbers are those of the records, as in the published code.
     assert [fact.case_id for fact in facts] == [1, 3]
-    assert "2 records are left out" in caplog.text
+    assert "2 facts are left out" in caplog.text
 
 
 def test_a_neighbour_without_an_answer_is_not_measured(tmp_path: Path) -> None:
     (fact,) = load_facts(write(tmp_path / "zsre.json", [ZSRE | {"loc_ans": ""}]))
-    assert fact.neighbours == ()
-    assert fact.neighbour_target == fact.target_true
+    assert fact.neighbours
+    assert fact.answered_neighbours == ()
 
 
 def test_records_of_usual_facts_are_as_they_were(tmp_path: Path) -> None:
@@ -410,7 +416,7 @@ def test_records_of_usual_facts_are_as_they_were(tmp_path: Path) -> None:
     assert all("neighborhood_answer" not in fact.as_record() for fact in builtin_facts())
     same = EASY_EDIT | {"locality_ground_truth": " Welsh"}
     (fact,) = load_facts(write(tmp_path / "flat.json", [same]))
-    assert fact.neighbour_answer == ""
+    assert fact.neighbour_answers == ()
     assert list(fact.as_record()) == [
         "case_id",
         "requested_rewrite",
@@ -425,7 +431,7 @@ def test_records_of_usual_facts_are_as_they_were(tmp_path: Path) -> None:
 def test_locality_reads_at_the_neighbours_own_answer(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     usual = replace(FACTS[0], neighbours=("The answer is",))
-    own = replace(usual, neighbour_answer="because it rained")
+    own = replace(usual, neighbour_answers=("because it rained",))
     edit = compute_edit(
         model,
         usual,
@@ -445,6 +451,35 @@ def test_locality_reads_at_the_neighbours_own_answer(tiny: TinyFactory) -> None:
     agreed = sum(one == other for one, other in pairs) / len(pairs)
     assert edit_accuracy(model, own, edit).locality == pytest.approx(agreed)
     assert scores.nm == pytest.approx(after[0].probability - after[1].probability, rel=1e-4)
+
+
+@pytest.mark.parametrize("own", [("it rained", "a test"), ()])
+def test_without_an_old_answer_only_what_needs_it_is_empty(
+    tiny: TinyFactory, own: tuple[str, ...]
+) -> None:
+    model = tiny("gpt2")
+    full = replace(FACTS[0], neighbours=("The answer is", "Rome is"), neighbour_answers=own)
+    bare = replace(full, target_true="")
+    edit = compute_edit(
+        model,
+        bare,
+        method=ROME,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(model.site(1).d_mlp),
+        layer=1,
+        hyperparameters=Hyperparameters(steps=2),
+    )
+    with edit.applied(model):
+        scores, reference = counterfact_scores(model, bare), counterfact_scores(model, full)
+    assert (scores.es, scores.em, scores.ps, scores.pm, scores.score) == (None,) * 5
+    if own:
+        assert scores.ns == reference.ns
+        assert scores.nm == pytest.approx(reference.nm, rel=1e-5)
+    else:
+        assert (scores.ns, scores.nm) == (None, None)
+    accuracy, known = edit_accuracy(model, bare, edit), edit_accuracy(model, full, edit)
+    assert (accuracy.efficacy, accuracy.generalization) == (known.efficacy, known.generalization)
+    assert accuracy.locality == (known.locality if own else None)
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -536,7 +571,7 @@ def test_no_record_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
         # Behind the middle there is no JSON any more.
         file.seek(1_000_000)
         file.write(b"\xff" * 10)
-    facts = iter_facts(path)
-    assert [next(facts).case_id for _ in range(8)] == list(range(8))
+    records = iter_records(path)
+    assert [next(records)[1]["case_id"] for _ in range(8)] == list(range(8))
     with pytest.raises(BadInputError, match="not UTF-8 text at byte 1000000"):
-        list(facts)
+        list(records)

@@ -49,11 +49,12 @@ from firsttok.inspection.anomaly import (
     is_massive,
     ranges,
 )
-from firsttok.inspection.forecast import CALIBRATED, RATIO, choose_facts
+from firsttok.inspection.forecast import CALIBRATED, choose_facts
 from firsttok.keys import fact_keys
 from firsttok.models import BosPolicy, Model
 from firsttok.models.libraries import quiet_libraries
 from firsttok.probes import LayerConcentration, concentration
+from firsttok.screening import RATIO
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study
 
@@ -132,7 +133,7 @@ def test_denominators_are_those_of_the_real_edits(inspected: Inspection) -> None
     for fact, found in zip(FACTS, inspected.forecast.facts, strict=True):
         rome, consistent = (edits[fact][each.name].report for each in (ROME, C_ROME))
         assert found.keys.denominator == pytest.approx(rome.denominator, rel=1e-3, abs=1e-6)
-        assert found.consistent_denominator == pytest.approx(consistent.denominator, rel=1e-4)
+        assert found.keys.consistent_denominator == pytest.approx(consistent.denominator, rel=1e-4)
         ratio = abs(rome.denominator / consistent.denominator)
         assert found.ratio == pytest.approx(ratio, rel=1e-3, abs=1e-6)
         assert found.predicted == (found.ratio < RATIO)

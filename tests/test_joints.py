@@ -144,14 +144,23 @@ def test_every_wording_of_the_built_in_facts_is_joined_by_a_space() -> None:
         assert "join" not in fact.as_record()
         assert "straddle" not in fact.as_record()
         wordings = [fact.prompt, *fact.paraphrases, *fact.neighbours]
-        answers = (fact.target_new, fact.target_true, fact.neighbour_target)
+        answers = (fact.target_new, fact.target_true, fact.answered_neighbours[0][1])
         assert {text_joint(text, answer) for text in wordings for answer in answers} == {" "}
 
 
 STEPS = Hyperparameters(steps=3, learning_rate=0.5, weight_decay=0.1, clamp=4.0, kl=0.0625)
-SPACED = replace(FACTS[0], target_new="Rome", join="space", neighbour_answer="Paris")
+SPACED = replace(
+    FACTS[0],
+    target_new="Rome",
+    join="space",
+    neighbour_answers=("Paris",) * len(FACTS[0].neighbours),
+)
 WRITTEN = replace(
-    SPACED, target_new=" Rome", target_true=" London", join="none", neighbour_answer=" Paris"
+    SPACED,
+    target_new=" Rome",
+    target_true=" London",
+    join="none",
+    neighbour_answers=(" Paris",) * len(SPACED.neighbours),
 )
 """The same texts as of ``SPACED``, since ``none`` takes them as they are."""
 QUOTED = replace(

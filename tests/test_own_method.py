@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -201,7 +202,9 @@ def test_the_report_has_a_section_on_a_published_run(study: Study, tmp_path: Pat
     out = tmp_path / "figures"
     (path,) = run.publish(out)
     label = study.model.label
-    assert path == out / label / "sweep_my_run.json"
+    # Not sweep_my_run.json, which is that of a run called my_run.
+    assert path.parent == out / label
+    assert re.fullmatch(r"sweep_my_run-[0-9a-f]{8}\.json", path.name)
     record = json.loads(path.read_text("utf-8"))
     assert [row["method"] for row in record["rows"]] == ["rome", "half"] * 2
     assert record["provenance"]["methods"]["half"] == OWN.slots

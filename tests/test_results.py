@@ -632,16 +632,18 @@ def test_figures_are_drawn_where_there_is_an_entropy(
 ) -> None:
     rows = [
         replace(row, entropy=None) if row.model == "tiny" else row
-        for row in grid(("tiny", "org/other"), ("rome", "c-rome"))
+        for row in grid(("tiny", "org/other.5b", "org/other.7b"), ("rome", "c-rome"))
     ]
     run = save(tmp_path / "run", rows)
     out = tmp_path / "figures"
     assert main(["results", str(run), "--figures", str(out)]) == 0
+    # A figure for each, though the names differ behind a dot alone.
     assert sorted(path.name for path in out.iterdir()) == [
-        "org--other_delta_entropy.png",
-        "org--other_delta_entropy.svg",
+        f"org--other.{size}_delta_entropy.{kind}"
+        for size in ("5b", "7b")
+        for kind in ("png", "svg")
     ]
-    assert "org--other_delta_entropy.png" in capsys.readouterr().out
+    assert "org--other.5b_delta_entropy.png" in capsys.readouterr().out
     assert "tiny: no entropy was measured" in caplog.text
 
 

@@ -152,6 +152,34 @@ def test_a_ranking_is_left_and_a_hard_list_that_can_be_loaded(
     assert record["model"]["fingerprint"]
 
 
+def test_without_edited_cases_facts_are_hard_by_the_ratio_to_c_rome(
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hard = tmp_path / "hard.jsonl.gz"
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "model" / "screen.json").read_text("utf-8"))["rows"]
+    ratios = {
+        row["case_id"]: abs(row["denominator"] / row["consistent_denominator"]) for row in rows
+    }
+    # Between the second and the third.
+    cut = sum(sorted(ratios.values())[1:3]) / 2
+    monkeypatch.setattr("firsttok.screening.RATIO", cut)
+    assert main([*command, "--build-hard", str(hard)]) == 0
+    assert "2 facts with |denominator| below 0.05 times C-ROME's" in capsys.readouterr().out
+    expected = {case_id for case_id, ratio in ratios.items() if ratio < cut}
+    assert {fact.case_id for fact in load_facts(hard)} == expected
+    record = json.loads((tmp_path / "model" / "screen.json").read_text("utf-8"))
+    assert {row["case_id"] for row in record["rows"] if row["hard"]} == expected
+    assert record["provenance"]["threshold"] is None
+    assert record["provenance"]["rule"] == "|denominator| below 0.05 times C-ROME's"
+    # A threshold wins.
+    assert main([*command, "--build-hard", str(hard), "--threshold", "1e30"]) == 0
+    assert len(load_facts(hard)) == len(rows)
+
+
 def test_edited_cases_calibrate(
     command: list[str],
     tmp_path: Path,
@@ -188,7 +216,12 @@ def test_edited_cases_calibrate(
         (["--threshold", "-1"], "--threshold is -1"),
         (["--build-hard", "nowhere/hard.json", "--threshold", "1"], "does not exist"),
         (["--scan", "missing.json"], "no list of edited cases at missing.json"),
-        (["--build-hard", "hard.json"], "needs a threshold"),
+        (["--build-hard", "."], "is a folder"),
+        (["--build-hard", "hard.parquet"], "is written as JSON"),
+        (["--build-hard", "facts.json"], "is the file of --facts"),
+        (["--threshold", "nan"], "--threshold is nan"),
+        (["--threshold", "inf"], "--threshold is inf"),
+        (["--scan", "facts.json"], "is no list written by firsttok scan"),
         (["--build-hard", "hard.json", "--threshold", "1e-30"], "no fact has a denominator"),
     ],
 )

@@ -1,15 +1,18 @@
 """C: streamed, cached, resumed, solved with, refused."""
 
+import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import DECODERS, SENTENCES, TRAINING, TinyFactory, relative
 
+from firsttok.cli import main
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import (
@@ -305,6 +308,88 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file({"other": positive(4)}, path)
     with pytest.raises(BadInputError, match="no tensor 'second_moment'"):
         load_second_moment(path, d_mlp=4)
+
+
+ROME_FILE = "transformer.h.2.mlp.c_proj_float32_mom2_100000.npz"
+
+
+def statistics(path: Path, **changes: Any) -> Path:
+    """Sums of ``k k^T`` in the keys, types and boxed nulls of ROME's ``save_cached_state``."""
+    null = np.array(np.uint64(0xFFF8000000000002)).view(np.float64)
+    content: dict[str, Any] = {
+        "mom2.constructor": "util.runningstats.SecondMoment()",
+        "mom2.count": 7,
+        "mom2.mom2": (7 * positive(4)).float().numpy(),
+        "sample_size": null,
+    } | changes
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
+    return path
+
+
+def test_the_published_sum_is_divided_by_its_count(tmp_path: Path) -> None:
+    moment = load_second_moment(statistics(tmp_path / ROME_FILE), d_mlp=4)
+    torch.testing.assert_close(moment.matrix, positive(4), rtol=1e-6, atol=1e-6)
+    assert (moment.tokens, moment.layer, moment.model_fingerprint) == (7, 2, None)
+    assert moment.corpus == ROME_FILE
+    other = statistics(tmp_path / "model.layers.11.mlp.down_proj_float32_mom2_100000.npz")
+    assert load_second_moment(other, d_mlp=4).layer == 11
+    assert load_second_moment(statistics(tmp_path / "c.npz"), d_mlp=4).layer is None
+
+
+def test_the_command_takes_them_for_their_own_layer(
+    tiny: TinyFactory,
+    tmp_path: Path,
+    own_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("gpt2")
+    monkeypatch.setattr("firsttok.inputs.load", lambda *_, **__: model)
+    matrix = positive(model.site(2).d_mlp)
+    path = statistics(tmp_path / ROME_FILE, **{"mom2.mom2": 7 * matrix.numpy()})
+    (tmp_path / "contexts.json").write_text('["{}", "It rained. {}"]', "utf-8")
+    words = ["edit", "--subject", "Rome", "--template", "{} is", "--target", "it", "--json"]
+    words += ["--contexts", str(tmp_path / "contexts.json"), "--steps", "1"]
+    (tmp_path / "texts.json").write_text('["It rained."]', "utf-8")
+    words += ["--second-moment", str(path), "--texts", str(tmp_path / "texts.json")]
+    assert main([*words, "--layer", "2"]) == 0
+    record = json.loads(capsys.readouterr().out)["provenance"]["second_moment"]
+    assert (record["corpus"], record["tokens"]) == (ROME_FILE, 7)
+    assert main([*words, "--layer", "1"]) == 2
+    assert "was computed for layer 2" in capsys.readouterr().err
+
+
+STATISTICS: dict[str, tuple[dict[str, Any], str]] = {
+    "no sum": ({"mom2.mom2": None}, "mom2.mom2"),
+    "no count": ({"mom2.count": None}, "mom2.count"),
+    "count of nothing": ({"mom2.count": 0}, "taken over 0 keys"),
+    "count of several": ({"mom2.count": np.arange(3)}, "plain arrays"),
+    "another width": ({"mom2.mom2": np.eye(3)}, r"of shape \[3, 3\]"),
+    "objects": ({"mom2.mom2": np.array([object()])}, "plain arrays"),
+    "texts": ({"mom2.mom2": np.array(["a", "b"])}, "plain arrays"),
+    "not symmetric": ({"mom2.mom2": np.triu(np.ones((4, 4)))}, "not a symmetric"),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_that_are_none_are_refused(name: str, tmp_path: Path) -> None:
+    changes, message = STATISTICS[name]
+    with pytest.raises(BadInputError, match=message):
+        load_second_moment(statistics(tmp_path / ROME_FILE, **changes), d_mlp=4)
+
+
+def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / ROME_FILE
+    with pytest.raises(BadInputError, match="no file of a second moment"):
+        load_second_moment(path, d_mlp=4)
+    whole = statistics(path).read_bytes()
+    for content in (b"", b"not a zip", whole[: len(whole) // 2], whole[:-5], b"PK" + whole[:50]):
+        path.write_bytes(content)
+        with pytest.raises(BadInputError, match=r"no complete \.npz"):
+            load_second_moment(path, d_mlp=4)
+    bad = np.full((4, 4), np.nan)
+    with pytest.raises(NonFiniteError):
+        load_second_moment(statistics(path, **{"mom2.mom2": bad}), d_mlp=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

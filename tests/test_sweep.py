@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 from tiny import CONTEXTS, DECODERS, FACTS, SENTENCES, TinyFactory, build
 
 from firsttok.cli import main
@@ -30,10 +32,13 @@ from firsttok.study import Study, measure_facts
 from firsttok.sweep import (
     DONE,
     FAILED,
+    Chunk,
+    DoneChunk,
     LocalEngine,
     Plan,
     Share,
     SweepRow,
+    chunks_of,
     finished_chunks,
     measure_chunk,
     read_shard,
@@ -207,6 +212,8 @@ def test_a_full_disk_is_not_the_fault_of_a_case(
         written.append(str(path))
         return plain(path, content)
 
+    # One write for each chunk, however long it takes.
+    monkeypatch.setattr("firsttok.sweep.runner._PERIOD", 1e9)
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(CacheError, match=r"cannot be written \(No space left on device\)"):
         sweep(folder, NUMBERED, engine, size=2)
@@ -230,8 +237,124 @@ def test_shares_do_each_chunk_once_and_together_all(
     assert rows_in(parts) == rows_in(whole)
     limited = tmp_path / "limited"
     assert sweep(limited, NUMBERED, engine, size=2, share=Share(limit=3)) == 2
-    assert sweep(limited, NUMBERED, engine, size=2) == 1
-    assert [row.case_id for row in rows_in(limited)] == [10, 11, 12, 13, 14]
+    assert [row.case_id for row in rows_in(limited)] == [10, 11, 12]
+    assert sweep(limited, NUMBERED, engine, size=2, share=Share(limit=2)) == 0
+    assert sweep(limited, NUMBERED, engine, size=2) == 2
+    same(rows_in(limited), rows_in(whole), rel=1e-5)
+
+
+def test_shares_and_limits_count_what_they_do() -> None:
+    numbers = range(1, 8)
+    for total, size, of in product(numbers, (1, 2, 3, 5), (1, 2, 3)):
+        facts = [replace(NUMBERED[0], case_id=number) for number in range(total)]
+        chunks = list(chunks_of(facts, size))
+        for limit in (None, *numbers):
+            shares = [Share(number=number + 1, of=of, limit=limit) for number in range(of)]
+            taken = [[f for chunk in chunks for f in s.of_chunk(chunk, size)] for s in shares]
+            assert [share.count(total, size) for share in shares] == [len(each) for each in taken]
+            ids = sorted(fact.case_id for each in taken for fact in each)
+            assert ids == list(range(total))[:limit]
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """An engine that is stopped after so many facts."""
+
+    engine: LocalEngine
+    after: int
+
+    def run(
+        self, chunks: Iterable[Chunk], *, on_facts: Callable[[float], None]
+    ) -> Iterator[DoneChunk]:
+        parts = self.engine.run(chunks, on_facts=on_facts)
+        yield from islice(parts, self.after)
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_is_stopped_keeps_every_fact_and_ends_as_one_that_was_not(
+    tiny: TinyFactory, tmp_path: Path, own_cache: Path
+) -> None:
+    engine = LocalEngine(study=study_of(tiny("gpt2"), tmp_path), plan=PLAN)
+    whole = tmp_path / "whole"
+    sweep(whole, NUMBERED, engine, size=3)
+    for after in range(1, 5):
+        folder = tmp_path / f"stopped {after}"
+        with pytest.raises(KeyboardInterrupt):
+            sweep(folder, NUMBERED, Interrupted(engine, after), size=3)
+        assert rows_in(folder) == rows_in(whole)[: 3 * after]
+        with pytest.raises(KeyboardInterrupt):
+            sweep(folder, NUMBERED, Interrupted(engine, 1), size=3)
+        assert rows_in(folder) == rows_in(whole)[: 3 * (after + 1)]
+        sweep(folder, NUMBERED, engine, size=3)
+        assert rows_in(folder) == rows_in(whole)
+        assert [p.name for p in shard_paths(folder)] == [p.name for p in shard_paths(whole)]
+
+
+def test_rows_are_on_disk_while_their_chunk_is_being_done(
+    tiny: TinyFactory, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firsttok.sweep.runner._PERIOD", 0.0)
+    engine = LocalEngine(study=study_of(tiny("gpt2"), tmp_path), plan=Plan(methods=(ROME,)))
+    folder = tmp_path / "rows"
+    seen: list[int] = []
+
+    class Watched:
+        def run(
+            self, chunks: Iterable[Chunk], *, on_facts: Callable[[float], None]
+        ) -> Iterator[DoneChunk]:
+            for part in engine.run(chunks, on_facts=on_facts):
+                yield part
+                # What a kill at this moment leaves.
+                seen.append(len(rows_in(folder)))
+
+    sweep(folder, NUMBERED, Watched(), size=5)
+    assert seen == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("share", "asked"),
+    [
+        (Share(), 5),
+        (Share(limit=3), 3),
+        (Share(limit=99), 5),
+        (Share(number=2, of=2), 2),
+        (Share(number=1, of=2, limit=1), 1),
+    ],
+)
+def test_progress_ends_at_what_was_asked(
+    tiny: TinyFactory, share: Share, asked: int, tmp_path: Path, own_cache: Path
+) -> None:
+    engine = LocalEngine(study=study_of(tiny("gpt2"), tmp_path), plan=Plan(methods=(ROME,)))
+    for _ in ("begun", "done before"):
+        progress = Progress(disable=True)
+        sweep(tmp_path / "rows", NUMBERED, engine, size=2, share=share, progress=progress, total=5)
+        (task,) = progress.tasks
+        assert (task.completed, task.total) == (asked, asked)
+    assert len(rows_in(tmp_path / "rows")) == asked
+
+
+def test_what_is_done_again_in_parts_does_not_count_twice(
+    tiny: TinyFactory, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import firsttok.sweep.measuring as measuring
+
+    plain = measuring.compute_edits
+
+    def broken(model: Model, facts: Sequence[Fact], **settings: Any) -> Any:
+        for found in plain(model, facts, **settings):
+            if found[0].case_id == 13:
+                raise ZeroDivisionError
+            yield found
+
+    monkeypatch.setattr(measuring, "compute_edits", broken)
+    engine = LocalEngine(study=study_of(tiny("gpt2"), tmp_path), plan=Plan(methods=(ROME,)))
+    counted: list[float] = []
+    chunk = Chunk(index=0, facts=NUMBERED)
+    parts = list(engine.run([chunk], on_facts=counted.append))
+    assert sum(counted) == pytest.approx(5)
+    assert all(count >= 0 for count in counted)
+    rows = [row for part in parts for row in part.rows]
+    assert [row.case_id for row in rows if row.status == FAILED] == [13]
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3"])
@@ -278,8 +401,12 @@ def command(tmp_path: Path, own_cache: Path) -> list[str]:
 def test_a_run_goes_on_and_tells_how_far_it_is(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main([*command, "--limit", "1"]) == 0
+    assert "1 of 5" in (printed := capsys.readouterr().out)
+    assert "0 of 3" in printed
     assert main([*command, "--limit", "2"]) == 0
-    assert "2 of 5" in capsys.readouterr().out
+    assert "2 of 5" in (printed := capsys.readouterr().out)
+    assert "1 of 3" in printed
     shard = tmp_path / "run" / "rows" / "model" / "chunk-000000.parquet"
     before = shard.stat().st_mtime_ns
     assert main(command) == 0
@@ -358,7 +485,9 @@ def test_other_weights_facts_contexts_and_versions_are_another_run(
         (["--address", "auto"], "--address is for --engine ray"),
         (["--facts", "missing.json"], "missing.json"),
         (["--texts", "missing.json"], "missing.json"),
-        (["--model", "a/model", "b/model"], "--model names model twice"),
+        (["--model", "./a/model", "./b/model"], "rows would be in one folder"),
+        (["--model", "gpt2-xl", "gpt2-xl"], "rows would be in one folder"),
+        (["--model", "x/y", "X/Y"], "rows would be in one folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(

@@ -1,15 +1,13 @@
 """``firsttok data``: list the published data sets, pull one, or put facts together."""
 
 import argparse
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from firsttok.console import progress_bar, show
-from firsttok.data import DATA_SETS, Fact, is_pulled_data, pull_data
-from firsttok.data.records import LINES
+from firsttok.data import DATA_SETS, is_pulled_data, pull_data, write_facts
+from firsttok.data.records import plain_suffix
+from firsttok.errors import BadInputError
 from firsttok.output import print_table
-from firsttok.storage import atomic_path
 
 __all__ = ["run"]
 
@@ -55,24 +53,13 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _synthesize(args: argparse.Namespace) -> None:
     out = Path(args.out)
+    if plain_suffix(out) == ".parquet":
+        raise BadInputError(f"--out {out} is written as JSON; let it end in .json or .jsonl")
     from firsttok.models import load
     from firsttok.synthetic import synthetic_facts
 
     model = load(args.model)
     facts = synthetic_facts(model, args.count, seed=args.seed)
     with progress_bar() as progress:
-        shown = progress.track(facts, total=args.count, description="facts")
-        with atomic_path(out) as temporary:
-            _write(temporary, shown, lines=out.suffix.lower() in LINES)
+        write_facts(out, progress.track(facts, total=args.count, description="facts"))
     show(f"{args.count} facts: {out}")
-
-
-def _write(path: Path, facts: Iterable[Fact], *, lines: bool) -> None:
-    """Write records as they come, as a JSON list or one a line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write("" if lines else "[\n")
-        for index, fact in enumerate(facts):
-            if index:
-                file.write("\n" if lines else ",\n")
-            file.write(json.dumps(fact.as_record(), ensure_ascii=False))
-        file.write("\n" if lines else "\n]\n")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         subject=args.subject,
         template=args.template,
         target_new=args.target,
-        target_true=args.true or "(not given)",
+        target_true=args.true,
         source="command line",
         join=args.join or "auto",
         straddle=args.straddle or "refuse",

@@ -10,7 +10,7 @@ from firsttok.inputs import fact_file, open_study
 from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_checks
 from firsttok.inspection.forecast import DOZEN, choose_facts
 from firsttok.models import BosPolicy
-from firsttok.options import model_label
+from firsttok.options import folder_name, model_label
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.storage import atomic_path, cache_folder, write_json
 
@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> None:
         )
     given = None if args.text_bos is None else BosPolicy(args.text_bos)
     args.text_bos = args.text_bos or BosPolicy.WITHOUT.value
-    label = model_label(args.model)
+    label, folder = model_label(args.model), folder_name(args.model)
     with progress_bar() as progress:
         with named_checks(label):
             study = open_study(
                 args,
-                cache_folder("inspect", label),
+                cache_folder("inspect", folder),
                 progress,
-                contexts_folder=Path("figures") / label,
+                contexts_folder=Path("figures") / folder,
             )
         found = inspect_model(
             study,
@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
     if args.out:
-        _save(Path(args.out) / label, found)
+        _save(Path(args.out) / folder, found)
     if args.json:
         show_json(found.as_dict())
         return
     show(found.panel().text)
     if args.out:
-        show(f"\n{args.out}: {label}.json, {label}.toml and a figure")
+        show(f"\n{args.out}: {folder}.json, {folder}.toml and a figure")
 
 
 def _save(stem: Path, found: Inspection) -> None:

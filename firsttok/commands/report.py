@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from firsttok.console import show
-from firsttok.options import model_label
-from firsttok.report import write_reports
+from firsttok.options import folder_name
+from firsttok.report import result_folders, write_reports
 
 __all__ = ["run"]
 
@@ -16,6 +16,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FirsttokError: If there is no result, or a file is not what a script writes.
     """
-    model = None if args.model is None else model_label(args.model)
-    for path in write_reports(Path(args.out), model):
+    out, model = Path(args.out), args.model
+    if model is not None and model not in {folder.name for folder in result_folders(out)}:
+        model = folder_name(model)
+    for path in write_reports(out, model):
         show(str(path))

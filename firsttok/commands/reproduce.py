@@ -11,7 +11,7 @@ from firsttok.config import configured
 from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.errors import BadInputError, WorkerError
 from firsttok.lanes import Job, cores, end_process, run_alone, run_in_lanes, start_process
-from firsttok.options import PASSED_ON, add_script_options, model_label
+from firsttok.options import PASSED_ON, add_script_options, folder_name
 from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
 
 __all__ = ["run"]
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     # Not before: with it comes torch, which this process would hold while the scripts run.
     from firsttok.report import write_reports
 
-    for path in write_reports(out, model_label(args.model)):
+    for path in write_reports(out, folder_name(args.model)):
         show(f"\nfigures, numbers and verdicts: {path}")
     if refused:
         names = ", ".join(sorted(refused, key=SCRIPTS.index))
@@ -85,7 +85,8 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
         if (value := getattr(args, name.replace("-", "_")))
     ]
     options = ["--model", args.model, "--profile", args.profile, "--out", str(out)]
-    arguments = (*options, *itertools.chain(*given))
+    flags = ["--skip-bad"] if args.skip_bad else []
+    arguments = (*options, *flags, *itertools.chain(*given))
     # A value that every script would refuse is refused before the first one starts.
     parser = argparse.ArgumentParser(prog="firsttok reproduce", add_help=False)
     add_script_options(parser)

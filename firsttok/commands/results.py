@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.console import show, show_json
 from firsttok.errors import BadInputError
+from firsttok.options import folder_name
 from firsttok.output import print_table
 from firsttok.storage import atomic_path
 from firsttok.sweep.groups import GroupedRows
@@ -111,9 +112,9 @@ def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
         if not any(rows.pick("entropy", method) for method in rows.methods):
             logger.warning("%s: no entropy was measured, so there is nothing to draw", model)
             continue
-        stem = Path(folder) / f"{model.replace('/', '--')}_delta_entropy"
+        stem = Path(folder) / f"{folder_name(model)}_delta_entropy"
         _scatter(rows, stem)
-        yield stem.with_suffix(".png")
+        yield stem.with_name(f"{stem.name}.png")
 
 
 def _scatter(rows: GroupedRows, stem: Path) -> None:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from firsttok.cases import save_scan, scan
 from firsttok.console import progress_bar, show
-from firsttok.inputs import facts_from, open_study
-from firsttok.options import model_label
+from firsttok.inputs import fact_file, open_study_of
+from firsttok.options import folder_name
 from firsttok.output import print_table
+from firsttok.sieve import FailedFact, warn_of_failures
 
 __all__ = ["run"]
 
@@ -18,14 +19,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         FirsttokError: If an input is unusable.
     """
-    facts = facts_from(args)
-    out = Path(args.out) / model_label(args.model)
+    facts = fact_file(args)
+    out = Path(args.out) / folder_name(args.model)
+    failed: list[FailedFact] = []
     with progress_bar() as progress:
-        study = open_study(args, out, progress, leave_in=out)
+        study, usable = open_study_of(args, facts, out, progress)
         study.warn_if_collapsed()
-        rows = scan(study, facts, progress=progress)
+        rows = scan(study, tuple(usable), progress=progress, on_failure=failed.append)
     path = out / "collapse_cases.json"
-    save_scan(path, study, facts, rows)
+    save_scan(path, study, facts, rows, failed=failed, left_out=usable.left_out)
     groups = {
         "first token, one token": [row for row in rows if row.first_token],
         "not the first token": [row for row in rows if not row.first_token],
@@ -46,4 +48,5 @@ def run(args: argparse.Namespace) -> None:
         ["subject is", "facts", "collapsed", "max perplexity", "min |denominator|", "max"],
         lines,
     )
+    warn_of_failures(failed)
     show(str(path))

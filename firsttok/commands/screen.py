@@ -11,15 +11,17 @@ from typing import Any
 
 from firsttok.cases import load_scan, scan
 from firsttok.console import progress_bar, show
-from firsttok.data import FactFile
+from firsttok.data import FactFile, resolve_facts, write_facts
+from firsttok.data.records import plain_suffix
 from firsttok.errors import BadInputError
-from firsttok.inputs import fact_file, open_study
-from firsttok.options import model_label
+from firsttok.inputs import fact_file, open_study_of
+from firsttok.options import folder_name
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, screen_curves
-from firsttok.screening import Calibration, ScreenRow, calibrate, screen
+from firsttok.screening import RATIO, Calibration, ScreenRow, calibrate, screen
+from firsttok.sieve import FailedFact, warn_of_failures
 from firsttok.storage import write_json
-from firsttok.study import Study
+from firsttok.study import CaseRow, Study
 
 __all__ = ["run"]
 
@@ -35,29 +37,46 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable.
     """
     facts = _facts(args)
-    out = Path(args.out) / model_label(args.model)
+    out = Path(args.out) / folder_name(args.model)
+    failed: list[FailedFact] = []
     with progress_bar() as progress:
-        study = open_study(args, out, progress, leave_in=out)
+        study, usable = open_study_of(args, facts, out, progress)
+        known = _edited(args, study, out)
         start = time.perf_counter()
-        screened = screen(study, facts, progress=progress, total=len(facts))
+        screened = screen(
+            study, usable, progress=progress, total=len(usable), on_failure=failed.append
+        )
         rows = sorted(screened, key=lambda row: abs(row.denominator))
         seconds = {"screen": round(time.perf_counter() - start, 2)}
-        collapsed = _edited(args, study, rows, out)
         if args.measure:
             # In a folder of its own, where nothing is found finished, so that the time is true.
             with tempfile.TemporaryDirectory() as work:
                 start = time.perf_counter()
-                edited = scan(study.varied(work=Path(work)), tuple(facts), progress=progress)
+                known = scan(
+                    study.varied(work=Path(work)),
+                    tuple(usable),
+                    progress=progress,
+                    on_failure=failed.append,
+                )
                 seconds["edit and evaluate"] = round(time.perf_counter() - start, 2)
-            collapsed = {row.case_id: row.collapsed for row in edited}
+    prompts = {row.case_id: row.prompt for row in rows}
+    collapsed = {
+        row.case_id: row.collapsed for row in known if prompts.get(row.case_id) == row.prompt
+    }
     found = _calibrated(rows, collapsed, args.seed)
     limit = args.threshold if found is None or args.threshold is not None else found.threshold
     record = study.provenance() | {
         "seconds": seconds,
         "threshold": limit,
+        "rule": _rule(limit),
         "calibration": None if found is None else asdict(found),
+        "failed": [fact.as_dict() for fact in failed],
+        "left_out": [each.as_dict() for each in usable.left_out],
     }
-    flat = [asdict(row) | {"collapsed": collapsed.get(row.case_id)} for row in rows]
+    flat = [
+        asdict(row) | {"hard": row.is_hard(limit), "collapsed": collapsed.get(row.case_id)}
+        for row in rows
+    ]
     stem = out / "screen"
     publish(
         stem,
@@ -68,44 +87,47 @@ def run(args: argparse.Namespace) -> None:
         provenance=record,
     )
     _describe(found, seconds)
+    warn_of_failures(failed)
     if found is not None:
         drawn, axes = figure(2)
         screen_curves(axes, flat)
         save_figure(stem, drawn)
     if args.build_hard:
-        if limit is None:
-            raise BadInputError(
-                "--build-hard needs a threshold: give --threshold, --measure, or a list of edited "
-                "cases (firsttok scan) with --scan"
-            )
-        _save_hard(Path(args.build_hard), facts, rows, limit, record)
+        _save_hard(Path(args.build_hard), usable, rows, limit, record)
 
 
 def _facts(args: argparse.Namespace) -> FactFile:
-    facts = fact_file(args)
-    if args.scan and not Path(args.scan).is_file():
-        raise BadInputError(f"no list of edited cases at {args.scan}; make one with: firsttok scan")
-    return facts
+    """The facts, once every other option has been looked at."""
+    if args.scan:
+        if not Path(args.scan).is_file():
+            raise BadInputError(
+                f"no list of edited cases at {args.scan}; make one with: firsttok scan"
+            )
+        load_scan(args.scan)
+    if args.build_hard:
+        hard = Path(args.build_hard)
+        if plain_suffix(hard) == ".parquet":
+            raise BadInputError(f"--build-hard {hard} is written as JSON; let it end in .json")
+        if args.facts and hard.exists() and hard.samefile(resolve_facts(args.facts)):
+            raise BadInputError(
+                f"--build-hard {hard} is the file of --facts, which it would replace; name another"
+            )
+    return fact_file(args)
 
 
-def _edited(
-    args: argparse.Namespace, study: Study, rows: Sequence[ScreenRow], out: Path
-) -> dict[int, bool]:
-    """Whether each edited fact collapsed this very model; empty if nothing says."""
-    if args.measure:
-        return {}
+def _edited(args: argparse.Namespace, study: Study, out: Path) -> Sequence[CaseRow]:
+    """Facts that were edited on this very model; none if nothing says."""
     path = Path(args.scan) if args.scan else out / "collapse_cases.json"
-    if not path.is_file():
-        return {}
+    if args.measure or not path.is_file():
+        return ()
     known, made_on = load_scan(path)
     if not study.model.is_of(made_on):
         reason = f"{path} was made on another model than {study.model.label}"
         if args.scan:
             raise BadInputError(f"{reason}; make it again with: firsttok scan")
         logger.warning("%s, so no threshold is taken from it", reason)
-        return {}
-    prompts = {row.case_id: row.prompt for row in rows}
-    return {row.case_id: row.collapsed for row in known if prompts.get(row.case_id) == row.prompt}
+        return ()
+    return known
 
 
 def _calibrated(
@@ -156,18 +178,28 @@ def _describe(found: Calibration | None, seconds: Mapping[str, float]) -> None:
         show(f"  {label}: {value.value:.3f} (95 %: {value.low:.3f} to {value.high:.3f})")
 
 
+def _rule(limit: float | None) -> str:
+    """When a fact is taken for a collapse case."""
+    if limit is None:
+        return f"|denominator| below {RATIO:g} times C-ROME's"
+    return f"|denominator| below {limit:.4g}"
+
+
 def _save_hard(
     path: Path,
     facts: FactFile,
     rows: Sequence[ScreenRow],
-    limit: float,
+    limit: float | None,
     record: Mapping[str, Any],
 ) -> None:
-    chosen = [row.case_id for row in rows if abs(row.denominator) < limit]
+    chosen = [row.case_id for row in rows if row.is_hard(limit)]
     if not chosen:
-        raise BadInputError(f"no fact has a denominator below {limit:g}; nothing was written")
+        raise BadInputError(
+            f"no fact has a denominator that makes it hard ({_rule(limit)}), so {path} was not "
+            "written; try other facts or --threshold"
+        )
     wanted = set(chosen)
-    records = {fact.case_id: fact.as_record() for fact in facts if fact.case_id in wanted}
+    by_number = {fact.case_id: fact for fact in facts if fact.case_id in wanted}
     write_json(path.with_suffix(".provenance.json"), dict(record))
-    write_json(path, [records[case_id] for case_id in chosen])
-    show(f"{len(chosen)} facts below {limit:.4g}: {path}")
+    write_facts(path, [by_number[case_id] for case_id in chosen])
+    show(f"{len(chosen)} facts with {_rule(limit)}: {path}")

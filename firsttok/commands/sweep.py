@@ -16,7 +16,7 @@ from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
 from firsttok.models.location import check_name
-from firsttok.options import model_label
+from firsttok.options import folder_name
 from firsttok.output import print_table
 from firsttok.study import Study
 from firsttok.sweep import (
@@ -73,18 +73,24 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
         for name in ("address", "actors"):
             if getattr(args, name) is not None:
                 raise BadInputError(f"--{name} is for --engine ray; leave it out, or add that")
-    labels = Counter(model_label(name) for name in args.model)
+    names: dict[str, str] = {}
     for name in args.model:
         check_name(name)
-    twice = [label for label, count in labels.items() if count > 1]
-    if twice:
-        raise BadInputError(f"--model names {twice[0]} twice; give each model once")
-    # The limit of a sweep is one on its chunks, not on what the run is about.
+        # On some file systems names that differ in case alone are one.
+        key = folder_name(name).casefold()
+        if key in names:
+            raise BadInputError(
+                f"--model names {names[key]} and {name}, whose rows would be in one folder; give "
+                "each model once, and models of one name in runs of their own"
+            )
+        names[key] = name
+    # The limit of a sweep is one on what is done now, not on what the run is about.
     facts = fact_file(argparse.Namespace(**{**vars(args), "limit": None}))
     entry = run_entry(
         facts_hash=facts.content_hash,
         facts=len(facts),
         facts_name=facts.path.name if facts.path else "built-in",
+        left_out=facts.left_out,
         plan=plan,
         chunk=args.chunk,
     )
@@ -107,7 +113,7 @@ def _sweep_model(
     progress: Progress,
 ) -> None:
     chosen = argparse.Namespace(**{**vars(args), "model": name})
-    own = folder / "models" / model_label(name)
+    own = folder / "models" / folder_name(name)
     study = open_study(chosen, own, progress, leave_in=own)
     study.warn_if_collapsed()
     label = study.model.label
@@ -164,11 +170,15 @@ def _status(folder: Path) -> None:
         lost = [row for s in shards for row in read_shard(s.path) if row.status == FAILED]
         reasons.update(row.reason or "" for row in lost)
         done = rows // methods if methods else 0
+        size = manifest["chunk"]
+        whole = sum(
+            shard.rows >= methods * min(size, facts - shard.index * size) for shard in shards
+        )
         lines.append(
             [
                 label,
                 f"{done} of {facts}",
-                f"{len(shards)} of {chunks}",
+                f"{whole} of {chunks}",
                 len(lost),
                 seconds / done if done else None,
                 seconds / done * (facts - done) / 3600 if done else None,

@@ -2,11 +2,13 @@
 
 from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
 from firsttok.data.fact_files import (
+    SKIP_HINT,
     FactFile,
+    LeftOut,
     builtin_facts,
     check_facts,
-    iter_facts,
     load_facts,
+    write_facts,
 )
 from firsttok.data.facts import Fact
 from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle, text_joint
@@ -18,12 +20,14 @@ __all__ = [
     "DATA_SETS",
     "FALL_OF_ROME",
     "JOINS",
+    "SKIP_HINT",
     "SLIDES",
     "STRADDLES",
     "DataSet",
     "Fact",
     "FactFile",
     "Join",
+    "LeftOut",
     "PaperValue",
     "Straddle",
     "builtin_facts",
@@ -31,7 +35,6 @@ __all__ = [
     "check_facts",
     "find_data_set",
     "is_pulled_data",
-    "iter_facts",
     "load_facts",
     "load_texts",
     "paper_values",
@@ -39,4 +42,5 @@ __all__ = [
     "resolve_facts",
     "resolve_texts",
     "text_joint",
+    "write_facts",
 ]

@@ -1,27 +1,78 @@
 """Files of facts, checked as a whole before any work starts, then read as a stream."""
 
+import gzip
 import hashlib
+import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from firsttok.arguments import taken
-from firsttok.data.facts import Fact, builtin_records
+from firsttok.data.attempts import Attempt, attempts
+from firsttok.data.facts import Fact
 from firsttok.data.joints import Join, Straddle
-from firsttok.data.records import iter_records
-from firsttok.data.schemas import fact_from
+from firsttok.data.records import LINES, plain_suffix
 from firsttok.errors import BadInputError, FactFormatError
+from firsttok.storage import atomic_path
 
-__all__ = ["FactFile", "builtin_facts", "check_facts", "iter_facts", "load_facts"]
+__all__ = [
+    "SKIP_HINT",
+    "FactFile",
+    "LeftOut",
+    "builtin_facts",
+    "check_facts",
+    "load_facts",
+    "write_facts",
+]
 
 logger = logging.getLogger(__name__)
+
+SKIP_HINT = "; --skip-bad (in Python skip_bad=True) leaves out what cannot be used"
+"""What a refusal of one fact ends with."""
+_DIFFERING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+"""What differs between two reasons of one kind: what they quote, and numbers."""
+_SHOWN = 5
+"""Reasons that are logged; records have all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Facts that are not used, for one reason."""
+
+    reason: str
+    """The reason; what it quotes, and its numbers, are those of the first such fact."""
+    count: int
+    """How many facts."""
+    first: str
+    """Where the first one stands."""
+
+    @staticmethod
+    def grouped(refused: Iterable[tuple[str, str]]) -> "tuple[LeftOut, ...]":
+        """Group reasons that differ in what they quote alone, the most frequent first.
+
+        Args:
+            refused: Reason and place of each fact.
+        """
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for reason, place in refused:
+            groups.setdefault(_DIFFERING.sub("", reason), []).append((reason, place))
+        found = [
+            LeftOut(reason=group[0][0], count=len(group), first=group[0][1])
+            for group in groups.values()
+        ]
+        return tuple(sorted(found, key=lambda each: -each.count))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As records have it."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactFile:
-    """Facts that were checked and are read anew each time one goes through them.
+    """Facts that were checked and are read from the file each time one goes through them.
 
     Raises:
         BadInputError: On going through them, if the file was changed since it was checked.
@@ -33,8 +84,8 @@ class FactFile:
     """How many facts one gets."""
     content_hash: str
     """SHA-256 over the hashes of their records, in order."""
-    left_out: int = 0
-    """Records of ZsRE that cannot be edited (see :func:`~firsttok.data.schemas.fact_from`)."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What is not used, by reason."""
     limit: int | None = None
     """Only the first so many; None for all."""
     join: Join | None = None
@@ -43,6 +94,11 @@ class FactFile:
     """The ``straddle`` of all facts, likewise."""
     stamp: tuple[int, int] | None = None
     """Size and time of change of the file when it was checked."""
+    numbered: bool = False
+    """Whether case ids are the facts' places in the file, in place of its own (see
+    :func:`check_facts`)."""
+    skipped: frozenset[int] = frozenset()
+    """Places of facts that can be read and are not used."""
 
     def __len__(self) -> int:
         """How many facts one gets."""
@@ -50,25 +106,68 @@ class FactFile:
 
     def __iter__(self) -> Iterator[Fact]:
         """Go through the facts; only one of them is in memory."""
+        return (fact for _, fact in self._placed())
+
+    def without(self, reason_against: Callable[[Fact], str | None]) -> "FactFile":
+        """The facts that nothing speaks against; the others join :attr:`left_out`.
+
+        Args:
+            reason_against: Why a fact is not to be used; None if it is.
+
+        Raises:
+            FactFormatError: If no fact remains; the message says why.
+        """
+        digest, count = hashlib.sha256(), 0
+        refused: dict[int, tuple[str, str]] = {}
+        for place, fact in self._placed():
+            reason = reason_against(fact)
+            if reason is None:
+                digest.update(fact.content_hash.encode())
+                count += 1
+            else:
+                refused[place] = (reason, f"case {fact.case_id}")
+        more = LeftOut.grouped(refused.values())
+        _tell(self.name, count, more)
+        return replace(
+            self,
+            count=count,
+            content_hash=digest.hexdigest(),
+            left_out=(*self.left_out, *more),
+            skipped=self.skipped.union(refused),
+        )
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "the built-in set" if self.path is None else str(self.path)
+
+    def _placed(self) -> Iterator[tuple[int, Fact]]:
+        """The facts with their places among all that the file holds."""
         if self.path is not None and _stamp(self.path) != self.stamp:
             self._refuse()
         digest = hashlib.sha256()
-        seen = 0
-        for fact in islice(self._all(), self.limit):
+        read = seen = 0
+        for place, attempt in enumerate(self._attempts()):
+            if read == self.limit:
+                break
+            if attempt.fact is None:
+                continue
+            read += 1
+            if place in self.skipped:
+                continue
+            fact = replace(attempt.fact, case_id=place) if self.numbered else attempt.fact
             digest.update(fact.content_hash.encode())
             seen += 1
-            yield fact
+            yield place, fact
         if (seen, digest.hexdigest()) != (self.count, self.content_hash):
             self._refuse()
 
-    def _all(self) -> Iterator[Fact]:
-        facts = _all(self.path, join=self.join, straddle=self.straddle)
-        return (fact for fact in facts if fact is not None)
+    def _attempts(self) -> Iterator[Attempt]:
+        return attempts(self.path, join=self.join, straddle=self.straddle)
 
     def _refuse(self) -> None:
         raise BadInputError(
-            f"{self.path or 'the built-in set'} was changed while it was in use; run the same "
-            "command again"
+            f"{self.name} was changed while it was in use; run the same command again"
         )
 
 
@@ -76,118 +175,144 @@ def check_facts(
     path: str | Path | None = None,
     *,
     limit: int | None = None,
+    skip_bad: bool = False,
     join: Join | None = None,
     straddle: Straddle | None = None,
 ) -> FactFile:
     """Go through a whole file of facts once, so that no mistake in it comes up during the work.
 
+    The file's own case ids are kept if each fact has one and they are different whole numbers of 64
+    bits. Otherwise all facts are numbered by their places in the file, from 0, and a message says
+    why. So no two facts of a file have one number.
+
     Args:
         path: The file, as for :func:`load_facts`; None for the built-in facts.
         limit: Take only the first so many facts; the file is checked as a whole all the same.
+        skip_bad: Leave out what cannot be read; a message and ``left_out`` say how much, and why.
         join: As in :class:`FactFile`.
         straddle: As in :class:`FactFile`.
 
     Raises:
         BadInputError: If the file is missing or not JSON, or the limit is below 1.
-        FactFormatError: If a record is malformed or the set is empty; names file, record, field.
+        FactFormatError: If a record is malformed and not skipped, or no fact is found; names file,
+            record, field.
     """
     if limit is not None and limit < 1:
         raise BadInputError(f"the limit of facts is {limit}; give at least 1")
     file = None if path is None else Path(path)
     stamp = None if file is None else _stamp(file)
-    digest = hashlib.sha256()
-    count = left_out = stray = 0
-    first = ""
-    for fact in _all(file, join=join, straddle=straddle):
-        if fact is not None and fact.notice:
-            stray += 1
-            first = first or fact.notice
-        if fact is None:
-            left_out += 1
-        elif limit is None or count < limit:
-            digest.update(fact.content_hash.encode())
+    own_digest, placed_digest = hashlib.sha256(), hashlib.sha256()
+    refused: list[tuple[str, str]] = []
+    seen: set[int] = set()
+    unnumbered = readable = count = unanswered = stray = 0
+    odd = notice = ""
+    for place, attempt in enumerate(attempts(file, join=join, straddle=straddle)):
+        if attempt.error is not None and not skip_bad:
+            raise type(attempt.error)(f"{attempt.error}{SKIP_HINT}")
+        if attempt.fact is None:
+            refused.append((attempt.reason, attempt.place))
+            continue
+        case_id = attempt.fact.case_id
+        odd = odd or attempt.odd
+        readable += 1
+        stray += bool(attempt.fact.notice)
+        notice = notice or attempt.fact.notice
+        unnumbered += attempt.own is None
+        if attempt.own in seen:
+            odd = odd or f"{attempt.place} has the case_id {case_id} of another one"
+        seen.add(case_id)
+        unanswered += len(attempt.fact.neighbours) - len(attempt.fact.answered_neighbours)
+        if limit is None or count < limit:
+            own_hash = attempt.fact.content_hash
+            own_digest.update(own_hash.encode())
+            placed = own_hash
+            if case_id != place:
+                placed = replace(attempt.fact, case_id=place).content_hash
+            placed_digest.update(placed.encode())
             count += 1
-    if left_out:
-        logger.warning(
-            "%s: %d records are left out, whose new answer is blank or whose question does not "
-            "hold the subject once",
-            path,
-            left_out,
-        )
+    left_out = LeftOut.grouped(refused)
+    name = "the built-in set" if file is None else str(file)
+    _tell(name, count, left_out)
     if stray:
-        logger.warning("%s: %d facts have stray characters; the first: %s", path, stray, first)
+        logger.warning("%s: %d facts have stray characters; the first: %s", name, stray, notice)
+    if unanswered:
+        logger.info("%s: neighbours without an answer, not measured: %d", name, unanswered)
+    if 0 < unnumbered < readable:
+        odd = odd or f"{unnumbered} facts have no case_id"
+    if odd:
+        logger.info("%s: %s, so the facts are numbered in order, from 0", name, odd)
     return FactFile(
         path=file,
         count=count,
-        content_hash=digest.hexdigest(),
+        content_hash=(placed_digest if odd else own_digest).hexdigest(),
         left_out=left_out,
         limit=limit,
         stamp=stamp,
         join=join,
         straddle=straddle,
+        numbered=bool(odd),
     )
 
 
-def iter_facts(path: str | Path) -> Iterator[Fact]:
-    """Read facts one by one; what is wrong is found when it is reached (see :func:`check_facts`).
+@taken
+def load_facts(path: str | Path, *, skip_bad: bool = False) -> tuple[Fact, ...]:
+    """Read facts from a file: a JSON list, JSON Lines (``.jsonl``) or Parquet, perhaps in gzip.
+
+    The schema is COUNTERFACT's, ZsRE's, KnowEdit's, MQuAKE's (each rewrite is a fact), QAEdit's, or
+    a flat one as of HardCF, HardEdit and EasyEdit; see :func:`~firsttok.data.schemas.fact_from`.
 
     Args:
-        path: The file, as for :func:`load_facts`.
+        path: The file.
+        skip_bad: Leave out records that cannot be read, with a message.
 
     Raises:
         BadInputError: If the file is missing or not JSON.
-        FactFormatError: If a record is malformed or the set is empty; names file, record, field.
+        FactFormatError: If a record is malformed and not skipped, or no fact is found; names file,
+            record, field.
     """
-    return _facts(Path(path))
-
-
-@taken
-def load_facts(path: str | Path) -> tuple[Fact, ...]:
-    """Read facts from a JSON list, or from JSON Lines where the name ends in ``.jsonl``.
-
-    The schema is COUNTERFACT's, the flat one of HardCF, HardEdit and EasyEdit, or ZsRE's; see
-    :func:`~firsttok.data.schemas.fact_from`.
-
-    Raises:
-        BadInputError: If the file is missing or not JSON.
-        FactFormatError: If a record is malformed or the set is empty; names file, record, field.
-    """
-    return tuple(iter_facts(path))
+    return tuple(check_facts(path, skip_bad=skip_bad))
 
 
 def builtin_facts() -> tuple[Fact, ...]:
     """Return the built-in facts, which the embedded model answers rightly or nearly so."""
-    return tuple(_facts(None))
+    return tuple(attempt.fact for attempt in attempts(None) if attempt.fact is not None)
 
 
-def _facts(path: Path | None) -> Iterator[Fact]:
-    return (fact for fact in _all(path) if fact is not None)
+def write_facts(path: Path, facts: Iterable[Fact]) -> None:
+    """Write facts as they come, in a form that :func:`load_facts` reads.
+
+    Args:
+        path: The file: JSON Lines if its name ends in ``.jsonl``, else a JSON list; in gzip if it
+            ends in ``.gz``.
+        facts: The facts.
+
+    Raises:
+        CacheError: If the file cannot be written.
+    """
+    lines = plain_suffix(path) in LINES
+    with atomic_path(path) as temporary:
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(temporary, "wt", encoding="utf-8") as file:
+            file.write("" if lines else "[\n")
+            for index, fact in enumerate(facts):
+                if index:
+                    file.write("\n" if lines else ",\n")
+                file.write(json.dumps(fact.as_record(), ensure_ascii=False))
+            file.write("\n" if lines else "\n]\n")
 
 
-def _all(
-    path: Path | None, *, join: Join | None = None, straddle: Straddle | None = None
-) -> Iterator[Fact | None]:
-    """Every record's fact, None for one that is left out; their numbers are distinct."""
-    if path is None:
-        where, source = "the built-in facts", "built-in"
-        records = ((f"{where}, record {i}", each) for i, each in enumerate(builtin_records()))
-    else:
-        where, source = str(path), path.name
-        records = iter_records(path)
-    seen: set[int] = set()
-    found = False
-    for index, (place, record) in enumerate(records):
-        fact = fact_from(record, index, place, source, join=join, straddle=straddle)
-        if fact is not None:
-            if fact.case_id in seen:
-                raise FactFormatError(
-                    f"{place}, field case_id repeats {fact.case_id}; number each once"
-                )
-            seen.add(fact.case_id)
-            found = True
-        yield fact
-    if not found:
-        raise FactFormatError(f"{where} holds no facts; give at least one")
+def _tell(name: str, count: int, left_out: Sequence[LeftOut]) -> None:
+    """Say what is left out; raise if nothing else is there."""
+    told = [f"{each.count} because {each.reason} (first {each.first})" for each in left_out]
+    if not count:
+        why = f" that can be used ({told[0]})" if told else "; give at least one"
+        raise FactFormatError(f"{name} holds no facts{why}")
+    if told:
+        more = [f"and {len(told) - _SHOWN} reasons more"] if len(told) > _SHOWN else []
+        total = sum(each.count for each in left_out)
+        logger.warning(
+            "%s: %d facts are left out, %s", name, total, "; ".join(told[:_SHOWN] + more)
+        )
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

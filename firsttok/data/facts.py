@@ -41,6 +41,8 @@ _SPACES = f" {_BOUND}\u205f{''.join(map(chr, range(0x2000, 0x200B)))}{_UNSEEN}"
 _AROUND_WORDS = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + _UNSEEN
 _TYPED = ("python", "command line")
 """Sources that are told at once; a file is read many times, and its reader counts."""
+_LARGEST = 2**63
+"""Case ids are columns of 64 bits in the rows of a sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +54,14 @@ class Fact(Shown):
     the ends of prompts and targets, since the target would follow two. With ``join="none"`` prompts
     and targets stay as given.
 
+    An edit needs no old answer. Without ``target_true``, what compares with it is not measured: the
+    scores of the rewriting prompt and the paraphrases, and the neighbours that have no own answer.
+
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
-        EmptyTargetError: If a target is empty.
-        FactFormatError: If the subject is empty, a text holds half a character, or ``join`` or
+        EmptyTargetError: If the new target is empty.
+        FactFormatError: If the subject is empty, a text holds half a character, the case id has
+            more than 64 bits, neighbours and their answers differ in number, or ``join`` or
             ``straddle`` is none of its choices.
     """
 
@@ -65,18 +71,19 @@ class Fact(Shown):
     """The prompt with ``{}`` where the subject goes; it ends where the target follows."""
     target_new: str
     """What the edited model shall answer, without a leading space."""
-    target_true: str
-    """What the model answers before the edit, without a leading space."""
+    target_true: str = ""
+    """What the model answers before the edit, without a leading space; empty if unknown."""
     paraphrases: tuple[str, ...] = ()
     """Other wordings, with the subject written in (COUNTERFACT's ``paraphrase_prompts``)."""
     neighbours: tuple[str, ...] = ()
-    """Prompts about other subjects, whose answer is :attr:`neighbour_target`."""
+    """Prompts whose answers the edit should not change."""
     source: str = "python"
     """Where the record comes from."""
     case_id: int = 0
     """The number of the record in its set."""
-    neighbour_answer: str = ""
-    """The neighbours' answer where it is another one (ZsRE); empty where it is ``target_true``."""
+    neighbour_answers: tuple[str, ...] = ()
+    """One answer for each neighbour (ZsRE, KnowEdit, QAEdit), ``""`` for one that is not known;
+    empty where all are ``target_true`` (COUNTERFACT)."""
     join: Join = "auto"
     """What stands between a prompt and its target (:func:`~firsttok.data.joints.text_joint`)."""
     straddle: Straddle = "refuse"
@@ -97,11 +104,19 @@ class Fact(Shown):
             )
         if not self.subject.strip():
             raise FactFormatError(f"the subject of {self.template!r} is empty; name one")
-        for name in ("target_new", "target_true"):
-            if not getattr(self, name).strip():
-                raise EmptyTargetError(
-                    f"{name} of {self.prompt!r} is empty; give at least one word"
-                )
+        if not self.target_new.strip():
+            raise EmptyTargetError(
+                f"target_new of {self.prompt!r} is empty; give at least one word"
+            )
+        if not -_LARGEST <= self.case_id < _LARGEST:
+            raise FactFormatError(
+                f"the case_id of {self.prompt!r} has more than 64 bits; give a smaller number"
+            )
+        if len(self.neighbour_answers) not in (0, len(self.neighbours)):
+            raise FactFormatError(
+                f"{self.prompt!r} has {len(self.neighbours)} neighbours and "
+                f"{len(self.neighbour_answers)} answers to them; give one for each, or none"
+            )
 
     def _refuse_what_cannot_be_written(self) -> None:
         for name, choices in (("join", JOINS), ("straddle", STRADDLES)):
@@ -117,8 +132,8 @@ class Fact(Shown):
                 )
 
     def _texts(self) -> list[tuple[str, str]]:
-        single = ("subject", "template", "target_new", "target_true", "neighbour_answer")
-        lists = ("paraphrases", "neighbours")
+        single = ("subject", "template", "target_new", "target_true")
+        lists = ("paraphrases", "neighbours", "neighbour_answers")
         return [(name, getattr(self, name)) for name in single] + [
             (name, text) for name in lists for text in getattr(self, name)
         ]
@@ -131,11 +146,9 @@ class Fact(Shown):
             for name in ("paraphrases", "neighbours"):
                 texts: tuple[str, ...] = getattr(self, name)
                 changes[name] = tuple(map(_tidied, texts))
-            for name in ("target_new", "target_true", "neighbour_answer"):
-                target: str = getattr(self, name)
-                tidied = target.strip(_AROUND_WORDS)
-                # White space alone does not count when the target is joined.
-                changes[name] = target if tidied == target.strip() else tidied
+            for name in ("target_new", "target_true"):
+                changes[name] = _tidied_target(getattr(self, name))
+            changes["neighbour_answers"] = tuple(map(_tidied_target, self.neighbour_answers))
         stray = [name for name, value in changes.items() if value != getattr(self, name)]
         if not stray:
             return
@@ -167,7 +180,7 @@ class Fact(Shown):
         lines = [
             ["subject", self.subject],
             ["new target", self.target_new],
-            ["true target", self.target_true],
+            ["true target", self.target_true or None],
             ["paraphrases", len(self.paraphrases)],
             ["neighbours", len(self.neighbours)],
         ]
@@ -178,26 +191,37 @@ class Fact(Shown):
         )
 
     @property
-    def neighbour_target(self) -> str:
-        """What the model answers to the neighbours before the edit."""
-        return self.neighbour_answer or self.target_true
+    def answered_neighbours(self) -> tuple[tuple[str, str], ...]:
+        """Each neighbour with the answer to it; without those whose answer is not known."""
+        answers = self.neighbour_answers or (self.target_true,) * len(self.neighbours)
+        pairs = zip(self.neighbours, answers, strict=True)
+        return tuple((prompt, answer) for prompt, answer in pairs if answer.strip())
 
     def as_record(self) -> dict[str, Any]:
-        """The fact in COUNTERFACT's schema, with ``neighborhood_answer`` where it has its own."""
+        """The fact in COUNTERFACT's schema.
+
+        It has no ``target_true`` where that is not known, and ``neighborhood_answer`` (a text, or a
+        list with one for each) where the neighbours have answers of their own.
+        """
+        rewrite: dict[str, Any] = {
+            "prompt": self.template,
+            "target_new": {"str": self.target_new},
+            "subject": self.subject,
+        }
         record: dict[str, Any] = {
             "case_id": self.case_id,
-            "requested_rewrite": {
-                "prompt": self.template,
-                "target_new": {"str": self.target_new},
-                "target_true": {"str": self.target_true},
-                "subject": self.subject,
-            },
+            "requested_rewrite": rewrite,
             "paraphrase_prompts": list(self.paraphrases),
             "neighborhood_prompts": list(self.neighbours),
         }
-        if self.neighbour_answer:
-            # Not in every record: cached results are found by the hash of this one.
-            record["neighborhood_answer"] = self.neighbour_answer
+        # Not in every record: cached results are found by the hash of this one.
+        if self.target_true:
+            rewrite["target_true"] = {"str": self.target_true}
+        if self.neighbour_answers:
+            same = len(set(self.neighbour_answers)) == 1
+            record["neighborhood_answer"] = (
+                self.neighbour_answers[0] if same else list(self.neighbour_answers)
+            )
         usual = {"join": JOINS[0], "straddle": STRADDLES[0]}
         return record | {
             name: getattr(self, name)
@@ -218,6 +242,12 @@ def _tidied(prompt: str) -> str:
     behind = begun[len(kept) : len(kept) + 1]
     # French puts a no-break space between an opening quote and its word.
     return kept + behind if kept.endswith(("\u00ab", "\u2039")) and behind in _BOUND else kept
+
+
+def _tidied_target(target: str) -> str:
+    """A target without stray characters at its ends; white space alone counts for nothing there."""
+    tidied = target.strip(_AROUND_WORDS)
+    return target if tidied == target.strip() else tidied
 
 
 def builtin_records() -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from rich.progress import Progress
 
 from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
-from firsttok.data.fact_files import check_facts
+from firsttok.data.fact_files import SKIP_HINT, check_facts
 from firsttok.data.texts import load_texts
 from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
 from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_record
@@ -207,7 +207,7 @@ def _count(data_set: DataSet, part: Path, address: str) -> int:
     try:
         return len(check_facts(part)) if data_set.kind == "facts" else len(load_texts(part))
     except FirsttokError as error:
-        reason = str(error).replace(str(part), data_set.file_name)
+        reason = str(error).replace(str(part), data_set.file_name).removesuffix(SKIP_HINT)
         raise DownloadError(f"what {address} sends is not used, since {reason}") from None
 
 

@@ -1,53 +1,81 @@
-"""Records of a file of facts, one after another: a JSON list or JSON Lines, never all at once."""
+"""Records of a data file, one after another: JSON, JSON Lines, Parquet; never all at once."""
 
 import codecs
+import gzip
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn, cast
 
 import ijson
 from ijson.common import ObjectBuilder
 
 from firsttok.errors import BadInputError, FactFormatError
-from firsttok.storage import read_json
 
-__all__ = ["LINES", "iter_records", "kind_of"]
+__all__ = ["LINES", "Broken", "iter_records", "kind_of", "plain_suffix"]
 
 LINES = (".jsonl", ".ndjson")
 """Endings of files that hold one record a line."""
 _DEEPEST = 64
-"""Levels of nesting; a record of facts has four."""
+"""Levels of nesting; a record of facts has seven at most (KnowEdit)."""
 _STEPS = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SPACE = b" \t\r\n\v\f"
-_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_GZIP = b"\x1f\x8b"
+_PARQUET = b"PAR1"
+_COMPRESSED = (b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _POINTER = b"version https://git-lfs"
 _TEXT_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|-?(?:NaN|Infinity)')
+_OF_A_FACT = ("requested_rewrite", "prompt", "src", "subject", "concept")
+"""Fields by which an object is a record, and no object of records."""
+_BATCH = 256
+"""Rows of a Parquet file that are read together."""
 
 
-def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Read the records of a JSON list, or of JSON Lines where the name ends so (:data:`LINES`).
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A line that holds no record."""
 
-    Memory stays flat, whatever the size of the file. What is wrong is found when it is reached.
+    error: BadInputError
+    """Why; the message names the line."""
+
+
+def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
+    """Read the records of a JSON list, of JSON Lines (by name: :data:`LINES`) or of Parquet.
+
+    Each may be compressed by gzip. A JSON object may hold the list, as in ``{"data": [...]}``, hold
+    the records by their numbers, or be the one record. Memory stays flat, whatever the size of a
+    list. What is wrong is found when it is reached.
+
+    Args:
+        path: The file.
+        what: What it should hold, for messages.
 
     Yields:
-        Where each record stands, for messages, and the record.
+        Where each record stands, for messages, and the record; :class:`Broken` for a line that is
+        no JSON, behind which reading goes on.
 
     Raises:
         BadInputError: If the file is missing, unreadable, not UTF-8 or not JSON.
         FactFormatError: If it is JSON, but no list.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-            _refuse_other_files(path, head)
-            file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
-            yield from (_lines if path.suffix.lower() in LINES else _items)(path, file)
-    except FileNotFoundError:
-        raise BadInputError(f"no file of facts at {path}; check the path") from None
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    with _opened(path, what) as (file, head):
+        if head.startswith(_PARQUET):
+            records = _rows(path, file, what)
+        elif plain_suffix(path) in LINES:
+            records = _lines(path, file)
+        else:
+            records = _items(path, file, what)
+        yield from records
+
+
+def plain_suffix(path: Path) -> str:
+    """The ending of a name without ``.gz``, in lower case."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 def kind_of(value: Any) -> str:
@@ -56,45 +84,81 @@ def kind_of(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), "a number")
 
 
-def _refuse_other_files(path: Path, head: bytes) -> None:
-    if head.startswith(_COMPRESSED):
-        raise BadInputError(f"{path} is compressed; unpack it first")
-    if head.startswith(_POINTER):
+@contextmanager
+def _opened(path: Path, what: str) -> Generator[tuple[BufferedIOBase, bytes], None, None]:
+    """The bytes of a file behind gzip and a byte order mark, and the first of them."""
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise BadInputError(
+                f"{path} is no regular file, and {what} are read more than once; save them to one"
+            )
+        with path.open("rb") as plain:
+            packed = plain.read(2) == _GZIP
+            plain.seek(0)
+            file = gzip.GzipFile(fileobj=plain) if packed else plain
+            head = file.read(64)
+            if head.startswith(_COMPRESSED):
+                raise BadInputError(f"{path} is compressed, not by gzip; unpack it first")
+            if head.startswith(_POINTER):
+                raise BadInputError(
+                    f"{path} is a Git LFS pointer, not the file itself; fetch that with: "
+                    "git lfs pull"
+                )
+            file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+            yield file, head
+    except FileNotFoundError:
+        raise BadInputError(f"no file of {what} at {path}; check the path") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadInputError(
-            f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
-        )
+            f"{path} is damaged or not all there ({error}); fetch it again"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInputError(f"{path} cannot be read ({reason}); check the path") from None
 
 
-def _items(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    begin = file.tell()
+def _items(path: Path, file: BufferedIOBase, what: str) -> Iterator[tuple[str, Any]]:
+    start = begin = file.tell()
     while (byte := file.read(1)) and byte in _SPACE:
         begin += 1
     file.seek(begin)
-    if byte != b"[":
-        _refuse_no_list(path, file)
-    index = depth = 0
-    builder = ObjectBuilder()
-    try:
-        for event, value in ijson.basic_parse(file, use_float=True):
-            depth += _STEPS.get(event, 0)
-            if depth > _DEEPEST:
-                raise BadInputError(f"{path} is nested too deeply to be a file of facts")
-            if depth == 0 or (depth == 1 and event == "start_array"):
-                # The list's own end, or its beginning.
-                continue
-            builder.event(event, value)
-            if depth == 1:
-                yield f"{path}, record {index}", builder.value
+    index = 0
+    if byte == b"[":
+        try:
+            for record in _built(path, file, what):
+                yield f"{path}, record {index}", record
                 index += 1
-                builder = ObjectBuilder()
-    except (ijson.JSONError, ValueError):
-        # The json module says where the mistake is; it also reads numbers too long for the other.
-        for number, record in enumerate(_strictly(path)):
-            if number >= index:
-                yield f"{path}, record {number}", record
+        except (ijson.JSONError, ValueError):
+            # The json module says where the mistake is; it also reads numbers too long for ijson.
+            pass
+        else:
+            return
+    elif byte == b"{":
+        _refuse_lines(path, file)
+    file.seek(start)
+    content = _strictly(path, file, what)
+    for number, record in enumerate(_listed(path, content, what)):
+        if number >= index:
+            yield f"{path}, record {number}", record
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _built(path: Path, file: BufferedIOBase, what: str) -> Iterator[Any]:
+    depth = 0
+    builder = ObjectBuilder()
+    for event, value in ijson.basic_parse(file, use_float=True):
+        depth += _STEPS.get(event, 0)
+        if depth > _DEEPEST:
+            raise BadInputError(f"{path} is nested too deeply to be a file of {what}")
+        if depth == 0 or (depth == 1 and event == "start_array"):
+            # The list's own end, or its beginning.
+            continue
+        builder.event(event, value)
+        if depth == 1:
+            yield builder.value
+            builder = ObjectBuilder()
+
+
+def _lines(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
     index = 0
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -102,25 +166,74 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
         try:
             record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
         except UnicodeDecodeError:
-            raise BadInputError(
-                f"{path} is not UTF-8 text in line {number}; save it as UTF-8"
-            ) from None
+            reason = f"{path} is not UTF-8 text in line {number}; save it as UTF-8"
+            record = Broken(error=BadInputError(reason))
         except json.JSONDecodeError as error:
-            raise BadInputError(
+            reason = (
                 f"{path} is not valid JSON at line {number}, column {error.colno} ({error.msg}); "
                 "each line should hold one record"
-            ) from None
+            )
+            record = Broken(error=BadInputError(reason))
         except ValueError as error:
-            raise BadInputError(
-                f"{path} holds {error} in line {number}, which is no JSON; mend that line"
-            ) from None
+            reason = f"{path} holds in line {number} what is no JSON ({error}); correct that line"
+            record = Broken(error=BadInputError(reason))
         except RecursionError:
-            raise BadInputError(f"{path} is nested too deeply to be a file of facts") from None
+            reason = f"{path} is nested too deeply in line {number}; each should hold one record"
+            record = Broken(error=BadInputError(reason))
         yield f"{path}, record {index} (line {number})", record
         index += 1
 
 
-def _refuse_no_list(path: Path, file: BinaryIO) -> NoReturn:
+def _rows(path: Path, file: BufferedIOBase, what: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = 0
+    try:
+        # It reads from the end, which is far in what is compressed.
+        source = BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file
+        with pq.ParquetFile(source) as table:
+            for batch in table.iter_batches(batch_size=_BATCH):
+                for record in batch.to_pylist():
+                    yield f"{path}, record {index}", record
+                    index += 1
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).partition("\n")[0].split())
+        raise BadInputError(
+            f"{path} is no complete Parquet file of {what} ({reason}); fetch it again"
+        ) from None
+
+
+def _listed(path: Path, content: Any, what: str) -> list[Any]:
+    """The records in the whole content of a file."""
+    if isinstance(content, list):
+        return cast(list[Any], content)
+    if not isinstance(content, dict):
+        raise FactFormatError(f"{path} holds {kind_of(content)}; it should hold a list of {what}")
+    fields = cast(dict[str, Any], content)
+    if any(name in fields for name in _OF_A_FACT):
+        return [fields]
+    lists = {name: value for name, value in fields.items() if isinstance(value, list) and value}
+    objects = {name: value for name, value in lists.items() if isinstance(value[0], dict)}
+    (*found,) = objects or lists
+    if len(found) == 1:
+        return lists[found[0]]
+    if found:
+        raise FactFormatError(
+            f"{path} holds {len(found)} lists ({', '.join(found)}); save the one with {what} as a "
+            "file of its own"
+        )
+    if fields and all(isinstance(value, dict) for value in fields.values()):
+        return [_keyed(name, value) for name, value in fields.items()]
+    raise FactFormatError(f"{path} holds an object; it should hold a list of {what}")
+
+
+def _keyed(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    return {"case_id": int(name)} | record if name.isdecimal() and len(name) < 19 else record
+
+
+def _refuse_lines(path: Path, file: BufferedIOBase) -> None:
+    """Refuse records one after another in a file whose name does not say so."""
     first = file.readline()
     try:
         alone = isinstance(json.loads(first), dict) and bool(file.read(1 << 16).strip())
@@ -131,20 +244,37 @@ def _refuse_no_list(path: Path, file: BinaryIO) -> NoReturn:
             f"{path} holds one JSON value after another; put them into a list, or let the name of "
             "the file end in .jsonl"
         )
-    content = read_json(path, "facts")
-    raise FactFormatError(f"{path} holds {kind_of(content)}; it should hold a list of facts")
 
 
-def _strictly(path: Path) -> list[Any]:
-    content: list[Any] = read_json(path, "facts")
-    text = path.read_text(encoding="utf-8-sig")
+def _strictly(path: Path, file: BufferedIOBase, what: str) -> Any:
+    """The content of a whole file, with a sentence that says where it is no JSON."""
+    before, data = file.tell(), file.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text at byte {before + error.start}; save it as UTF-8"
+        ) from None
+    if not text.strip():
+        raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInputError(
+            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
+            f"({error.msg}); correct that line"
+        ) from None
+    except ValueError as error:
+        raise BadInputError(f"{path} holds a number that cannot be read ({error})") from None
+    except RecursionError:
+        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
     for found in _TEXT_OR_CONSTANT.finditer(text):
         if not found[0].startswith('"'):
-            line = text.count("\n", 0, found.start()) + 1
+            number = text.count("\n", 0, found.start()) + 1
             column = found.start() - text.rfind("\n", 0, found.start())
             raise BadInputError(
-                f"{path} holds {found[0]} at line {line}, column {column}, which is no JSON; "
-                "mend that line"
+                f"{path} holds {found[0]} at line {number}, column {column}, which is no JSON; "
+                "correct that line"
             )
     return content
 

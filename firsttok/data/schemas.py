@@ -1,8 +1,7 @@
-"""Schemas of published facts: COUNTERFACT, the flat lists (HardCF, HardEdit, EasyEdit), ZsRE."""
+"""Schemas of published facts: COUNTERFACT, ZsRE, KnowEdit, MQuAKE, QAEdit and the flat lists."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from firsttok.data.facts import Fact
@@ -10,40 +9,60 @@ from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
 from firsttok.data.records import kind_of
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 
-__all__ = ["fact_from"]
+__all__ = ["fact_from", "rewrites_of"]
+
+_SUBJECT = ("subject", "concept")
+_PROMPT = ("prompt", "src", "text")
+_NEW = ("target_new", "target_false", "alt", "target", "labels")
+_TRUE = ("target_true", "ground_truth", "answers")
+_PARAPHRASES = ("paraphrase_prompts", "rephrase_prompt", "rephrase_prompts", "rephrase")
+_NEIGHBOURS = ("neighborhood_prompts", "locality_prompt", "loc", "locality")
+_ANSWER = ("neighborhood_answer", "locality_ground_truth", "loc_ans")
+_NESTED_PROMPT = ("prompt", "loc", "question")
+_NESTED_ANSWER = ("ground_truth", "loc_ans", "target", "answer")
+"""Names of a field in the schemas; the first one that a record has, and that is not null, is read.
+"""
 
 _C = TypeVar("_C")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Schema:
-    """The names of the fields; the first one of each that a record has is read."""
+def rewrites_of(record: Any, place: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Take a record apart into edits; a record of MQuAKE holds several.
 
-    prompt: tuple[str, ...] = ("prompt",)
-    new: tuple[str, ...] = ("target_new",)
-    true: tuple[str, ...] = ("target_true", "ground_truth")
-    paraphrases: tuple[str, ...] = ("paraphrase_prompts", "rephrase_prompt")
-    neighbours: tuple[str, ...] = ("neighborhood_prompts", "locality_prompt")
-    answer: tuple[str, ...] = ("neighborhood_answer", "locality_ground_truth")
-    lenient: bool = False
-    """Whether records that cannot be edited are left out, as the publishers' own loaders do."""
+    Args:
+        record: The record, as JSON gives it.
+        place: Where it stands, for messages.
 
+    Returns:
+        For each edit where it stands and a record of its own, for :func:`fact_from`. The chain of
+        questions that joins MQuAKE's rewrites is left out, since nothing here measures it.
 
-_USUAL = _Schema()
-_ZSRE = _Schema(
-    prompt=("src",),
-    new=("alt",),
-    true=("answers",),
-    paraphrases=("rephrase",),
-    neighbours=("loc",),
-    answer=("loc_ans",),
-    lenient=True,
-)
+    Raises:
+        FactFormatError: If the record is no object, or its rewrites are none.
+    """
+    if not isinstance(record, Mapping):
+        raise FactFormatError(
+            f"{place} is not an object but {kind_of(record)}; see COUNTERFACT's schema"
+        )
+    fields = cast(Mapping[str, Any], record)
+    rewrites: Any = fields.get("requested_rewrite", fields)
+    if not isinstance(rewrites, list):
+        return [(place, fields)]
+    if not rewrites:
+        raise FactFormatError(f"{place}, field requested_rewrite is empty; give a rewrite")
+    # The number is that of the whole chain, so none of its rewrites has it to itself.
+    return [
+        (
+            f"{place}, rewrite {number}",
+            {"requested_rewrite": rewrite, "paraphrase_prompts": _own_question(rewrite)},
+        )
+        for number, rewrite in enumerate(cast(list[Any], rewrites))
+    ]
 
 
 def fact_from(
-    record: Any,
-    index: int,
+    fields: Mapping[str, Any],
+    number: int,
     place: str,
     source: str,
     *,
@@ -52,14 +71,16 @@ def fact_from(
 ) -> Fact | None:
     """Make a fact of a record.
 
-    A COUNTERFACT record holds ``requested_rewrite``; a flat one holds ``prompt``, ``subject``,
-    ``target_new`` and ``ground_truth`` (or ``target_true``) directly; one of ZsRE holds ``src``,
-    ``subject``, ``alt`` (the new answer) and ``answers`` (the old one first). A prompt holds ``{}``
-    or the subject. Blank paraphrases and neighbours are passed over.
+    A COUNTERFACT record holds ``requested_rewrite``; a flat one (HardCF, HardEdit, KnowEdit,
+    QAEdit, EasyEdit) holds ``prompt``, ``subject``, ``target_new`` and perhaps ``ground_truth``
+    directly; one of ZsRE holds ``src``, ``subject``, ``alt`` (the new answer) and ``answers`` (the
+    old one first). A prompt holds ``{}`` or the subject. The old answer may be lacking; of a list,
+    which is one of aliases, the first is taken. Blank paraphrases and neighbours are passed over.
+    KnowEdit's and QAEdit's ``locality`` is read as neighbours, whatever its kinds.
 
     Args:
-        record: The record, as JSON gives it.
-        index: Its number in the file, which is its case id unless it has one.
+        fields: The record.
+        number: The fact's number in the file, which is its case id.
         place: Where it stands, for messages.
         source: What the fact shall say of where it comes from.
         join: The fact's ``join``, whatever the record says; None for the record's, or the usual.
@@ -72,32 +93,27 @@ def fact_from(
     Raises:
         FactFormatError: If a field is missing or of a wrong type; names place and field.
         TemplateError: If the prompt does not hold ``{}`` once.
-        EmptyTargetError: If a target is empty.
+        EmptyTargetError: If the new target is empty.
     """
-    if not isinstance(record, Mapping):
-        raise FactFormatError(
-            f"{place} is not an object but {kind_of(record)}; see COUNTERFACT's schema"
-        )
-    fields = cast(Mapping[str, Any], record)
-    schema = _ZSRE if "src" in fields else _USUAL
     rewrite = fields.get("requested_rewrite", fields)
     if not isinstance(rewrite, Mapping):
         raise FactFormatError(
-            f"{place}, field requested_rewrite is not an object but {kind_of(rewrite)}; mend it"
+            f"{place}, field requested_rewrite is not an object but {kind_of(rewrite)}; correct it"
         )
     rewrite = cast(Mapping[str, Any], rewrite)
-    subject = _text(rewrite, ("subject",), place)
-    template = _template(_text(rewrite, schema.prompt, place), subject.strip())
-    new = _text(rewrite, schema.new, place).strip()
-    true = _text(rewrite, schema.true, place).strip()
-    paraphrases = _texts(fields, schema.paraphrases, place)
-    neighbours = _texts(fields, schema.neighbours, place)
-    answer = _answer(fields, schema.answer, place)
-    case_id = fields.get("case_id", index)
-    if not isinstance(case_id, int) or isinstance(case_id, bool):
-        shown = case_id if isinstance(case_id, float) else kind_of(case_id)
-        raise FactFormatError(f"{place}, field case_id is {shown}; it should be a whole number")
-    if schema.lenient and (not new or template.count("{}") != 1):
+    subject = _text(rewrite, _SUBJECT, place)[1]
+    prompt_name, prompt = _text(rewrite, _PROMPT, place)
+    new_name, new = _new_answer(rewrite, place)
+    true = next(_aliases(*_first(rewrite, _TRUE), place, strict=False), "")
+    paraphrases = tuple(text for text in _texts(*_first(fields, _PARAPHRASES), place) if text)
+    neighbours = _neighbours(fields, true, place)
+    template = _template(prompt, subject.strip())
+    join = join or _choice(fields, "join", JOINS, place)
+    straddle = straddle or _choice(fields, "straddle", STRADDLES, place)
+    if join != "none":
+        new, true = new.strip(), true.strip()
+        neighbours = [(text, answer.strip()) for text, answer in neighbours]
+    if prompt_name == "src" and (not new or template.count("{}") != 1):
         return None
     try:
         return Fact(
@@ -106,20 +122,28 @@ def fact_from(
             target_new=new,
             target_true=true,
             paraphrases=paraphrases,
-            # Without an answer to the neighbour there is nothing to measure there.
-            neighbours=() if answer == "" else neighbours,
+            neighbours=tuple(text for text, _ in neighbours),
             source=source,
-            case_id=case_id,
-            neighbour_answer=answer if neighbours and answer and answer != true else "",
-            join=join or _choice(fields, "join", JOINS, place),
-            straddle=straddle or _choice(fields, "straddle", STRADDLES, place),
+            case_id=number,
+            neighbour_answers=()
+            if all(answer == true for _, answer in neighbours)
+            else tuple(answer for _, answer in neighbours),
+            join=join,
+            straddle=straddle,
         )
     except TemplateError as error:
-        raise TemplateError(f"{place}, field {schema.prompt[0]}: {error}") from None
+        held = f" (it holds the subject {prompt.count(subject)} times)" if subject else ""
+        raise TemplateError(f"{place}, field {prompt_name}: {error}{held}") from None
     except EmptyTargetError as error:
-        raise EmptyTargetError(f"{place}, field {_blank(schema, new)}: {error}") from None
+        raise EmptyTargetError(f"{place}, field {new_name}: {error}") from None
     except FactFormatError as error:
         raise FactFormatError(f"{place}, field subject: {error}") from None
+
+
+def _own_question(rewrite: Any) -> Any:
+    return (
+        cast(Mapping[str, Any], rewrite).get("question") if isinstance(rewrite, Mapping) else None
+    )
 
 
 def _template(prompt: str, subject: str) -> str:
@@ -134,48 +158,108 @@ def _template(prompt: str, subject: str) -> str:
     return prompt[: whole[0].start()] + "{}" + prompt[whole[0].end() :]
 
 
-def _text(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> str:
-    name, value = _first(fields, names)
-    if name is None:
-        raise FactFormatError(f"{place} has no field {names[0]}; add it")
+def _new_answer(rewrite: Mapping[str, Any], place: str) -> tuple[str, str]:
+    """The name of the field, and the answer; a list of several does not say which to write."""
+    name, value = _first(rewrite, _NEW)
+    if name not in rewrite:
+        raise FactFormatError(f"{place} has no field {name}; add it")
+    answers = list(_aliases(name, value, place, strict=True))
+    if len({answer.strip() for answer in answers}) > 1:
+        raise FactFormatError(
+            f"{place}, field {name} holds {len(answers)} different answers; give the one to write"
+        )
+    return name, answers[0] if answers else ""
+
+
+def _aliases(name: str, value: Any, place: str, *, strict: bool) -> Iterator[str]:
+    """The texts of an answer that are not blank: a text, ``{"str": text}``, or lists of such."""
     if isinstance(value, Mapping):
-        value = cast(Mapping[str, Any], value).get("str")
-        name = f"{name}.str"
-    elif name == "answers" and isinstance(value, list):
-        value = next(iter(cast(list[Any], value)), None)
-    return _checked(value, name, place)
+        name, value = f"{name}.str", cast(Mapping[str, Any], value).get("str")
+    if isinstance(value, list):
+        for number, item in enumerate(cast(list[Any], value)):
+            yield from _aliases(f"{name}[{number}]", item, place, strict=strict)
+    elif (strict or value is not None) and (text := _checked(value, name, place)).strip():
+        yield text
 
 
-def _texts(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, ...]:
+def _neighbours(fields: Mapping[str, Any], true: str, place: str) -> list[tuple[str, str]]:
+    """Prompts with their answers, ``""`` for one that is not known."""
+    name, value = _first(fields, _NEIGHBOURS)
+    items: list[Any] = value if isinstance(value, list) else [value]
+    if any(isinstance(item, Mapping) for item in items):
+        return [pair for item in items for pair in _nested(name, item, place)]
+    texts = _texts(name, value, place)
+    answer_name, answer = _first(fields, _ANSWER)
+    if answer is None or not texts:
+        return [(text, true) for text in texts if text]
+    given: list[Any] = answer if isinstance(answer, list) else [answer]
+    answers = [next(_aliases(answer_name, each, place, strict=False), "") for each in given]
+    if len(set(answers)) == 1:
+        answers = answers[:1] * len(texts)
+    if answers and len(answers) != len(texts):
+        raise FactFormatError(
+            f"{place}, field {answer_name} holds {len(answers)} different answers to {len(texts)} "
+            "neighbours; give one for each, or one for all"
+        )
+    pairs = zip(texts, answers or [""] * len(texts), strict=True)
+    return [(text, answer) for text, answer in pairs if text]
+
+
+def _nested(name: str, value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Pairs in lists of objects, or in such lists by kind (``Relation_Specificity``)."""
+    if value is None:
+        return
+    if isinstance(value, list):
+        for number, item in enumerate(cast(list[Any], value)):
+            yield from _nested(f"{name}[{number}]", item, place)
+        return
+    if not isinstance(value, Mapping):
+        raise FactFormatError(
+            f"{place}, field {name} is not an object with prompt and answer but {kind_of(value)}; "
+            "correct it"
+        )
+    fields = cast(Mapping[str, Any], value)
+    prompt_name, prompts = _first(fields, _NESTED_PROMPT)
+    if prompts is None:
+        for kind, inner in fields.items():
+            yield from _nested(f"{name}.{kind}", inner, place)
+        return
+    answer_name, answers = _first(fields, _NESTED_ANSWER)
+    several = isinstance(prompts, list) and len(cast(list[Any], prompts)) > 1
+    each: list[Any] = prompts if isinstance(prompts, list) else [prompts]
+    apart = several and isinstance(answers, list) and len(cast(list[Any], answers)) == len(each)
+    for number, prompt in enumerate(each):
+        text = _checked(prompt, f"{name}.{prompt_name}", place)
+        found: Any = answers[number] if apart else answers
+        answer = next(_aliases(f"{name}.{answer_name}", found, place, strict=False), "")
+        if text.strip():
+            yield text, answer
+
+
+def _text(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, str]:
     name, value = _first(fields, names)
-    if name is None:
+    if name not in fields:
+        raise FactFormatError(f"{place} has no field {name}; add it")
+    return name, _checked(value, name, place)
+
+
+def _texts(name: str, value: Any, place: str) -> tuple[str, ...]:
+    """A text or a list of texts; what is blank or null in it becomes ``""``."""
+    if value is None:
         return ()
     if not isinstance(value, str | list):
         raise FactFormatError(
-            f"{place}, field {name} is not a list of texts but {kind_of(value)}; mend it"
+            f"{place}, field {name} is not a list of texts but {kind_of(value)}; correct it"
         )
     items = cast(list[Any], [value] if isinstance(value, str) else value)
-    texts = [_checked(item, f"{name}[{i}]", place) for i, item in enumerate(items)]
-    return tuple(text for text in texts if text.strip())
-
-
-def _answer(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> str | None:
-    """The neighbours' own answer, None where the schema gives none."""
-    name, _ = _first(fields, names)
-    if name is None:
-        return None
-    answers = {text.strip() for text in _texts(fields, names, place)}
-    if len(answers) > 1:
-        raise FactFormatError(
-            f"{place}, field {name} holds {len(answers)} different answers; give one for all "
-            "neighbours"
-        )
-    return next(iter(answers), "")
+    texts = ("" if x is None else _checked(x, f"{name}[{i}]", place) for i, x in enumerate(items))
+    return tuple(text if text.strip() else "" for text in texts)
 
 
 def _choice(fields: Mapping[str, Any], name: str, choices: tuple[_C, ...], place: str) -> _C:
     """One of some choices, the first where the record says nothing."""
-    value = fields.get(name, choices[0])
+    given: Any = fields.get(name)
+    value: Any = choices[0] if given is None else given
     if value not in choices:
         raise FactFormatError(
             f"{place}, field {name} is {value!r}; choose one of {', '.join(map(str, choices))}"
@@ -183,21 +267,22 @@ def _choice(fields: Mapping[str, Any], name: str, choices: tuple[_C, ...], place
     return value
 
 
-def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str | None, Any]:
-    return next(((name, fields[name]) for name in names if name in fields), (None, None))
+def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    """The first field that is there and not null; the first name, and null, if there is none."""
+    here = [name for name in names if name in fields]
+    name = next((name for name in here if fields[name] is not None), (*here, names[0])[0])
+    return name, fields.get(name)
 
 
 def _checked(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str):
-        raise FactFormatError(f"{place}, field {name} is not a text but {kind_of(value)}; mend it")
+        raise FactFormatError(
+            f"{place}, field {name} is not a text but {kind_of(value)}; correct it"
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise FactFormatError(
-            f"{place}, field {name} holds half a character (a lone surrogate); mend it"
+            f"{place}, field {name} holds half a character (a lone surrogate); correct it"
         ) from None
     return value
-
-
-def _blank(schema: _Schema, new: str) -> str:
-    return schema.true[0] if new else schema.new[0]

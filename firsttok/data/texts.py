@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from firsttok.arguments import taken
-from firsttok.errors import TextFormatError
-from firsttok.storage import read_json
+from firsttok.data.records import Broken, iter_records
+from firsttok.errors import FactFormatError, TextFormatError
 
 __all__ = ["builtin_sentences", "load_texts"]
+
+_NAMES = ("Text", "text", "sentence", "content")
+"""Names of the field that holds the sentence."""
 
 
 def builtin_sentences() -> tuple[str, ...]:
@@ -21,28 +24,36 @@ def builtin_sentences() -> tuple[str, ...]:
 
 @taken
 def load_texts(path: str | Path) -> tuple[str, ...]:
-    """Read sentences from JSON: a list of strings, or of objects with ``Text`` (ME-PPL's schema).
+    """Read sentences: texts, or objects with ``Text`` (ME-PPL's schema) or ``text``.
 
-    Texts are kept as they are, leading spaces included, since they change the tokens.
+    The file is a JSON list, JSON Lines (``.jsonl``) or Parquet, perhaps in gzip, as for
+    :func:`~firsttok.data.load_facts`. Texts are kept as they are, leading spaces included, since
+    they change the tokens.
 
     Raises:
         BadInputError: If the file is missing or not JSON.
         TextFormatError: If it is no list of sentences, or holds none.
     """
-    path = Path(path)
-    content = read_json(path, "sentences")
-    if isinstance(content, Mapping):
-        content = cast(Mapping[str, Any], content).get("sentences")
-    if not isinstance(content, list):
-        raise TextFormatError(f"{path} should hold a list of sentences")
     texts: list[str] = []
-    for index, item in enumerate(cast(list[Any], content)):
-        text: Any = cast(Mapping[str, Any], item).get("Text") if isinstance(item, Mapping) else item
-        if not isinstance(text, str) or not text.strip():
-            raise TextFormatError(
-                f"{path}, record {index} is no sentence; give a text or an object with 'Text'"
-            )
-        texts.append(text)
+    try:
+        for place, record in iter_records(Path(path), "sentences"):
+            if isinstance(record, Broken):
+                raise record.error
+            text = _text_of(record)
+            if not isinstance(text, str) or not text.strip():
+                raise TextFormatError(
+                    f"{place} is no sentence; give a text or an object with 'Text'"
+                )
+            texts.append(text)
+    except FactFormatError as error:
+        raise TextFormatError(str(error)) from None
     if not texts:
         raise TextFormatError(f"{path} holds no sentences; give at least one")
     return tuple(texts)
+
+
+def _text_of(record: Any) -> Any:
+    if not isinstance(record, Mapping):
+        return record
+    fields = cast(Mapping[str, Any], record)
+    return next((fields[name] for name in _NAMES if fields.get(name) is not None), None)

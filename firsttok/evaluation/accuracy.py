@@ -22,7 +22,8 @@ class Accuracy:
     generalization: float | None
     """The same behind the first paraphrase."""
     locality: float | None
-    """Share of tokens at the first neighbour's answer whose argmax the edit did not change."""
+    """Share of tokens at the first neighbour's answer whose argmax the edit did not change; the
+    first whose answer is known."""
 
 
 @taken
@@ -65,8 +66,8 @@ def edit_accuracies(
         paraphrase = text_prompt(model, fact.paraphrases[0])
         prompts.append(with_target(model, paraphrase, fact.target_new, join=fact.join))
     prompts += [
-        with_target(model, text_prompt(model, text), fact.neighbour_target, join=fact.join)
-        for text in fact.neighbours[:1]
+        with_target(model, text_prompt(model, text), answer, join=fact.join)
+        for text, answer in fact.answered_neighbours[:1]
     ]
     before, *after = score_edits(model, prompts, edits)
     return [_accuracy(fact, before, scores) for scores in after]
@@ -74,7 +75,7 @@ def edit_accuracies(
 
 def _accuracy(fact: Fact, before: Sequence[TargetScore], after: Sequence[TargetScore]) -> Accuracy:
     locality = None
-    if fact.neighbours:
+    if fact.answered_neighbours:
         pairs = zip(before[-1].predicted_ids, after[-1].predicted_ids, strict=True)
         locality = sum(a == b for a, b in pairs) / len(before[-1].predicted_ids)
     return Accuracy(

@@ -10,22 +10,26 @@ from firsttok.data import Fact
 from firsttok.editing import RankOneEdit
 from firsttok.evaluation.targets import TargetScore, score_edits
 from firsttok.models import Model
-from firsttok.prompts import fact_prompt, text_prompt, with_target
+from firsttok.prompts import Prompt, fact_prompt, text_prompt, with_target
 
 __all__ = ["CounterfactScores", "counterfact_scores", "edit_counterfact_scores"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CounterfactScores:
-    """Scores of one fact on a model as it is, as fractions of 1; None where prompts are missing."""
+    """Scores of one fact on a model as it is, as fractions of 1; None where prompts are missing.
 
-    es: float
+    Without the fact's old answer there is nothing to compare with but at neighbours that have
+    answers of their own, so that all but the neighbourhood's scores are None.
+    """
+
+    es: float | None
     """Efficacy score: P(new) > P(true) on the rewriting prompt."""
     ps: float | None
     """Paraphrase score: the same on the paraphrases."""
     ns: float | None
     """Neighbourhood score: P(true) > P(new) on the neighbours."""
-    em: float
+    em: float | None
     """Efficacy magnitude: P(new) - P(true)."""
     pm: float | None
     """Paraphrase magnitude."""
@@ -35,9 +39,9 @@ class CounterfactScores:
     @property
     def score(self) -> float | None:
         """Harmonic mean of ES, PS and NS; 0 if one of them is 0, None if one is missing."""
-        if self.ps is None or self.ns is None:
+        parts = [part for part in (self.es, self.ps, self.ns) if part is not None]
+        if len(parts) < 3:
             return None
-        parts = [self.es, self.ps, self.ns]
         return float(hmean(parts)) if all(parts) else 0.0
 
 
@@ -71,32 +75,38 @@ def edit_counterfact_scores(
         EditMismatchError: If an edit was made for another model.
     """
     new, true = fact.target_new, fact.target_true
-    asked = [(fact_prompt(model, fact), new, true)]
-    asked += [(text_prompt(model, text), new, true) for text in fact.paraphrases]
-    kept = fact.neighbour_target
-    asked += [(text_prompt(model, text), kept, new) for text in fact.neighbours]
+    rewriting: list[Prompt] = []
+    paraphrases: list[Prompt] = []
+    if true:
+        rewriting.append(fact_prompt(model, fact))
+        paraphrases += [text_prompt(model, text) for text in fact.paraphrases]
+    asked = [(prompt, new, true) for prompt in (*rewriting, *paraphrases)]
+    asked += [(text_prompt(model, text), kept, new) for text, kept in fact.answered_neighbours]
     prompts = [
         with_target(model, prompt, target, join=fact.join)
         for prompt, wanted, other in asked
         for target in (wanted, other)
     ]
+    ends = (len(rewriting), len(rewriting) + len(paraphrases))
     found = score_edits(model, prompts, edits)
-    return [_scores(fact, list(zip(each[::2], each[1::2], strict=True))) for each in found]
+    return [_scores(list(zip(each[::2], each[1::2], strict=True)), *ends) for each in found]
 
 
-def _scores(fact: Fact, pairs: Sequence[tuple[TargetScore, TargetScore]]) -> CounterfactScores:
-    first, last = 1, 1 + len(fact.paraphrases)
+def _scores(
+    pairs: Sequence[tuple[TargetScore, TargetScore]], first: int, last: int
+) -> CounterfactScores:
     es, em = _compare(pairs[:first])
-    ps = pm = ns = nm = None
-    if fact.paraphrases:
-        ps, pm = _compare(pairs[first:last])
-    if fact.neighbours:
-        ns, nm = _compare(pairs[last:])
+    ps, pm = _compare(pairs[first:last])
+    ns, nm = _compare(pairs[last:])
     return CounterfactScores(es=es, ps=ps, ns=ns, em=em, pm=pm, nm=nm)
 
 
-def _compare(pairs: Sequence[tuple[TargetScore, TargetScore]]) -> tuple[float, float]:
+def _compare(
+    pairs: Sequence[tuple[TargetScore, TargetScore]],
+) -> tuple[float | None, float | None]:
     """Share of prompts that prefer the first target, and the mean difference of probabilities."""
+    if not pairs:
+        return None, None
     share = sum(wanted.nll < other.nll for wanted, other in pairs) / len(pairs)
     gap = sum(wanted.probability - other.probability for wanted, other in pairs) / len(pairs)
     return share, gap

@@ -1,10 +1,10 @@
 """Whether ROME would collapse a model: told from a dozen facts' keys, or tried on them.
 
-ROME divides by ``u . k^u``, C-ROME by ``u . k_bar`` (Equation 3 with the keys of Section 3.1).
-Their ratio has no unit, so that it can be compared between models.
+ROME divides by ``u . k^u``, C-ROME by ``u . k_bar`` (Equation 3 with the keys of Section 3.1), and
+their ratio tells (:data:`~firsttok.screening.RATIO`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rich.progress import Progress
@@ -15,17 +15,12 @@ from firsttok.display import Note, Panel, Shown, Table
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.keys import fact_keys
-from firsttok.prompts import fact_prompt, with_target
-from firsttok.screening import ScreenRow, screen
+from firsttok.screening import RATIO, ScreenRow, screen
+from firsttok.sieve import reason_against
 from firsttok.study import Study, measure_facts
 
-__all__ = ["CALIBRATED", "DOZEN", "RATIO", "FactForecast", "Forecast", "choose_facts", "forecast"]
+__all__ = ["CALIBRATED", "DOZEN", "FactForecast", "Forecast", "choose_facts", "forecast"]
 
-RATIO = 0.05
-"""Collapse is predicted where ROME's denominator is less than this share of C-ROME's.
-
-On SmolLM2-135M, where it was set, no fact lies between 0.0085 and 0.28."""
 CALIBRATED = "on SmolLM2-135M 61 of the 76 facts below that did, and none of the 94 above"
 """What ``firsttok scan`` found there; a test holds it to the committed scan."""
 DOZEN = 12
@@ -39,9 +34,7 @@ class FactForecast:
     """One fact: what its keys say about ROME's edit, and what the edit did if it was made."""
 
     keys: ScreenRow
-    """Denominator, cosine, norm ratio and place of the subject."""
-    consistent_denominator: float
-    """``u . k_bar``: what C-ROME divides by."""
+    """Denominators, cosine, norm ratio and place of the subject."""
     perplexity: float | None = None
     """Mean perplexity after the real edit; None if it was not made."""
     collapsed: bool | None = None
@@ -50,12 +43,12 @@ class FactForecast:
     @property
     def ratio(self) -> float:
         """ROME's denominator over C-ROME's, without sign."""
-        return abs(self.keys.denominator) / max(abs(self.consistent_denominator), 1e-300)
+        return self.keys.ratio
 
     @property
     def predicted(self) -> bool:
         """Whether the ratio foretells a collapse."""
-        return self.ratio < RATIO
+        return self.keys.is_hard(None)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -117,7 +110,7 @@ class Forecast(Shown):
                 fact.keys.prompt,
                 fact.keys.first_token,
                 abs(fact.keys.denominator),
-                abs(fact.consistent_denominator),
+                abs(fact.keys.consistent_denominator),
                 fact.ratio,
                 "collapse" if fact.predicted else "none",
                 fact.perplexity,
@@ -158,7 +151,8 @@ def forecast(
         raise BadInputError(
             f"no fact can be used with the tokenizer of {study.model.label}: {left_out[0]}"
         )
-    rows = list(_forecasts(study, chosen, progress))
+    screened = screen(study, chosen, progress=progress, total=len(chosen))
+    rows = [FactForecast(keys=row) for row in screened]
     if original is None:
         original = study.original_perplexity.mean
     not_edited: str | None = None
@@ -203,12 +197,9 @@ def _usable(study: Study, facts: Sequence[Fact] | None) -> tuple[list[Fact], lis
         for fact in group:
             if found == most:
                 break
-            try:
-                for template in study.contexts.templates:
-                    prompt = fact_prompt(study.model, fact, template)
-                    with_target(study.model, prompt, fact.target_new, join=fact.join)
-            except BadInputError as error:
-                left_out.append(f"{fact.subject}: {error}")
+            reason = reason_against(study.model, fact, templates=study.contexts.templates)
+            if reason is not None:
+                left_out.append(f"{fact.subject}: {reason}")
                 continue
             chosen.append(fact)
             found += 1
@@ -220,16 +211,6 @@ def _numbered(facts: Sequence[Fact]) -> Sequence[Fact]:
     if len({fact.case_id for fact in facts}) == len(facts):
         return facts
     return [replace(fact, case_id=number) for number, fact in enumerate(facts)]
-
-
-def _forecasts(
-    study: Study, facts: Sequence[Fact], progress: Progress | None
-) -> Iterator[FactForecast]:
-    rows = screen(study, facts, progress=progress, total=len(facts))
-    for fact, row in zip(facts, rows, strict=True):
-        mean = fact_keys(study.model, fact, study.contexts, layer=study.layer).prefixed_mean
-        left = study.second_moment.solve(mean)
-        yield FactForecast(keys=row, consistent_denominator=float((left / left.norm()) @ mean))
 
 
 def _doubt(perplexity: float, vocabulary: int) -> str | None:

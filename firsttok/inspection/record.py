@@ -21,9 +21,10 @@ from firsttok.inspection.anomaly import (
     measure_first_tokens,
 )
 from firsttok.inspection.checks import SiteCheck, check_sites, named_checks
-from firsttok.inspection.forecast import CALIBRATED, RATIO, Forecast, forecast
+from firsttok.inspection.forecast import CALIBRATED, Forecast, forecast
 from firsttok.inspection.proposal import Proposal, TextPerplexities, propose, text_perplexities
 from firsttok.models import BosPolicy, Model
+from firsttok.screening import RATIO
 from firsttok.study import Study
 
 __all__ = ["Architecture", "Bos", "Inspection", "inspect_model"]
@@ -174,7 +175,6 @@ class Inspection(Shown):
                 "facts": [
                     asdict(fact.keys)
                     | {
-                        "consistent_denominator": fact.consistent_denominator,
                         "ratio": fact.ratio,
                         "predicted": fact.predicted,
                         "perplexity": fact.perplexity,

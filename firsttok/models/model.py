@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +24,7 @@ from firsttok.models.sites import EditSite, refuse_processed
 from firsttok.models.tail import Replay
 from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
+from firsttok.options import model_label
 from firsttok.provenance import described
 from firsttok.storage import content_hash
 from firsttok.tensors import Intervention, Logits, TokenBatch, Tokens
@@ -73,8 +73,7 @@ class Model(Shown):
     @property
     def label(self) -> str:
         """The name as tables and provenance show it: of a folder, only its own name."""
-        is_path = self.name.startswith((".", "/", "~")) or self.name.count("/") > 1
-        return Path(self.name).name if is_path else self.name
+        return model_label(self.name)
 
     @property
     def origin(self) -> dict[str, Any]:

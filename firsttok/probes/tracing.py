@@ -165,7 +165,11 @@ def window_layers(layer: int, width: int, n_layers: int) -> range:
 
 @taken
 def answered_facts(model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
-    """Return the facts whose true target begins with the token that the model puts first."""
+    """Return the facts whose true target begins with the token that the model puts first.
+
+    Facts whose true target is not known are none of them.
+    """
+    facts = [fact for fact in facts if fact.target_true]
     prompts = [fact_prompt(model, fact) for fact in facts]
     right: set[int] = set()
     for group in batches(prompts, max_tokens=512):

@@ -129,7 +129,7 @@ class Worker:
     def do(self, chunk: Chunk) -> DoneChunk:
         """Do a chunk."""
         start = perf_counter()
-        rows = measure_chunk(self.study, chunk.facts, self._plan)
+        rows = measure_chunk(self.study, chunk.facts, self._plan, done=chunk.done)
         return DoneChunk(index=chunk.index, rows=tuple(rows), seconds=perf_counter() - start)
 
 
@@ -327,7 +327,7 @@ class RayEngine:
             done = self._given_up(chunk)
         else:
             crew.idle.append(actor)
-        on_facts(float(len(chunk.facts)))
+        on_facts(float(chunk.missing))
         yield done
 
     def _given_up(self, chunk: Chunk) -> DoneChunk:
@@ -335,6 +335,7 @@ class RayEngine:
         rows = [
             failed_row(self.label, fact, method.name, reason)
             for fact in chunk.facts
+            if fact.case_id not in chunk.done
             for method in self.plan.methods
         ]
         return DoneChunk(index=chunk.index, rows=tuple(rows), seconds=0.0)

@@ -1,4 +1,4 @@
-"""Who does the chunks of a sweep: this process, one after the other."""
+"""Who does the chunks of a sweep: this process, one after the other, fact by fact."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from firsttok.data import Fact
 from firsttok.study import Study
-from firsttok.sweep.measuring import Plan, measure_chunk
+from firsttok.sweep.measuring import Plan, measure_each
 from firsttok.sweep.rows import SweepRow
 
 __all__ = ["Chunk", "DoneChunk", "Engine", "LocalEngine"]
@@ -20,19 +20,26 @@ class Chunk:
     index: int
     """Number of the chunk in the run."""
     facts: tuple[Fact, ...]
-    """Its facts."""
+    """Its facts, as far as they are asked for."""
+    done: frozenset[int] = frozenset()
+    """Case ids of those among them whose rows are there."""
+
+    @property
+    def missing(self) -> int:
+        """How many facts are to be measured."""
+        return len(self.facts) - len(self.done)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoneChunk:
-    """A chunk and what was found."""
+    """What was found on facts of a chunk: on all that were to be done, or on some of them."""
 
     index: int
     """Number of the chunk in the run."""
     rows: tuple[SweepRow, ...]
     """One row per fact and method."""
     seconds: float
-    """Time it took where it was done."""
+    """Time they took where they were done."""
 
 
 @runtime_checkable
@@ -42,7 +49,7 @@ class Engine(Protocol):
     def run(
         self, chunks: Iterable[Chunk], *, on_facts: Callable[[float], None]
     ) -> Iterator[DoneChunk]:
-        """Do the chunks.
+        """Do the chunks; each may be given back in several parts.
 
         Args:
             chunks: The chunks; they are taken one at a time, when there is somebody to do them.
@@ -63,19 +70,37 @@ class LocalEngine:
     def run(
         self, chunks: Iterable[Chunk], *, on_facts: Callable[[float], None]
     ) -> Iterator[DoneChunk]:
-        """Do the chunks in order."""
+        """Do the chunks in order, and give back every fact as soon as it is measured."""
         slots = len({method.anchor for method in self.plan.methods})
         # Three steps' time, about, goes into measuring a fact.
         steps = slots * self.study.hyperparameters.steps + 3
         for chunk in chunks:
-            seen = 0.0
-
-            def on_step(count: int) -> None:
-                nonlocal seen
-                seen += count / steps
-                on_facts(count / steps)
-
+            reached = _Reached(facts=chunk.missing, steps=steps, report=on_facts)
             start = perf_counter()
-            rows = measure_chunk(self.study, chunk.facts, self.plan, on_step=on_step)
-            on_facts(len(chunk.facts) - seen)
-            yield DoneChunk(index=chunk.index, rows=tuple(rows), seconds=perf_counter() - start)
+            found = measure_each(
+                self.study, chunk.facts, self.plan, done=chunk.done, on_step=reached.step
+            )
+            for number, rows in enumerate(found, 1):
+                reached.to(float(number))
+                now = perf_counter()
+                yield DoneChunk(index=chunk.index, rows=tuple(rows), seconds=now - start)
+                start = now
+
+
+@dataclass(kw_only=True, eq=False)
+class _Reached:
+    """How far a chunk is; what is done again in parts, after a failure, counts once."""
+
+    facts: int
+    steps: int
+    """Steps that a fact takes."""
+    report: Callable[[float], None]
+    seen: float = 0.0
+
+    def step(self, count: int) -> None:
+        self.to(self.seen + count / self.steps)
+
+    def to(self, facts: float) -> None:
+        now = min(max(facts, self.seen), float(self.facts))
+        self.report(now - self.seen)
+        self.seen = now

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.errors import BadInputError, CacheError
+from firsttok.options import folder_name
 from firsttok.storage import locked, read_json, write_record
 
 if TYPE_CHECKING:
+    from firsttok.data import LeftOut
     from firsttok.study import Study
     from firsttok.sweep.measuring import Plan
 
@@ -34,7 +36,15 @@ _SHOWN = 6
 """Differences that are named; a whole list would hide the first."""
 
 
-def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chunk: int) -> Any:
+def run_entry(
+    *,
+    facts_hash: str,
+    facts: int,
+    facts_name: str,
+    plan: "Plan",
+    chunk: int,
+    left_out: Sequence["LeftOut"] = (),
+) -> Any:
     """What is the same for all models of a run.
 
     Args:
@@ -43,6 +53,7 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
         facts_name: Where they came from; told, not compared.
         plan: Methods and metrics.
         chunk: Facts in a chunk.
+        left_out: Records of the file that could not be read, by reason; told, not compared.
     """
     return {
         "format": _FORMAT,
@@ -54,7 +65,8 @@ def run_entry(*, facts_hash: str, facts: int, facts_name: str, plan: "Plan", chu
         "told": {
             "facts": facts_name,
             "labels": {method.name: method.label for method in plan.methods},
-        },
+        }
+        | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
     }
 
 
@@ -105,7 +117,8 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         model: What :func:`model_entry` returned.
 
     Raises:
-        BadInputError: If the run was begun, or a model of that name took part, with something else.
+        BadInputError: If the run was begun, or a model of that name took part, with something else,
+            or the label differs from that of another model in case alone.
         CacheError: If the folder cannot be written to.
     """
     path = folder / _NAME
@@ -119,6 +132,13 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         check_run(folder, entry)
         manifest = read_manifest(folder) if path.exists() else {**entry, "models": {}}
         models = cast(dict[str, Any], manifest["models"])
+        folders = {folder_name(known).casefold(): known for known in models}
+        other = folders.get(folder_name(label).casefold(), label)
+        if other != label:
+            raise BadInputError(
+                f"the rows of {label} would be in the folder of {other}, which takes part in the "
+                f"run in {folder}; begin another run with it"
+            )
         if label in models:
             _refuse(folder, models[label], model)
         else:

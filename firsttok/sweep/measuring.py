@@ -1,7 +1,6 @@
 """One chunk of a sweep: edit its facts together, measure them, and let no case stop the others."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +8,7 @@ from firsttok.arguments import take_fields
 from firsttok.data import Fact
 from firsttok.editing import Method, RankOneEdit, check_methods, compute_edits
 from firsttok.efficacy import draw_prefix
-from firsttok.errors import BadInputError, CacheError, FirsttokError
+from firsttok.errors import BadInputError
 from firsttok.evaluation import (
     edit_accuracies,
     edit_counterfact_scores,
@@ -17,14 +16,17 @@ from firsttok.evaluation import (
     sample_continuations,
     score_edits,
 )
-from firsttok.prompts import fact_prompt, text_prompt, with_target
+from firsttok.prompts import fact_prompt, with_target
+from firsttok.sieve import FailedFact, each_or_reason, reason_against
 from firsttok.study import Study, case_row
 from firsttok.sweep.rows import DONE, SweepRow, failed_row
 
-__all__ = ["METRICS", "Plan", "measure_chunk"]
+__all__ = ["METRICS", "TOGETHER", "Plan", "measure_chunk", "measure_each"]
 
-logger = logging.getLogger(__name__)
-
+TOGETHER = 8
+"""Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
+is killed loses no more than these; on a GPU, which is fast, those of its chunk.
+"""
 METRICS = ("perplexity", "accuracy", "scores", "entropy")
 """What can be measured after an edit; ``entropy`` generates text and is slow."""
 
@@ -61,82 +63,98 @@ def measure_chunk(
     facts: Sequence[Fact],
     plan: Plan,
     *,
+    done: Collection[int] = (),
     on_step: Callable[[int], None] | None = None,
 ) -> list[SweepRow]:
-    """Edit the facts of a chunk and measure every edit.
+    """Edit the facts of a chunk and measure every edit; arguments as of :func:`measure_each`.
 
-    The values of a chunk are optimised together and no finished part is read from the study's work
-    folder, so that a chunk's numbers depend on the chunk alone. If something in it fails, its facts
-    are done one by one, and those that fail again become rows with the reason.
+    Returns:
+        One row per fact and method, fact by fact, of the facts that are not done.
+
+    Raises:
+        CacheError: If a disk is full or cannot be written to; that is no fault of a case.
+    """
+    found = measure_each(study, facts, plan, done=done, on_step=on_step)
+    return [row for rows in found for row in rows]
+
+
+def measure_each(
+    study: Study,
+    facts: Sequence[Fact],
+    plan: Plan,
+    *,
+    done: Collection[int] = (),
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[list[SweepRow]]:
+    """Edit the facts of a chunk, and give the rows of each as soon as it is measured.
+
+    The values of a few facts are optimised together (:data:`TOGETHER`), always of the same ones,
+    and no finished part is read from the study's work folder. So a chunk's numbers depend on its
+    facts alone, and not on which of them were done before. Facts that cannot be edited, as their
+    tokens tell, and those that fail become rows with the reason.
 
     Args:
         study: The study.
         facts: The chunk.
         plan: Methods and metrics.
+        done: Case ids of facts that are not measured, since their rows are there.
         on_step: Called with the number of facts that took one optimisation step.
 
-    Returns:
-        One row per fact and method, fact by fact.
+    Yields:
+        For each other fact, in order, a row per method.
 
     Raises:
         CacheError: If a disk is full or cannot be written to; that is no fault of a case.
     """
+    size = TOGETHER if study.model.device.type == "cpu" else max(1, len(facts))
+    for start in range(0, len(facts), size):
+        part = facts[start : start + size]
+        if any(fact.case_id not in done for fact in part):
+            yield from _part(study, part, plan, done, on_step)
+
+
+def _part(
+    study: Study,
+    facts: Sequence[Fact],
+    plan: Plan,
+    done: Collection[int],
+    on_step: Callable[[int], None] | None,
+) -> Iterator[list[SweepRow]]:
+    """Facts that are optimised together."""
     reasons = {fact.case_id: _unusable(study, fact, plan) for fact in facts}
     sound = [fact for fact in facts if reasons[fact.case_id] is None]
-    rows: dict[int, list[SweepRow]] = {}
-    try:
-        rows = _together(study, sound, plan, on_step)
-    except (CacheError, MemoryError):
-        raise
-    except Exception as error:
-        logger.warning("a chunk failed (%s); its facts are done one by one", _reason(error))
-        for fact in sound:
-            found = _alone(study, fact, plan)
-            if isinstance(found, str):
-                reasons[fact.case_id] = found
-            else:
-                rows[fact.case_id] = found
-    label = study.model.label
+    measured = each_or_reason(sound, lambda some: _together(study, some, plan, done, on_step))
     for fact in facts:
-        reason = reasons[fact.case_id]
+        reason, rows = reasons[fact.case_id], list[SweepRow]()
+        if reason is None:
+            _, found = next(measured)
+            if isinstance(found, FailedFact):
+                reason = found.reason
+            else:
+                rows = found
         if reason is not None:
-            rows[fact.case_id] = [
-                failed_row(label, fact, method.name, reason) for method in plan.methods
-            ]
-    return [row for fact in facts for row in rows[fact.case_id]]
-
-
-def _alone(study: Study, fact: Fact, plan: Plan) -> list[SweepRow] | str:
-    """A fact's rows, or why there are none."""
-    try:
-        return _together(study, [fact], plan, None)[fact.case_id]
-    except (CacheError, MemoryError):
-        raise
-    except Exception as error:
-        return _reason(error)
+            label = study.model.label
+            rows = [failed_row(label, fact, method.name, reason) for method in plan.methods]
+        if fact.case_id not in done:
+            yield rows
 
 
 def _unusable(study: Study, fact: Fact, plan: Plan) -> str | None:
     """Why a fact cannot be edited or measured, as far as its tokens tell."""
-    model = study.model
     asked: list[tuple[str, str]] = []
     if {"accuracy", "scores"} & set(plan.metrics):
         asked += [(text, fact.target_new) for text in fact.paraphrases]
-        asked += [(text, fact.neighbour_target) for text in fact.neighbours]
-    try:
-        for template in study.contexts.templates:
-            prompt = fact_prompt(model, fact, template)
-            with_target(model, prompt, fact.target_new, join=fact.join)
-        for text, target in asked:
-            with_target(model, text_prompt(model, text), target, join=fact.join)
-    except FirsttokError as error:
-        return _reason(error)
-    return None
+        asked += fact.answered_neighbours
+    return reason_against(study.model, fact, templates=study.contexts.templates, asked=asked)
 
 
 def _together(
-    study: Study, facts: Sequence[Fact], plan: Plan, on_step: Callable[[int], None] | None
-) -> dict[int, list[SweepRow]]:
+    study: Study,
+    facts: Sequence[Fact],
+    plan: Plan,
+    done: Collection[int],
+    on_step: Callable[[int], None] | None,
+) -> Iterator[list[SweepRow]]:
     found = compute_edits(
         study.model,
         facts,
@@ -148,10 +166,11 @@ def _together(
         key_source=study.key_source,
         on_step=on_step,
     )
-    return {
-        fact.case_id: _measured(study, fact, [edits[m.name] for m in plan.methods], plan)
-        for fact, edits in found
-    }
+    for fact, edits in found:
+        if fact.case_id in done:
+            yield []
+            continue
+        yield _measured(study, fact, [edits[m.name] for m in plan.methods], plan)
 
 
 def _measured(study: Study, fact: Fact, edits: Sequence[RankOneEdit], plan: Plan) -> list[SweepRow]:
@@ -189,9 +208,3 @@ def _measured(study: Study, fact: Fact, edits: Sequence[RankOneEdit], plan: Plan
         SweepRow(model=model.label, status=DONE, target_true=fact.target_true, **columns)
         for columns in found
     ]
-
-
-def _reason(error: Exception) -> str:
-    """One line on an error; one that is not the user's goes with its type."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FirsttokError) else f"{type(error).__name__}: {text}"

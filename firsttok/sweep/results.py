@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from firsttok.arguments import taken
 from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
+from firsttok.options import folder_name
+from firsttok.storage import content_hash
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import SECONDS, frame_of, select
@@ -217,7 +219,7 @@ class RunResults(Shown):
         written: list[Path] = []
         for model in (name for name in self.models if name in done):
             table, entry = self.summary(model), self.manifest["models"][model]
-            stem = Path(out) / model.replace("/", "--") / f"sweep_{_plain_name(self.folder)}"
+            stem = Path(out) / folder_name(model) / f"sweep_{_plain_name(self.folder)}"
             save_result(
                 stem,
                 title=table.title,
@@ -298,7 +300,10 @@ def _holder(files: list[Path], shards: "list[pa.Table]", match: Mapping[str, Any
 
 
 def _plain_name(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", folder.resolve().name)
+    """The run's name as a part of a file's; no two runs of different names have one."""
+    name = folder.resolve().name
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    return plain if plain == name else f"{plain}-{content_hash(name)[:8]}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,22 +1,31 @@
-"""The run itself: which chunks are open, and each one written as soon as it is done."""
+"""The run itself: which facts are to be done, and their rows kept as they come."""
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from time import monotonic
 
 from rich.progress import Progress
 
 from firsttok.data import Fact
-from firsttok.errors import BadInputError
-from firsttok.sweep.engine import Chunk, Engine
-from firsttok.sweep.shards import finished_chunks, write_shard
+from firsttok.errors import BadInputError, CacheError
+from firsttok.options import folder_name
+from firsttok.sweep.engine import Chunk, DoneChunk, Engine
+from firsttok.sweep.rows import FAILED, SweepRow
+from firsttok.sweep.shards import Shard, read_shard, shard_path, write_shard
 
 __all__ = ["CHUNK", "Share", "chunks_of", "model_folder", "sweep"]
 
 
+logger = logging.getLogger(__name__)
+
 CHUNK = 24
-"""Facts in a chunk: as many as are looked at together to fill batches."""
+"""Facts in a chunk, which one file holds: as many as are looked at together to fill batches."""
+_PERIOD = 1.0
+"""Seconds after which the rows of a chunk that is not done yet are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,7 @@ class Share:
     of: int = 1
     """Number of shares."""
     limit: int | None = None
-    """Only chunks that begin within the first so many facts."""
+    """Only the first so many facts of the run."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -57,20 +66,33 @@ class Share:
             raise BadInputError(f"--shard is {text!r}; give I/N with I from 1 to N, such as 1/4")
         return Share(number=int(number), of=int(of), limit=limit)
 
-    def has(self, chunk: Chunk, size: int) -> bool:
-        """Whether a chunk is to be done here.
+    def of_chunk(self, chunk: Chunk, size: int) -> tuple[Fact, ...]:
+        """Those facts of a chunk that are to be done here.
 
         Args:
-            chunk: The chunk.
+            chunk: The chunk, with all its facts.
             size: Facts in a chunk.
         """
-        within = self.limit is None or chunk.index * size < self.limit
-        return within and chunk.index % self.of == self.number - 1
+        if chunk.index % self.of != self.number - 1:
+            return ()
+        within = None if self.limit is None else max(0, self.limit - chunk.index * size)
+        return chunk.facts[:within]
+
+    def count(self, total: int, size: int) -> int:
+        """How many facts of a run are to be done here.
+
+        Args:
+            total: Facts of the run.
+            size: Facts in a chunk.
+        """
+        end = total if self.limit is None else min(total, self.limit)
+        starts = range((self.number - 1) * size, end, self.of * size)
+        return sum(min(size, end - start) for start in starts)
 
 
 def model_folder(run: Path, label: str) -> Path:
-    """Where the shards of one model lie; a hub id's slash makes no folder of its own."""
-    return run / "rows" / label.replace("/", "--")
+    """Where the shards of one model are."""
+    return run / "rows" / folder_name(label)
 
 
 def chunks_of(facts: Iterable[Fact], size: int) -> Iterator[Chunk]:
@@ -94,9 +116,11 @@ def sweep(
     label: str = "sweep",
     total: int | None = None,
 ) -> int:
-    """Do every chunk that is not done yet, and write each as soon as it is.
+    """Do every fact that is not done yet, and keep its rows as they come.
 
-    A kill loses what is in flight and nothing else; the next run goes on.
+    The file of a chunk is written again with the facts that were done since, at most once a second
+    and when the chunk is done. So a kill loses what is in flight, and at most the rows of the last
+    second.
 
     Args:
         folder: Folder of the model's shards.
@@ -104,34 +128,116 @@ def sweep(
         engine: Who does them.
         size: Facts in a chunk.
         share: Which part is done here; everything if None.
-        retry_failed: Do chunks that hold a failed case again.
+        retry_failed: Do failed cases again.
         progress: Where to show progress.
         label: What the progress bar says.
         total: Number of facts, for the estimate.
 
     Returns:
-        Number of chunks that were done now.
+        Number of chunks in which something was done now.
 
     Raises:
         CacheError: If a shard cannot be written.
     """
     share = share or Share()
-    done = finished_chunks(folder, retry_failed=retry_failed)
-    task = None if progress is None else progress.add_task(label, total=total)
+    asked = None if total is None else share.count(total, size)
+    task = None if progress is None else progress.add_task(label, total=asked)
+    begun: dict[int, _Begun] = {}
+    touched: set[int] = set()
+    before = now = 0
 
     def advance(count: float) -> None:
         if progress is not None and task is not None:
             progress.advance(task, count)
 
     def open_chunks() -> Iterator[Chunk]:
+        nonlocal before
         for chunk in chunks_of(facts, size):
-            if not share.has(chunk, size) or chunk.index in done:
-                advance(float(len(chunk.facts)))
-            else:
-                yield chunk
+            wanted = share.of_chunk(chunk, size)
+            if not wanted:
+                continue
+            found = _Begun.at(folder, chunk, retry_failed=retry_failed)
+            done = frozenset(fact.case_id for fact in wanted if fact.case_id in found.rows)
+            before += len(done)
+            advance(float(len(done)))
+            rest = replace(chunk, facts=wanted, done=done)
+            if rest.missing:
+                begun[chunk.index] = found
+                found.missing = rest.missing
+                yield rest
 
-    count = 0
-    for finished in engine.run(open_chunks(), on_facts=advance):
-        write_shard(folder, finished.index, finished.rows, finished.seconds)
-        count += 1
-    return count
+    try:
+        for part in engine.run(open_chunks(), on_facts=advance):
+            chunk = begun[part.index]
+            now += chunk.add(part)
+            touched.add(part.index)
+            if not chunk.missing:
+                chunk.write(folder)
+                del begun[part.index]
+            elif monotonic() - chunk.written > _PERIOD:
+                chunk.write(folder)
+    except BaseException:
+        for chunk in begun.values():
+            # What ended the run is what is to be told.
+            with suppress(CacheError):
+                if chunk.unwritten:
+                    chunk.write(folder)
+        raise
+    if progress is not None and task is not None:
+        # Parts of facts do not add up to whole ones.
+        progress.update(task, completed=before + now)
+    return len(touched)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Begun:
+    """A chunk that is being done, and what is there of it; lives as long as that takes."""
+
+    index: int
+    order: tuple[int, ...]
+    rows: dict[int, list[SweepRow]]
+    """Rows by case id."""
+    seconds: float
+    missing: int = 0
+    unwritten: bool = False
+    written: float = field(default_factory=monotonic)
+
+    @staticmethod
+    def at(folder: Path, chunk: Chunk, *, retry_failed: bool) -> "_Begun":
+        """What is kept of a chunk; nothing, with a warning, of a damaged file."""
+        order = tuple(fact.case_id for fact in chunk.facts)
+        rows: dict[int, list[SweepRow]] = {}
+        seconds = 0.0
+        path = shard_path(folder, chunk.index)
+        if path.is_file():
+            try:
+                kept, seconds = read_shard(path), Shard.at(path).seconds
+            except BadInputError as error:
+                logger.warning("%s", error)
+                kept = []
+            for row in kept:
+                rows.setdefault(row.case_id, []).append(row)
+        again = {
+            case_id
+            for case_id, found in rows.items()
+            if case_id not in order or (retry_failed and any(r.status == FAILED for r in found))
+        }
+        rows = {case_id: found for case_id, found in rows.items() if case_id not in again}
+        return _Begun(index=chunk.index, order=order, rows=rows, seconds=seconds)
+
+    def add(self, part: DoneChunk) -> int:
+        """Take up the rows of some facts; returns how many facts."""
+        new: dict[int, list[SweepRow]] = {}
+        for row in part.rows:
+            new.setdefault(row.case_id, []).append(row)
+        self.rows |= new
+        self.seconds += part.seconds
+        self.missing -= len(new)
+        self.unwritten = True
+        return len(new)
+
+    def write(self, folder: Path) -> None:
+        """Write all rows that are there, in the order of the facts."""
+        rows = [row for case_id in self.order for row in self.rows.get(case_id, ())]
+        write_shard(folder, self.index, rows, self.seconds)
+        self.written, self.unwritten = monotonic(), False

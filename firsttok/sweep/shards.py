@@ -20,7 +20,15 @@ from firsttok.sweep.rows import FAILED, SweepRow, row_schema, rows_of, table_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Shard", "finished_chunks", "read_shard", "read_table", "shard_paths", "write_shard"]
+__all__ = [
+    "Shard",
+    "finished_chunks",
+    "read_shard",
+    "read_table",
+    "shard_path",
+    "shard_paths",
+    "write_shard",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +84,7 @@ def write_shard(folder: Path, index: int, rows: Sequence[SweepRow], seconds: flo
     """
     import pyarrow.parquet as pq
 
-    path = folder / f"chunk-{index:06d}.parquet"
+    path = shard_path(folder, index)
     table: Any = table_of(rows)
     table = table.replace_schema_metadata({_SECONDS: f"{seconds:.3f}".encode()})
     written = io.BytesIO()
@@ -84,6 +92,11 @@ def write_shard(folder: Path, index: int, rows: Sequence[SweepRow], seconds: flo
     with atomic_path(path) as temporary:
         temporary.write_bytes(_with_digest(written.getvalue(), path.name))
     return path
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """The file of a chunk."""
+    return folder / f"chunk-{index:06d}.parquet"
 
 
 def read_shard(path: Path) -> list[SweepRow]:
