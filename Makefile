@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce reproduce-full scan inspect bench notebooks docs dist test lint types setup clean
+.PHONY: reproduce reproduce-full scan inspect bench fuzz notebooks docs dist test lint types setup clean
 
 reproduce: setup
 	$(BIN)/firsttok reproduce --profile quick
@@ -17,6 +17,11 @@ scan: setup
 
 inspect: setup
 	$(BIN)/python benchmarks/onboarding.py
+
+# Odd input without end; CI draws a minute of it.
+MINUTES ?= 60
+fuzz: setup
+	$(BIN)/python tests/test_fuzz.py $(MINUTES)
 
 notebooks: setup
 	$(BIN)/python notebooks/execute.py
