@@ -7,7 +7,7 @@ from firsttok.claims import Status
 
 Rows = list[dict[str, Any]]
 Given = tuple[Rows, dict[str, Any]]
-YES, PARTLY, NO, NOT_RUN = Status.REPRODUCED, Status.PARTLY, Status.NOT, Status.NOT_RUN
+YES, PARTLY, NO, NOT_JUDGED = Status.REPRODUCED, Status.PARTLY, Status.NOT, Status.NOT_JUDGED
 
 
 def edits(column: str, values: Iterable[float], cases: str, method: str) -> Rows:
@@ -230,7 +230,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, table2(HIGH, LOW, spared=77.1)),
         (PARTLY, table2(HIGH, LOW, spared=139.9)),
         (NO, table2(HIGH, LOW, spared=140.1)),
-        (NOT_RUN, table2(LOW, LOW, spared=70.0)),
+        (NOT_JUDGED, table2(LOW, LOW, spared=70.0)),
     ],
     "own-consistent-variants": [
         (YES, table2(HIGH, LOW, spared=76.9)),
@@ -245,7 +245,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (NO, table2([5000.0] * 20, LOW, first=9)),
         # Cases of another model's list that leave this one alone are no collapse cases here.
         (PARTLY, table2([70.0] * 18 + [5000.0] * 20, LOW, first=30)),
-        (NOT_RUN, table2([70.0] * 18 + [5000.0] * 2, LOW, first=20)),
+        (NOT_JUDGED, table2([70.0] * 18 + [5000.0] * 2, LOW, first=20)),
     ],
     "table3-transfer": [
         (YES, transfer({"other": 1.09})),
@@ -253,8 +253,8 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, transfer({"other": 1.11})),
         (PARTLY, transfer({"other": 1.99})),
         (NO, transfer({"other": 2.01})),
-        (NOT_RUN, transfer({})),
-        (NOT_RUN, transfer({"other": 1.0}, own=70.0)),
+        (NOT_JUDGED, transfer({})),
+        (NOT_JUDGED, transfer({"other": 1.0}, own=70.0)),
     ],
     "table4-efficacy": [
         (YES, (accuracy("C-ROME", "collapse", 0.49), {})),
@@ -265,7 +265,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (YES, (accuracy("C-ROME", "collapse", 1.0, 0.49), {})),
         (PARTLY, (accuracy("C-ROME", "collapse", 0.0, 0.5), {})),
         (NO, (accuracy("C-ROME", "collapse", 0.0, 0.9), {})),
-        (NOT_RUN, (accuracy("C-ROME", "collapse", 0.0, None), {})),
+        (NOT_JUDGED, (accuracy("C-ROME", "collapse", 0.0, None), {})),
     ],
     "table5-efficacy": [
         (YES, (accuracy("C-ROME", "collapse", 0.9), {})),
@@ -281,7 +281,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (YES, (accuracy("C-ROME", "collapse", 1.0, 0.5), {})),
         (PARTLY, (accuracy("C-ROME", "collapse", 1.0, 0.9), {})),
         (NO, (accuracy("C-ROME", "collapse", 0.9, 0.9), {})),
-        (NOT_RUN, (accuracy("C-ROME", "collapse", 0.4, 0.1), {})),
+        (NOT_JUDGED, (accuracy("C-ROME", "collapse", 0.4, 0.1), {})),
     ],
     "table5-locality": [
         (YES, (local(0.8, 0.9), {})),
@@ -311,8 +311,8 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, (stages([9000.0] * 3, [9000.0] * 3), LEARNED)),
         (PARTLY, (stages([9000.0] * 3, [1500.0, 70.0, 70.0]), LEARNED)),
         (NO, (stages(HIGH, LOW), LEARNED)),
-        (NOT_RUN, (stages(HIGH, HIGH), {})),
-        (NOT_RUN, (stages(LOW, LOW), ROTARY)),
+        (NOT_JUDGED, (stages(HIGH, HIGH), {})),
+        (NOT_JUDGED, (stages(LOW, LOW), ROTARY)),
     ],
     "own-second2first-key": [
         (YES, (stages(HIGH, HIGH, 0.0), ROTARY)),
@@ -328,7 +328,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (YES, (stages(LOW, MIXED), LEARNED)),
         (PARTLY, (stages(LOW, LOW), LEARNED)),
         (NO, (stages(LOW, HIGH), LEARNED)),
-        (NOT_RUN, (stages(LOW, LOW), {"embedding": "none"})),
+        (NOT_JUDGED, (stages(LOW, LOW), {"embedding": "none"})),
     ],
     "figure2-denominator": [
         (YES, (collapse_and_normal("a", 0.3, 0.29), {})),
@@ -374,7 +374,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, (figure3("b", (0.74, 0.2), (0.5, 0.31)), {})),
         (NO, (figure3("b", (0.5, 0.2), (0.9, 0.6)), {})),
         # Rows of the other panel say nothing.
-        (NOT_RUN, (figure3("a", (0.76, 0.2), (0.5, 0.31)), {})),
+        (NOT_JUDGED, (figure3("a", (0.76, 0.2), (0.5, 0.31)), {})),
     ],
     "figure6-encoder": [
         (YES, (contrast([0.51, 1.0, 1.99], [0.9, 0.1, 0.01]), {})),
@@ -392,8 +392,8 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (YES, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.51, 0.7, 0.9]), {})),
         (PARTLY, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.21, 0.7, 0.9]), {})),
         (NO, (contrast([0.9, 0.1, 0.02], [1.0], shifted=[0.19, 0.7, 0.9]), {})),
-        (NOT_RUN, (contrast([0.9, 0.8, 0.51], [1.0], shifted=[0.9, 0.7, 0.9]), {})),
-        (NOT_RUN, (contrast([0.9, 0.1, 0.02], [1.0]), {})),
+        (NOT_JUDGED, (contrast([0.9, 0.8, 0.51], [1.0], shifted=[0.9, 0.7, 0.9]), {})),
+        (NOT_JUDGED, (contrast([0.9, 0.1, 0.02], [1.0]), {})),
     ],
     "figure7-bos": [
         (YES, (bos(HIGH, LOW), {})),
@@ -409,7 +409,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, (bos(HIGH, [70.0, 71.0, 77.1]), {})),
         (PARTLY, (bos(HIGH, LOW, same=90.0), {})),
         (NO, (bos(HIGH, MIXED), {})),
-        (NOT_RUN, (bos(LOW, LOW), {})),
+        (NOT_JUDGED, (bos(LOW, LOW), {})),
     ],
     "equation4": [
         (YES, (layers([1.0, 0.1]), {"edited_layer": 1})),
@@ -417,7 +417,7 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (NO, (layers([0.01, 1.0]), {"edited_layer": 1})),
         # Far lower, but the intervals say that this may be chance.
         (NO, (layers([1.0, 0.1], width=0.95), {"edited_layer": 1})),
-        (NOT_RUN, (layers([0.1, 0.1]), {"edited_layer": 9})),
+        (NOT_JUDGED, (layers([0.1, 0.1]), {"edited_layer": 9})),
     ],
     "figure8-shrinks": [
         (YES, (layers([1.0, 0.5, 0.1, 1.0]), {"edited_layer": 2})),
@@ -426,16 +426,16 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (PARTLY, (layers([1.0, 0.1, 1.0, 0.1]), {"edited_layer": 3})),
         (PARTLY, (layers([1.0, 2.1, 0.1]), {"edited_layer": 2})),
         # Equal tokens lie together by construction.
-        (NOT_RUN, (layers([1.0, 0.5, 0.1], distinct_first=1.0), {"edited_layer": 2})),
+        (NOT_JUDGED, (layers([1.0, 0.5, 0.1], distinct_first=1.0), {"edited_layer": 2})),
         (NO, (layers([1.0, 0.1, 0.51]), {"edited_layer": 2})),
         (NO, (layers([1.0, 0.5, 0.5], width=0.9), {"edited_layer": 2})),
-        (NOT_RUN, (layers([1.0, 0.1]), {"edited_layer": 1})),
+        (NOT_JUDGED, (layers([1.0, 0.1]), {"edited_layer": 1})),
     ],
     "figure8-llama": [
         (YES, (layers([1.0, 0.51]), {"edited_layer": 1, "model": {"name": "llama2-7b"}})),
         (PARTLY, (layers([1.0, 0.5]), {"edited_layer": 1, "model": {"name": "llama2-7b"}})),
         (NO, (layers([1.0, 0.1]), {"edited_layer": 1, "model": {"name": "smollm2-135m"}})),
-        (NOT_RUN, (layers([1.0, 0.1]), {"edited_layer": 1, "model": {"name": "gpt2-xl"}})),
+        (NOT_JUDGED, (layers([1.0, 0.1]), {"edited_layer": 1, "model": {"name": "gpt2-xl"}})),
     ],
     "own-mask-state": [
         (YES, (masked(1000.0, 100.0, 100.0, 1000.0), {})),

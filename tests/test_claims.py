@@ -10,7 +10,7 @@ from synthetic import (
     BY_SCRIPT,
     LEARNED,
     NO,
-    NOT_RUN,
+    NOT_JUDGED,
     PARTLY,
     ROTARY,
     SYNTHETIC,
@@ -62,11 +62,11 @@ def test_rule_can_come_out_either_way(claim: Claim) -> None:
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
 def test_missing_rows_are_not_run(claim: Claim) -> None:
     rows, provenance = next(given for wanted, given in SYNTHETIC[claim.id] if wanted == YES)
-    assert judge(claim, None).status == NOT_RUN
+    assert judge(claim, None).status == Status.NOT_RUN
     assert f"analyses/{claim.script}.py" in judge(claim, None).reason
-    assert judge(claim, result(claim, [], **provenance)).status == NOT_RUN
+    assert judge(claim, result(claim, [], **provenance)).status == NOT_JUDGED
     # Rows of another shape, as an older script might have left them.
-    assert judge(claim, result(claim, [{"case_id": 1}] * 5, **provenance)).status == NOT_RUN
+    assert judge(claim, result(claim, [{"case_id": 1}] * 5, **provenance)).status == NOT_JUDGED
     for field in ("case_id", "bos"):
         assert judge(claim, result(claim, rows, **provenance, **{field: 1})).status == YES
 
@@ -86,7 +86,7 @@ def test_a_hole_in_the_numbers_is_never_passed_over(claim: Claim, hole: Any) -> 
     for column in numbers:
         holed = [row | {column: hole} if column in row else row for row in rows]
         after = judge(claim, result(claim, holed, **provenance))
-        assert after.status == NOT_RUN or after == before, column
+        assert after.status == NOT_JUDGED or after == before, column
     used = [
         column
         for column in numbers
@@ -98,7 +98,7 @@ def test_a_hole_in_the_numbers_is_never_passed_over(claim: Claim, hole: Any) -> 
                 **provenance,
             ),
         ).status
-        == NOT_RUN
+        == NOT_JUDGED
     ]
     assert used
 
@@ -117,7 +117,9 @@ def test_too_few_cases_are_not_judged(claim: Claim) -> None:
     few = [row | ({"n": 2} if "n" in row else {}) for found in groups.values() for row in found[:2]]
     # What is said about one layer alone needs no second one.
     one_layer = claim.id in ("equation4", "figure8-llama")
-    assert judge(claim, result(claim, few, **provenance)).status == (YES if one_layer else NOT_RUN)
+    assert judge(claim, result(claim, few, **provenance)).status == (
+        YES if one_layer else NOT_JUDGED
+    )
 
 
 def test_claims_of_one_script_hold_on_the_same_rows() -> None:
@@ -126,7 +128,7 @@ def test_claims_of_one_script_hold_on_the_same_rows() -> None:
         named = provenance | {"model": {"name": "smollm2-135m"}}
         # Concentrated first tokens are what the paper denies for the Llama family, and an encoder
         # without them leaves nothing to explain.
-        wanted = {"figure8-llama": NO, "own-encoder-place": NOT_RUN}.get(claim.id, YES)
+        wanted = {"figure8-llama": NO, "own-encoder-place": NOT_JUDGED}.get(claim.id, YES)
         assert judge(claim, result(claim, rows, **named)).status == wanted
 
 
@@ -300,12 +302,12 @@ def test_a_model_that_is_none_to_begin_with_is_not_judged(claim: Claim) -> None:
     known = "original_perplexity" in provenance or any("original_perplexity" in r for r in rows)
     broken = [row | {"original_perplexity": 13_860.0} for row in rows]
     found = judge(claim, result(claim, broken, **provenance))
-    assert found.status == NOT_RUN
+    assert found.status == NOT_JUDGED
     assert "13,860" in found.reason
     if known:
         assert judge(claim, result(claim, rows, **provenance)).status == YES
     in_provenance = provenance | {"original_perplexity": 13_860.0}
-    assert judge(claim, result(claim, rows, **in_provenance)).status == NOT_RUN
+    assert judge(claim, result(claim, rows, **in_provenance)).status == NOT_JUDGED
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_cases_of_another_model_are_no_collapse_cases(claim: Claim) -> None:
     borrowed = provenance | made_on | {"case_list": {"model": "other", "fingerprint": "2"}}
     assert judge(claim, result(claim, rows, **own)).status == YES
     found = judge(claim, result(claim, rows, **borrowed))
-    assert found.status == NOT_RUN
+    assert found.status == NOT_JUDGED
     assert "other" in found.reason
 
 

@@ -16,6 +16,8 @@ class Status(Enum):
     REPRODUCED = "reproduced"
     PARTLY = "partly"
     NOT = "not"
+    NOT_JUDGED = "not judged"
+    """The script ran, and its rows do not allow a verdict."""
     NOT_RUN = "not run"
 
 
@@ -64,7 +66,12 @@ def grade(reproduced: bool, partly: bool) -> Status:
 
 
 def judge(claim: Claim, result: ScriptResult | None) -> Verdict:
-    """Return a claim's verdict; ``not run`` with a reason where the rows do not allow one."""
+    """Return a claim's verdict, ``not judged`` with a reason where the rows do not allow one.
+
+    Args:
+        claim: The claim.
+        result: What its script left; None if it has not been run.
+    """
     if result is None:
         return verdict(
             Status.NOT_RUN, f"There is no {claim.script}.json; run analyses/{claim.script}.py."
@@ -75,7 +82,7 @@ def judge(claim: Claim, result: ScriptResult | None) -> Verdict:
             _check_list(result)
         return claim.decide(result)
     except NotJudgedError as gap:
-        return verdict(Status.NOT_RUN, str(gap))
+        return verdict(Status.NOT_JUDGED, str(gap))
 
 
 def _check_original(result: ScriptResult) -> None:

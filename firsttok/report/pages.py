@@ -27,6 +27,7 @@ LABELS = {
     Status.REPRODUCED: ("reproduced", "holds"),
     Status.PARTLY: ("partly", "partly"),
     Status.NOT: ("not reproduced", "does not hold"),
+    Status.NOT_JUDGED: ("not judged", "not judged"),
     Status.NOT_RUN: ("not run", "not run"),
 }
 SYMBOLS = {
@@ -34,7 +35,13 @@ SYMBOLS = {
     "k_bar": "<i>k̄</i>",
     "k^u": "<i>k</i><sup>u</sup>",
 }
-SIGNS = {Status.REPRODUCED: "✓", Status.PARTLY: "◐", Status.NOT: "✗", Status.NOT_RUN: "○"}
+SIGNS = {
+    Status.REPRODUCED: "✓",
+    Status.PARTLY: "◐",
+    Status.NOT: "✗",
+    Status.NOT_JUDGED: "–",  # noqa: RUF001
+    Status.NOT_RUN: "○",
+}
 
 
 def write_reports(out: Path, model: str | None = None) -> list[Path]:

@@ -123,7 +123,7 @@ class ModelReport:
         chosen: list[Claim] = []
         for index, claim in enumerate(CLAIMS):
             found = {verdicts[index].verdict.status for verdicts in self.across.values()}
-            if len(found - {Status.NOT_RUN}) > 1:
+            if len(found - {Status.NOT_RUN, Status.NOT_JUDGED}) > 1:
                 chosen.append(claim)
         return tuple(chosen)
 
