@@ -149,7 +149,7 @@ def save_scan(
 
 
 def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
-    """Read every scanned row of a list, and the record of the model it was made on.
+    """Read every scanned row of a list, and the provenance that they share.
 
     Raises:
         BadInputError: If the file is missing or malformed.
@@ -159,7 +159,7 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
     try:
         record = cast(dict[str, Any], content)
         rows = tuple(CaseRow(**_with_nan(row)) for row in record["rows"])
-        return rows, dict(record["provenance"]["model"])
+        return rows, {**record["provenance"], "model": {**record["provenance"]["model"]}}
     except (BadInputError, KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
 

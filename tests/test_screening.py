@@ -257,6 +257,28 @@ def test_a_list_of_another_model_is_refused(
     assert "no threshold is taken from it" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--layer", "1"], "another layer"),
+        (["--clamp", "1.5"], "another value optimisation"),
+        (["--text-bos", "with"], "another BOS policy of sentences, or keys"),
+    ],
+)
+def test_a_list_made_with_other_settings_is_refused(
+    command: list[str],
+    words: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["scan" if word == "screen" else word for word in command]) == 0
+    path = tmp_path / "model" / "collapse_cases.json"
+    capsys.readouterr()
+    assert main([*command, *words, "--scan", str(path)]) == 2
+    assert f"was made with {named}; make it again" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_facts(command: list[str], tmp_path: Path) -> None:
     """Peak of the whole process; 20 000 facts against 200."""

@@ -116,18 +116,37 @@ def _facts(args: argparse.Namespace) -> FactFile:
 
 
 def _edited(args: argparse.Namespace, study: Study, out: Path) -> Sequence[CaseRow]:
-    """Facts that were edited on this very model; none if nothing says."""
+    """Facts that were edited on this model with these settings; none if nothing says."""
     path = Path(args.scan) if args.scan else out / "collapse_cases.json"
     if args.measure or not path.is_file():
         return ()
-    known, made_on = load_scan(path)
-    if not study.model.is_of(made_on):
+    known, made = load_scan(path)
+    if not study.model.is_of(made["model"]):
         reason = f"{path} was made on another model than {study.model.label}"
-        if args.scan:
-            raise BadInputError(f"{reason}; make it again with: firsttok scan")
-        logger.warning("%s, so no threshold is taken from it", reason)
-        return ()
-    return known
+    elif other := _other_settings(made, study.provenance()):
+        reason = f"{path} was made with another {', another '.join(other)}"
+    else:
+        return known
+    if args.scan:
+        raise BadInputError(f"{reason}; make it again with: firsttok scan")
+    logger.warning("%s, so no threshold is taken from it", reason)
+    return ()
+
+
+def _other_settings(made: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What decides denominators or perplexities, and is not the same in two provenances."""
+    deciding = {
+        "layer": lambda record: record["layer"],
+        "set of contexts": lambda record: record["contexts"]["hash"],
+        "second moment": lambda record: record["second_moment"]["corpus_hash"],
+        "value optimisation": lambda record: record["hyperparameters"],
+        "set of sentences": lambda record: record["texts"]["hash"],
+        "BOS policy of sentences, or keys": lambda record: record.get("stages"),
+    }
+    try:
+        return [what for what, of in deciding.items() if of(made) != of(own)]
+    except (KeyError, TypeError):
+        return ["format"]
 
 
 def _calibrated(
