@@ -48,14 +48,14 @@ def find_first_position(bridge: "TransformerBridge") -> int:
     device = next(plain.original_model.parameters()).device
     tokens = (torch.arange(6, device=device)[None] * 7 + 11) % int(plain.cfg.d_vocab)
     ones = torch.ones_like(tokens)
-    implied: Tensor = plain(tokens, attention_mask=ones)
+    implied = _last_states(plain, tokens, attention_mask=ones)
     padding = getattr(plain.original_model.config, "pad_token_id", None)
     # Replays of a decoder count from 0.
     behind = [] if plain.cfg.attention_dir == "causal" or padding is None else [int(padding) + 1]
     errors: dict[int, float] = {}
     for first in (0, *behind):
         ids = ones.cumsum(1) - 1 + first
-        explicit: Tensor = plain(tokens, attention_mask=ones, position_ids=ids)
+        explicit = _last_states(plain, tokens, attention_mask=ones, position_ids=ids)
         difference = explicit.double() - implied.double()
         errors[first] = float(difference.norm() / implied.double().norm())
     found = min(errors, key=lambda first: errors[first])
@@ -66,6 +66,18 @@ def find_first_position(bridge: "TransformerBridge") -> int:
         f"{plain.cfg.architecture} does not number the tokens of a prompt from 0 on, and firsttok "
         "passes such numbers; this architecture is not supported"
     )
+
+
+def _last_states(bridge: Any, tokens: Tensor, **arguments: Tensor) -> Tensor:
+    """The residual stream behind the last block; logits may be zero, as of an encoder's head."""
+    found: list[Tensor] = []
+
+    def keep(states: Tensor, hook: object) -> None:  # noqa: ARG001 (called by name)
+        found.append(states)
+
+    last = f"blocks.{bridge.cfg.n_layers - 1}.hook_out"
+    bridge.run_with_hooks(tokens, fwd_hooks=[(last, keep)], **arguments)
+    return found[0]
 
 
 @torch.no_grad()
