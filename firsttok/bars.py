@@ -2,12 +2,23 @@
 
 import html
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from time import monotonic
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task, TaskID
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from firsttok.escapes import printable
 
@@ -21,20 +32,38 @@ _TICK = 0.5
 """Seconds between two looks at how far the work is, where nothing advances it meanwhile."""
 
 
+_EMPTY = {"text/html": "", "text/plain": ""}
+
+
 class Bar(Progress):
-    """Progress on tasks, by what the output can show.
+    """Progress on tasks with an estimate, by what the output can show.
 
     Args:
-        columns: What a line of the bar holds, in a terminal.
-        console: Where to.
+        console: Where to, one of :mod:`rich`.
+        say: Prints a line there.
+        disable: Show nothing.
         settings: As for :class:`rich.progress.Progress`.
     """
 
-    def __init__(self, *columns: ProgressColumn, console: Console, **settings: Any) -> None:
-        self._lines = not console.is_terminal or console.is_dumb_terminal
-        # Rich's own bar in Jupyter needs widgets; a kernel alone shows this one.
-        self._page = _page() if console.is_jupyter else None
-        super().__init__(*columns, console=console, disable=self._page is not None, **settings)
+    def __init__(
+        self, *, console: Any, say: Callable[[str], None], disable: bool = False, **settings: Any
+    ) -> None:
+        self._lines = not disable and (not console.is_terminal or console.is_dumb_terminal)
+        # Rich's own bar in Jupyter needs widgets; this one needs the kernel alone.
+        self._notebook = console.is_jupyter and not disable
+        self._page: Any = None
+        super().__init__(
+            SpinnerColumn(),
+            _Description(),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=disable or self._notebook,
+            **settings,
+        )
+        self._say_line = say
         self._said, self._told = monotonic(), TaskID(-1)
         self._saying = threading.Lock()
         self._ended = threading.Event()
@@ -43,7 +72,12 @@ class Bar(Progress):
     def start(self) -> None:
         """Begin to show progress."""
         super().start()
-        if self._watch is None and (self._lines or self._page is not None):
+        if self._notebook and self._page is None:
+            # A kernel has it; firsttok[notebooks] asks for it, too.
+            from IPython.display import display
+
+            self._page = display(_EMPTY, raw=True, display_id=True)
+        if self._watch is None and (self._lines or self._notebook):
             self._ended.clear()
             self._watch = threading.Thread(target=self._look, daemon=True)
             self._watch.start()
@@ -55,10 +89,10 @@ class Bar(Progress):
             self._watch.join()
             self._watch = None
         if self._page is not None:
-            self._page.update({"text/html": "", "text/plain": ""}, raw=True)
+            self._page.update(_EMPTY, raw=True)
         super().stop()
 
-    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+    def advance(self, task_id: TaskID, advance: float | int = 1) -> None:
         """Count what was done."""
         super().advance(task_id, advance)
         self._say()
@@ -73,14 +107,14 @@ class Bar(Progress):
             self._say()
 
     def _say(self) -> None:
-        if self._page is None and not self._lines:
+        if not (self._lines or self._notebook):
             return
         # One thread says it; the others need not wait.
         if not self._saying.acquire(blocking=False):
             return
         try:
             task = next((task for task in self.tasks if not task.finished), None)
-            wait = _TICK if self._page is not None else _PERIOD
+            wait = _TICK if self._notebook else _PERIOD
             if task is not None and task.id != self._told:
                 wait = min(wait, _SOON)
             if task is None or monotonic() - self._said < wait:
@@ -88,16 +122,17 @@ class Bar(Progress):
             self._said, self._told = monotonic(), task.id
             if self._page is not None:
                 self._page.update({"text/html": _drawn(task), "text/plain": _line(task)}, raw=True)
-            else:
-                self.console.print(_line(task), markup=False, highlight=False, soft_wrap=True)
+            elif self._lines:
+                self._say_line(_line(task))
         finally:
             self._saying.release()
 
 
-def _page() -> Any:
-    from IPython.display import display
+class _Description(ProgressColumn):
+    """What is done, which may hold the name of a model or a file."""
 
-    return display({"text/html": "", "text/plain": ""}, raw=True, display_id=True)
+    def render(self, task: Task) -> Text:
+        return Text(printable(task.description, lines=False))
 
 
 def _line(task: Task) -> str:

@@ -1,11 +1,12 @@
 """The ``firsttok`` command: models, inspect, tokens, edit, scan, screen, sweep and more."""
 
 import argparse
+import sys
 from importlib import import_module
 from typing import NoReturn
 
 from firsttok.config import configured
-from firsttok.console import exit_on_error, show
+from firsttok.console import exit_on_error, note, show
 from firsttok.escapes import printable
 from firsttok.options import (
     PASSED_ON,
@@ -19,6 +20,9 @@ from firsttok.sweep.query import SECONDS
 
 __all__ = ["main"]
 
+_SILENT = ("models", "data", "results", "report")
+"""Commands that open no model."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for bad input)."""
@@ -26,10 +30,21 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         parser = _parser()
         args = configured(parser.parse_args(argv), parser, argv)
+        _announce(args)
         # What a command needs takes seconds to import; --help and a mistyped option need not wait.
         import_module(f"firsttok.commands.{args.command}").run(args)
 
     return exit_on_error(run)
+
+
+def _announce(args: argparse.Namespace) -> None:
+    """Say what is begun, before the seconds in which torch is imported."""
+    if args.command in _SILENT or getattr(args, "json", False) or "torch" in sys.modules:
+        return
+    given = (getattr(args, name, None) for name in ("name", "model", "edit"))
+    named = next(value for value in given if value)
+    opened = named if isinstance(named, str) else ", ".join(named)
+    note(f"{args.command}: opening {opened}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,20 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "--target", help="an answer, to see how it is joined (default: one in the prompt's script)"
     )
 
-    edit = commands.add_parser("edit", help="edit one fact and show before and after")
-    add_model_options(edit)
-    add_edit_options(edit)
-    _add_fact_options(edit, target=True)
-    edit.add_argument(
-        "--method",
-        nargs="+",
-        default=["rome"],
-        help="rome, c-rome (= r-rome), p-rome, fc-rome; one of your own as "
-        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
-        "a TOML file of them",
+    _add_edit_command(commands.add_parser("edit", help="edit one fact and show before and after"))
+    _add_show_options(
+        commands.add_parser("show", help="show saved edits, and what they do to the model")
     )
-    edit.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
-    edit.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
     scan = commands.add_parser("scan", help="edit every fact with ROME and list the collapse cases")
     add_model_options(scan)
@@ -146,6 +151,51 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--model", help="folder of one model (default: all that have results)")
     report.add_argument("--out", metavar="DIR", default="figures", help="folder of results")
     return parser
+
+
+def _add_edit_command(edit: argparse.ArgumentParser) -> None:
+    add_model_options(edit)
+    add_edit_options(edit)
+    _add_fact_options(edit, target=True)
+    edit.add_argument(
+        "--method",
+        nargs="+",
+        default=["rome"],
+        help="rome, c-rome (= r-rome), p-rome, fc-rome; one of your own as "
+        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
+        "a TOML file of them",
+    )
+    edit.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
+    edit.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    edit.add_argument(
+        "--after",
+        nargs="+",
+        metavar="EDIT",
+        help="saved edits to compute it on, put into the model in this order",
+    )
+
+
+def _add_show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("edit", nargs="+", metavar="EDIT", help="a file of firsttok edit --save")
+    parser.add_argument(
+        "--run",
+        action="store_true",
+        help="load the model and put the edits into it, in this order",
+    )
+    parser.add_argument("--model", help="the model (default: the one the first edit names)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--texts", metavar="FILE", help="sentences for perplexity, as for firsttok edit"
+    )
+    parser.add_argument(
+        "--text-bos",
+        choices=["as_tokenizer", "with", "without"],
+        default="without",
+        help="BOS of those sentences (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
 
 
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from rich.logging import RichHandler
     from rich.progress import Progress
 
-__all__ = ["exit_on_error", "note", "progress_bar", "show", "show_json", "show_table"]
+__all__ = [
+    "exit_on_error",
+    "note",
+    "own_bar",
+    "progress_bar",
+    "show",
+    "show_json",
+    "show_table",
+]
 
 _LONGEST = 1500
 """Characters of a sentence on standard error; what is longer quotes something endless."""
@@ -81,7 +89,7 @@ def show_table(
 
 def note(text: str) -> None:
     """Print a text on standard error, above a progress bar if there is one."""
-    _stderr().print(printable(text))
+    _stderr().print(printable(text), soft_wrap=True)
 
 
 def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
@@ -90,27 +98,28 @@ def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
     Args:
         estimate_over: Seconds of the latest progress that the estimate is made from.
     """
-    from rich import progress
-    from rich.text import Text
-
     from firsttok.bars import Bar
 
-    class Description(progress.ProgressColumn):
-        """What is done, which may hold the name of a model or a file."""
+    return Bar(console=_stderr(), say=note, speed_estimate_period=estimate_over)
 
-        def render(self, task: progress.Task) -> Text:
-            return Text(printable(task.description, lines=False))
 
-    return Bar(
-        progress.SpinnerColumn(),
-        Description(),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=_stderr(),
-        speed_estimate_period=estimate_over,
-    )
+@contextlib.contextmanager
+def own_bar(progress: "Progress | None") -> "Generator[Progress, None, None]":
+    """The progress that was given, or else a bar of its own where somebody looks.
+
+    Args:
+        progress: What a caller gave; None for a bar that goes when the block ends, in a terminal or
+            in Jupyter, and for none elsewhere.
+    """
+    if progress is not None:
+        yield progress
+        return
+    from firsttok.bars import Bar
+
+    console = _console(errors=True)
+    silent = not (console.is_terminal or console.is_jupyter)
+    with Bar(console=console, say=note, transient=True, disable=silent) as bar:
+        yield bar
 
 
 def exit_on_error(main: Callable[[], None]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.progress import Progress
 
 from firsttok.arguments import take_fields, taken
 from firsttok.display import Panel, Shown, Table, short_hash
@@ -159,7 +160,13 @@ def _are_ids(content: Any) -> bool:
 
 
 @taken
-def sample_contexts(model: Model, *, seed: int = 0, path: str | Path | None = None) -> ContextSet:
+def sample_contexts(
+    model: Model,
+    *,
+    seed: int = 0,
+    path: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ContextSet:
     """Sample the 21 contexts of the released code: the bare one and 20 prefixes.
 
     Two prefixes for each of five seed words and each of two lengths (5 and 10 tokens, the seed
@@ -172,6 +179,7 @@ def sample_contexts(model: Model, *, seed: int = 0, path: str | Path | None = No
         seed: Seed of the sampler.
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
             written.
+        progress: Where to show progress.
     """
     path = None if path is None else Path(path)
     model = replace(model, interventions=())
@@ -180,14 +188,19 @@ def sample_contexts(model: Model, *, seed: int = 0, path: str | Path | None = No
         saved = load_contexts(path)
         if _is_of(saved, model, seed):
             return saved
-    contexts = _sampled(model, seed)
+    contexts = _sampled(model, seed, progress)
     if path is not None and is_kept:
         contexts.save(path)
     return contexts
 
 
 def kept_contexts(
-    model: Model, seed: int = 0, *, look_in: Sequence[Path] = (), leave_in: Path | None = None
+    model: Model,
+    seed: int = 0,
+    *,
+    look_in: Sequence[Path] = (),
+    leave_in: Path | None = None,
+    progress: Progress | None = None,
 ) -> ContextSet:
     """Return the contexts of a seed that were kept for this model, or else sample and keep them.
 
@@ -198,13 +211,14 @@ def kept_contexts(
         seed: The seed.
         look_in: Folders in which a set may be, besides the cache.
         leave_in: A folder that the set is copied to if none of the folders has it.
+        progress: Where to show progress.
 
     Raises:
         BadInputError: If a file in one of the folders is no set of contexts.
     """
     model = replace(model, interventions=())
     if model.disturbance is not None:
-        return _sampled(model, seed)
+        return _sampled(model, seed, progress)
     bos = "" if model.bos.value == "as_tokenizer" else f"-bos-{model.bos.value}"
     name = f"contexts-seed{seed}{bos}.json"
     cached = cache_folder("contexts") / f"{model.identity()[:20]}-seed{seed}.json"
@@ -215,11 +229,11 @@ def kept_contexts(
                 return saved
     with locked(cached):
         try:
-            contexts = sample_contexts(model, seed=seed, path=cached)
+            contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
         except BadInputError:
             logger.warning("cached contexts are damaged and are sampled again")
             cached.unlink()
-            contexts = sample_contexts(model, seed=seed, path=cached)
+            contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
     if leave_in is not None:
         contexts.save(leave_in / name)
     return contexts
@@ -229,14 +243,18 @@ def _is_of(saved: ContextSet, model: Model, seed: int) -> bool:
     return (saved.seed, saved.model_identity) == (seed, model.identity())
 
 
-def _sampled(model: Model, seed: int) -> ContextSet:
+def _sampled(model: Model, seed: int, progress: Progress | None) -> ContextSet:
     generator = torch.Generator().manual_seed(seed)
     templates = ["{}"]
+    total = len(LENGTHS) * len(SEED_WORDS)
+    task = None if progress is None else progress.add_task("sampling contexts", total=total)
     for length in LENGTHS:
         for word in SEED_WORDS:
             for text in _sample(model, word, length, generator):
                 plain = text.replace("{", " ").replace("}", " ")
                 templates.append(plain + ". {}")
+            if progress is not None and task is not None:
+                progress.advance(task)
     return ContextSet(
         templates=tuple(templates),
         seed=seed,

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
+
 from firsttok.arguments import taken
+from firsttok.console import own_bar
 from firsttok.contexts import ContextSet, kept_contexts
 from firsttok.data import Fact, builtin_sentences
 from firsttok.display import Note, Panel, Shown, Table
@@ -164,6 +167,7 @@ def prepare_study(
     texts: Sequence[str] | None = None,
     text_bos: BosPolicy = BosPolicy.WITHOUT,
     work: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Study:
     """Fix everything that edits of a model share; what is not given is found in the cache or made.
 
@@ -179,6 +183,7 @@ def prepare_study(
         texts: Sentences of the perplexity; None for the built-in ones.
         text_bos: BOS policy of those sentences; the papers put none.
         work: Folder in which ``ft.measure_facts`` keeps finished parts; None for the cache.
+        progress: Where to show progress; None for a bar of its own, in a terminal or in Jupyter.
 
     Raises:
         UnsupportedModelError: If the model cannot be edited.
@@ -190,10 +195,15 @@ def prepare_study(
             "read with ft.capture_keys, but only decoders can be edited"
         )
     site = model.site(layer)
+    with own_bar(progress) as bar:
+        if second_moment is None:
+            second_moment = compute_second_moment(model, layer=site.layer, progress=bar)
+        if contexts is None:
+            contexts = kept_contexts(model, progress=bar)
     return Study(
         model=model,
-        contexts=contexts or kept_contexts(model),
-        second_moment=second_moment or compute_second_moment(model, layer=site.layer),
+        contexts=contexts,
+        second_moment=second_moment,
         layer=site.layer,
         hyperparameters=hyperparameters or model.hyperparameters,
         texts=builtin_sentences() if texts is None else tuple(texts),
@@ -210,6 +220,7 @@ def what_if(
     method: Method | str = ROME,
     layer: int | None = None,
     key_source: KeySource | None = None,
+    progress: Progress | None = None,
 ) -> WhatIf:
     """Compute one edit, and look at the model before and after it; nothing stays changed.
 
@@ -220,6 +231,7 @@ def what_if(
         layer: Layer to edit; None for the study's, or the model's default. A study's second
             moment belongs to its layer, so another one needs a study of its own.
         key_source: Where the keys come from, as a probe gives one; None for the study's own.
+        progress: Where to show progress; None for a bar of its own, in a terminal or in Jupyter.
 
     Raises:
         FirsttokError: If the model cannot be edited, or the fact has no subject token of its own.
@@ -227,7 +239,8 @@ def what_if(
     chosen = find_methods(method)
     if len(chosen) != 1:
         raise BadInputError(f"{method} holds {len(chosen)} methods; give ft.compare_methods those")
-    return _results(_study(model, layer), fact, chosen, key_source)[0]
+    with own_bar(progress) as bar:
+        return _results(_study(model, layer, bar), fact, chosen, key_source, bar)[0]
 
 
 @taken
@@ -238,6 +251,7 @@ def compare_methods(
     methods: Iterable[Method | str] = METHODS,
     layer: int | None = None,
     key_source: KeySource | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """As :func:`what_if` for several methods; those that are anchored alike share a value.
 
@@ -247,6 +261,7 @@ def compare_methods(
         methods: The methods, or their names as ``--method`` takes them.
         layer: As for :func:`what_if`.
         key_source: As for :func:`what_if`.
+        progress: As for :func:`what_if`.
 
     Raises:
         BadInputError: If there is no method, or two go by one name.
@@ -257,33 +272,36 @@ def compare_methods(
     if not chosen or len(chosen) < len(given):
         names = ", ".join(each if isinstance(each, str) else each.name for each in given)
         raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
-    return Comparison(results=_results(_study(model, layer), fact, chosen, key_source))
+    with own_bar(progress) as bar:
+        found = _results(_study(model, layer, bar), fact, chosen, key_source, bar)
+    return Comparison(results=found)
 
 
-def observe(study: Study, fact: Fact, measured: Perplexity) -> Observation:
-    """Look at what the study's model says now, be it edited or not.
+def observe(model: Model, fact: Fact, measured: Perplexity, *, contexts: ContextSet) -> Observation:
+    """Look at what a model says, be it edited or not.
 
     Args:
-        study: The study.
+        model: The model, or a view of it.
         fact: The fact.
         measured: The model's perplexity, which has been measured already.
+        contexts: Contexts behind which the target's probability is told.
     """
-    templates = study.contexts.templates
-    found = target_probabilities(study.model, fact, study.contexts)
+    templates = contexts.templates
+    found = target_probabilities(model, fact, contexts)
     bare = [p for p, text in zip(found, templates, strict=True) if text == "{}"]
     prefixed = [p for p, text in zip(found, templates, strict=True) if text != "{}"]
     return Observation(
         perplexity=measured,
         target_probability=bare[0] if bare else None,
         target_probability_prefixed=sum(prefixed) / len(prefixed) if prefixed else None,
-        top_predictions=tuple(top_predictions(study.model, fact.prompt)),
-        continuation=continuation(study.model, fact.prompt),
+        top_predictions=tuple(top_predictions(model, fact.prompt)),
+        continuation=continuation(model, fact.prompt),
     )
 
 
-def _study(model: Model | Study, layer: int | None) -> Study:
+def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study:
     if not isinstance(model, Study):
-        return prepare_study(model, layer=layer)
+        return prepare_study(model, layer=layer, progress=progress)
     if layer not in (None, model.layer):
         raise BadInputError(
             f"the study edits layer {model.layer}, and its second moment is that layer's; "
@@ -293,18 +311,34 @@ def _study(model: Model | Study, layer: int | None) -> Study:
 
 
 def _results(
-    study: Study, fact: Fact, methods: Sequence[Method], key_source: KeySource | None
+    study: Study,
+    fact: Fact,
+    methods: Sequence[Method],
+    key_source: KeySource | None,
+    progress: Progress,
 ) -> tuple[WhatIf, ...]:
     if key_source is not None:
         study = study.varied(key_source=key_source)
-    ((_, edits),) = study.edits([fact], methods)
-    chosen = [edits[method.name] for method in methods]
-    measured = study.prepared_texts.measure_edits(study.evaluated, chosen)
-    before = observe(study, fact, study.original_perplexity)
     strip, origin = tokens(study.model, fact), study.origin
+    steps = len({method.anchor for method in methods}) * study.hyperparameters.steps
+    task = progress.add_task("optimising the value", total=steps)
+    ((_, edits),) = study.edits(
+        [fact], methods, on_step=lambda count: progress.advance(task, count)
+    )
+    # An optimisation may end early, or its value be in the cache.
+    progress.update(task, completed=steps)
+    chosen = [edits[method.name] for method in methods]
+    task = progress.add_task("measuring before and after", total=3 + len(methods))
+    unedited = study.original_perplexity
+    progress.advance(task)
+    measured = study.prepared_texts.measure_edits(study.evaluated, chosen)
+    progress.advance(task)
+    before = observe(study.model, fact, unedited, contexts=study.contexts)
+    progress.advance(task)
     results: list[WhatIf] = []
     for method, edit, found in zip(methods, chosen, measured, strict=True):
-        after = observe(study.varied(model=study.model.edited(edit)), fact, found)
+        after = observe(study.model.edited(edit), fact, found, contexts=study.contexts)
+        progress.advance(task)
         results.append(
             WhatIf(
                 fact=fact,

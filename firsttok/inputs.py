@@ -115,7 +115,9 @@ def open_study(
     moment = _second_moment(args, model, site, corpus, progress)
     if contexts is None:
         look_in = [contexts_folder] if contexts_folder else []
-        contexts = kept_contexts(model, args.seed, look_in=look_in, leave_in=leave_in)
+        contexts = kept_contexts(
+            model, args.seed, look_in=look_in, leave_in=leave_in, progress=progress
+        )
     return Study(
         model=model,
         contexts=contexts,

@@ -100,6 +100,10 @@ def _check_places(given: dict[str, Any]) -> None:
         path = _path(_option(name), given[name])
         if path.is_dir():
             raise BadInputError(f"{_option(name)} {path} is a folder; name a file in it")
+        if name == "csv" and not path.parent.is_dir():
+            # Its folder is made.
+            _check_folder(_option(name), path.parent)
+            continue
         if not path.parent.is_dir():
             raise BadInputError(
                 f"the folder of {_option(name)} {path} does not exist; make it first"
@@ -114,12 +118,16 @@ def _check_places(given: dict[str, Any]) -> None:
     if given.get("command") == "sweep" and given["run"][0] != "status":
         folders[_option("run")] = given["run"][0]
     for name, folder in folders.items():
-        path = _path(name, folder)
-        there = next(each for each in (path, *path.parents) if os.path.lexists(each))
-        if not there.is_dir():
-            kind = "file" if there.exists() else "link to nothing"
-            raise BadInputError(f"{name} {path}: {there} is a {kind}; name a folder")
-        _check_writable(name, there)
+        _check_folder(name, _path(name, folder))
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """See that a folder is one, or can be made."""
+    there = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        kind = "file" if there.exists() else "link to nothing"
+        raise BadInputError(f"{name} {path}: {there} is a {kind}; name a folder")
+    _check_writable(name, there)
 
 
 def _path(name: str, text: str) -> Path:

@@ -5,17 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SENTENCES, build
+from tiny import SENTENCES, build, relative
 
 from firsttok.cli import main
-from firsttok.editing import load_edit
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact
+from firsttok.editing import compute_edits, load_edit
+from firsttok.evaluation import perplexity, target_probabilities
 from firsttok.models import CATALOG, load
 from firsttok.scripts import AFTER, SCRIPTS
+from firsttok.second_moment import SecondMoment
 
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
 CONTEXTS = ["{}", "The answer. {}", "I know. {}"]
@@ -278,3 +283,87 @@ def test_what_every_script_refuses_is_not_blamed_on_the_report(
     assert main([*command, "--jobs", "1", "--out", str(tmp_path / "out")]) == 2
     assert "no script could be run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edit_after_others_is_that_of_the_model_in_which_they_stand(
+    quick: list[str], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, alone = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two", "alone"))
+    other = [*FACT[:-1], "Rome"]
+    assert main(["edit", *FACT, *quick, "--save", one]) == 0
+    assert main(["edit", *other, *quick, "--save", alone]) == 0
+    capsys.readouterr()
+    assert main(["edit", *other, *quick, "--after", one, "--save", two, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    first, second = load_edit(one), load_edit(two)
+    assert [each["hash"] for each in record["provenance"]["model"]["edits"]] == [first.content_hash]
+
+    model = load(str(llama))
+    ((_, edits),) = compute_edits(
+        model.edited(first),
+        [Fact(subject="England", template="{}'s capital city is", target_new="Rome")],
+        methods=["rome"],
+        contexts=ContextSet(templates=tuple(CONTEXTS)),
+        second_moment=SecondMoment.identity(model.site(None).d_mlp),
+        hyperparameters=replace(model.hyperparameters, steps=4),
+    )
+    assert relative(second.right, edits["rome"].right) < 1e-6
+    assert relative(second.right, load_edit(alone).right) > 1e-3
+    before = record["states"]["before"]["perplexity"]
+    assert before == pytest.approx(perplexity(model.edited(first), SENTENCES).mean, rel=1e-5)
+
+
+def test_show_tells_what_saved_edits_are_and_do(
+    quick: list[str], llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (str(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert main(["edit", *FACT, *quick, "--save", one]) == 0
+    assert main(["edit", *FACT[:-1], "Rome", *quick, "--after", one, "--save", two]) == 0
+    capsys.readouterr()
+
+    assert main(["show", one, two]) == 0
+    said = capsys.readouterr().out
+    assert "England's capital city is Berlin" in said
+    assert "It was computed after: England's capital city is Berlin (rome, layer 2)." in said
+
+    texts = quick[quick.index("--texts") + 1]
+    run = ["show", one, two, "--run", "--model", str(llama), "--texts", texts]
+    assert main([*run, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    model = load(str(llama))
+    views = [model, model.edited(load_edit(one)), model.edited(load_edit(one), load_edit(two))]
+    assert list(record["perplexity"]) == ["before", "with edit 1", "with edits 1 to 2"]
+    for view, found in zip(views, record["perplexity"].values(), strict=True):
+        assert found == pytest.approx(perplexity(view, SENTENCES).mean, rel=1e-5)
+    for fact, target in zip(record["facts"], ("Berlin", "Rome"), strict=True):
+        asked = Fact(subject="England", template="{}'s capital city is", target_new=target)
+        (right,) = target_probabilities(views[2], asked, ContextSet(templates=("{}",)))
+        assert fact["with edits 1 to 2"]["target_probability"] == pytest.approx(right, rel=1e-4)
+    assert main(run) == 0
+    assert record["verdicts"][1] in capsys.readouterr().out
+
+    # The second edit does not belong on the bare model, and the message names the first.
+    assert main(["show", two, "--run", "--model", str(llama)]) == 2
+    assert "England's capital city is Berlin (rome, layer 2)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["edit", "scan", "screen", "tokens", "inspect", "show"])
+def test_a_command_says_what_it_does_before_it_imports_what_takes_seconds(
+    command: str, tmp_path: Path
+) -> None:
+    # Where torch cannot be imported, what is said can only have been said before.
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)", "utf-8")
+    (tmp_path / "any.safetensors").write_text("", "utf-8")
+    needed = {"edit": FACT, "tokens": FACT[:4], "show": ["any.safetensors"]}.get(command, [])
+    path = f"{tmp_path}{os.pathsep}{Path.cwd()}"
+    done = subprocess.run(
+        [sys.executable, "-m", "firsttok.cli", command, *needed],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 7
+    opened = "any.safetensors" if command == "show" else "smollm2-135m"
+    assert done.stderr.splitlines()[0] == f"{command}: opening {opened}"

@@ -1,20 +1,21 @@
 """``firsttok edit``: edit one fact, and show the model before and after."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from firsttok.console import progress_bar, show, show_json
 from firsttok.data import Fact
-from firsttok.editing import compute_edits, find_methods
+from firsttok.editing import find_methods, load_edit
 from firsttok.errors import BadInputError
-from firsttok.exploration import Observation, observe
+from firsttok.exploration import Comparison, Observation, WhatIf, compare_methods
 from firsttok.inputs import open_study
 from firsttok.output import print_table
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
-from firsttok.token_strips import tokens
+from firsttok.study import Study
 
-__all__ = ["run"]
+__all__ = ["observation_record", "print_observations", "run", "state_lines"]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,48 +36,30 @@ def run(args: argparse.Namespace) -> None:
         join=args.join or "auto",
         straddle=args.straddle or "refuse",
     )
+    earlier = [load_edit(path) for path in args.after or ()]
     with progress_bar() as progress:
         study = open_study(args, cache_folder("explorations"), progress)
-        prompt = fact_prompt(study.model, fact)
-        prompt = with_target(study.model, prompt, fact.target_new, join=fact.join)
-        slots = len({method.anchor for method in methods})
-        task = progress.add_task("editing", total=slots * study.hyperparameters.steps)
-        ((_, edits),) = compute_edits(
-            study.model,
-            [fact],
-            methods=methods,
-            contexts=study.contexts,
-            second_moment=study.second_moment,
-            layer=study.layer,
-            hyperparameters=study.hyperparameters,
-            on_step=lambda count: progress.advance(task, count),
-        )
-        progress.update(task, completed=slots * study.hyperparameters.steps)
-        states = {"before": _record(observe(study, fact, study.original_perplexity))}
-        chosen = [edits[method.name] for method in methods]
-        measured = study.prepared_texts.measure_edits(study.model, chosen)
-        for method, edit, found in zip(methods, chosen, measured, strict=True):
-            with edit.applied(study.model):
-                states[method.name] = _record(observe(study, fact, found)) | edit.report.as_dict()
-            states[method.name]["losses"] = list(edit.losses)
+        # C and contexts are those of the model as loaded, as in released sequences of edits.
+        study = study.varied(model=study.model.edited(*earlier))
+        found = compare_methods(study, fact, methods=methods, progress=progress)
     if args.save:
-        edits[methods[0].name].save(args.save)
+        found.results[0].edit.save(args.save)
     if args.json:
-        record = {
-            "fact": fact.as_record(),
-            "subject_position": prompt.subject_position,
-            "token_ids": list(prompt.token_ids),
-            "states": states,
-            "provenance": study.provenance() | {"contexts": list(study.contexts.templates)},
-        }
-        show_json(record)
+        show_json(_record(study, found))
         return
-    strip = tokens(study.model, fact)
+    strip = found.results[0].tokens
     show(f"{strip.lines}\nThe target is joined by {strip.joint}.\n")
-    _print_states(states, fact)
+    for number, edit in enumerate(earlier, 1):
+        show(f"before: edit {number}, {edit.title}, stands")
+    before = found.results[0].before
+    states = {"before": before} | {each.method.name: each.after for each in found.results}
+    print_observations(fact.prompt, states, _components(fact, before, found.results))
+    show()
+    for each in found.results:
+        show(each.verdict)
 
 
-def _record(seen: Observation) -> dict[str, Any]:
+def observation_record(seen: Observation) -> dict[str, Any]:
     """An observation as JSON has it."""
     return {
         "perplexity": seen.perplexity.mean,
@@ -88,22 +71,72 @@ def _record(seen: Observation) -> dict[str, Any]:
     }
 
 
-def _print_states(states: dict[str, dict[str, Any]], fact: Fact) -> None:
-    names = list(states)
-    lines: list[list[Any]] = [
-        [label, *(states[name].get(key) for name in names)]
-        for label, key in (
-            ("numerator ||v* - W k||", "numerator"),
-            ("denominator u . k", "denominator"),
-            ("||Delta W||", "delta_norm"),
-            ("perplexity", "perplexity"),
-            (f"P({fact.target_new})", "target_probability"),
-            (f"P({fact.target_new}) behind prefixes", "target_probability_prefixed"),
-        )
-    ]
-    lines.append(["losses", *(len(states[name].get("losses", [])) or None for name in names)])
-    print_table(fact.prompt, ["", *names], lines)
-    for name in names:
-        best = ", ".join(f"{token!r} {p:.2f}" for token, p in states[name]["top_predictions"])
+def print_observations(
+    prompt: str, states: Mapping[str, Observation], lines: Sequence[Sequence[Any]]
+) -> None:
+    """Print what a model says to a prompt in several states.
+
+    Args:
+        prompt: The prompt.
+        states: What was seen, by the name of the state.
+        lines: Lines of the table, a value for each state behind the label.
+    """
+    print_table(prompt, ["", *states], [list(line) for line in lines])
+    for name, seen in states.items():
+        best = ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions)
         show(f"\n{name}\n  next: {best}")
-        show(f"  {fact.prompt}{states[name]['continuation']!r}")
+        show(f"  {prompt}{seen.continuation!r}")
+
+
+def state_lines(fact: Fact, seen: Sequence[Observation]) -> list[list[Any]]:
+    """Perplexity and the target's probability in several states, as lines of a table.
+
+    Args:
+        fact: The fact.
+        seen: What was seen in each state.
+    """
+    return [
+        ["perplexity", *(each.perplexity.mean for each in seen)],
+        [f"P({fact.target_new})", *(each.target_probability for each in seen)],
+        [
+            f"P({fact.target_new}) behind prefixes",
+            *(each.target_probability_prefixed for each in seen),
+        ],
+    ]
+
+
+def _record(study: Study, found: Comparison) -> dict[str, Any]:
+    first = found.results[0]
+    fact = first.fact
+    prompt = fact_prompt(study.model, fact)
+    prompt = with_target(study.model, prompt, fact.target_new, join=fact.join)
+    states = {"before": observation_record(first.before)}
+    for each in found.results:
+        states[each.method.name] = (
+            observation_record(each.after)
+            | each.report.as_dict()
+            | {
+                "losses": list(each.edit.losses),
+                "damage": None if each.damage is None else each.damage.value,
+                "verdict": each.verdict,
+            }
+        )
+    return {
+        "fact": fact.as_record(),
+        "subject_position": prompt.subject_position,
+        "token_ids": list(prompt.token_ids),
+        "states": states,
+        "provenance": study.provenance() | {"contexts": list(study.contexts.templates)},
+    }
+
+
+def _components(fact: Fact, before: Observation, results: Sequence[WhatIf]) -> list[list[Any]]:
+    reports = [each.report for each in results]
+    seen = [before, *(each.after for each in results)]
+    return [
+        ["numerator ||v* - W k||", None, *(each.numerator for each in reports)],
+        ["denominator u . k", None, *(each.denominator for each in reports)],
+        ["||Delta W||", None, *(each.delta_norm for each in reports)],
+        *state_lines(fact, seen),
+        ["steps of the optimisation", None, *(len(each.edit.losses) for each in results)],
+    ]

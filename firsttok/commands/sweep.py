@@ -75,7 +75,6 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
                 raise BadInputError(f"--{name} is for --engine ray; leave it out, or add that")
     names: dict[str, str] = {}
     for name in args.model:
-        check_name(name)
         # On some file systems names that differ in case alone are one.
         key = folder_name(name).casefold()
         if key in names:
@@ -84,6 +83,8 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
                 "each model once, and models of one name in runs of their own"
             )
         names[key] = name
+    for name in args.model:
+        check_name(name)
     # The limit of a sweep is one on what is done now, not on what the run is about.
     facts = fact_file(argparse.Namespace(**{**vars(args), "limit": None}))
     entry = run_entry(

@@ -60,9 +60,9 @@ class Fact(Shown):
     Raises:
         TemplateError: If the template does not hold exactly one ``{}``.
         EmptyTargetError: If the new target is empty.
-        FactFormatError: If the subject is empty, a text holds half a character, the case id has
-            more than 64 bits, neighbours and their answers differ in number, or ``join`` or
-            ``straddle`` is none of its choices.
+        FactFormatError: If the subject is empty, the case id has more than 64 bits, neighbours and
+            their answers differ in number, or ``join`` or ``straddle`` is none of its choices.
+        BadInputError: If a field is no text, or one that is not UTF-8.
     """
 
     subject: str
@@ -95,7 +95,7 @@ class Fact(Shown):
     def __post_init__(self) -> None:
         """Leave stray spaces out, and check the texts."""
         take_fields(self)
-        self._refuse_what_cannot_be_written()
+        self._check_choices()
         self._tidy()
         if self.template.count("{}") != 1:
             raise TemplateError(
@@ -118,25 +118,13 @@ class Fact(Shown):
                 f"{len(self.neighbour_answers)} answers to them; give one for each, or none"
             )
 
-    def _refuse_what_cannot_be_written(self) -> None:
+    def _check_choices(self) -> None:
         for name, choices in (("join", JOINS), ("straddle", STRADDLES)):
             if getattr(self, name) not in choices:
                 raise FactFormatError(
                     f"{name} of {self.template!r} is {getattr(self, name)!r}; choose one of "
                     f"{', '.join(choices)}"
                 )
-        for name, text in self._texts():
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise FactFormatError(
-                    f"{name} {text!r} holds half a character (a lone surrogate); write it whole"
-                )
-
-    def _texts(self) -> list[tuple[str, str]]:
-        single = ("subject", "template", "target_new", "target_true")
-        lists = ("paraphrases", "neighbours", "neighbour_answers")
-        return [(name, getattr(self, name)) for name in single] + [
-            (name, text) for name in lists for text in getattr(self, name)
-        ]
 
     def _tidy(self) -> None:
         subject = self.subject.strip(_AROUND_WORDS)

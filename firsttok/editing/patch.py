@@ -24,6 +24,7 @@ __all__ = ["AppliedEdit", "RankOneEdit", "load_edit"]
 _OBJECTS = (
     (),
     *((name,) for name in ("contexts", "fact", "method", "model", "second_moment", "versions")),
+    ("model", "changed"),
     ("fact", "requested_rewrite"),
     ("fact", "requested_rewrite", "target_new"),
 )
@@ -313,6 +314,9 @@ def load_edit(path: str | Path) -> RankOneEdit:
                 found = found.get(part, {})
             if not isinstance(found, dict):
                 raise TypeError(".".join(parts))
+        for below in record["provenance"].get("model", {}).get("edits", []):
+            if not (isinstance(below["hash"], str) and isinstance(below["title"], str)):
+                raise TypeError("edits")
         edit = RankOneEdit(
             left=left,
             right=right,

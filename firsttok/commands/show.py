@@ -1,0 +1,121 @@
+"""``firsttok show``: what saved edits are, and what they do to the model they were made for."""
+
+import argparse
+from itertools import accumulate
+from typing import Any
+
+from firsttok.commands.edit import observation_record, print_observations, state_lines
+from firsttok.console import progress_bar, show, show_json
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact, builtin_sentences, load_texts, resolve_texts
+from firsttok.data.schemas import fact_from
+from firsttok.display import Note, Panel, Table
+from firsttok.editing import RankOneEdit, load_edit
+from firsttok.errors import BadInputError
+from firsttok.evaluation import Perplexity, perplexity
+from firsttok.exploration import Observation, observe, verdict
+from firsttok.models import BosPolicy, load
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print each edit's record; with ``--run`` put them into the model, one after another.
+
+    Raises:
+        FirsttokError: If a file is no edit, or does not fit the model or the edits before it.
+    """
+    edits = [load_edit(path) for path in args.edit]
+    facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
+    if not args.run:
+        if args.json:
+            show_json({"edits": [_as_json(edit) for edit in edits]})
+        else:
+            show("\n\n".join(_panel(edit).text for edit in edits))
+        return
+    texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
+    made = edits[0].provenance.get("model", {})
+    name = args.model or made.get("name")
+    if not name:
+        raise BadInputError(f"{args.edit[0]} does not name its model; give --model")
+    model = load(
+        name,
+        bos=made.get("bos", BosPolicy.AS_TOKENIZER),
+        dtype=made.get("dtype", "float32"),
+        device=args.device,
+    )
+    views = list(accumulate(edits, lambda view, edit: view.edited(edit), initial=model))
+    names = ["before", "with edit 1", *(f"with edits 1 to {n}" for n in range(2, len(views)))]
+    with progress_bar() as progress:
+        task = progress.add_task("measuring", total=len(views) + 2 * len(edits))
+        measured: list[Perplexity] = []
+        for view in views:
+            measured.append(perplexity(view, texts, bos=BosPolicy(args.text_bos)))
+            progress.advance(task)
+        seen: list[dict[str, Observation]] = []
+        for edit, fact in zip(edits, facts, strict=True):
+            states: dict[str, Observation] = {}
+            for which in (0, -1):
+                found = observe(views[which], fact, measured[which], contexts=_contexts(edit))
+                states[names[which]] = found
+                progress.advance(task)
+            seen.append(states)
+    verdicts = [
+        verdict(name.removeprefix("with "), measured[0], found)
+        for name, found in zip(names[1:], measured[1:], strict=True)
+    ]
+    if args.json:
+        show_json(
+            {
+                "edits": [_as_json(edit) for edit in edits],
+                "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
+                "verdicts": verdicts,
+                "facts": [
+                    {name: observation_record(each) for name, each in states.items()}
+                    for states in seen
+                ],
+                "model": views[-1].record(),
+            }
+        )
+        return
+    for number, (edit, fact, states) in enumerate(zip(edits, facts, seen, strict=True), 1):
+        show(f"edit {number}: {edit.title}\n")
+        print_observations(fact.prompt, states, state_lines(fact, list(states.values())))
+        show()
+    show("\n".join(verdicts))
+
+
+def _fact(path: str, edit: RankOneEdit) -> Fact:
+    record = edit.provenance.get("fact", {})
+    try:
+        fact = fact_from(record, record.get("case_id", 0), "fact", str(record.get("source", path)))
+    except BadInputError as error:
+        raise BadInputError(f"{path} does not say which fact it writes ({error})") from None
+    if fact is None:
+        raise BadInputError(f"{path} does not say which fact it writes; compute the edit again")
+    return fact
+
+
+def _contexts(edit: RankOneEdit) -> ContextSet:
+    return ContextSet(templates=tuple(edit.provenance.get("contexts", {}).get("templates", ["{}"])))
+
+
+def _as_json(edit: RankOneEdit) -> dict[str, Any]:
+    return {
+        "title": edit.title,
+        "layer": edit.layer,
+        "report": edit.report.as_dict(),
+        "losses": list(edit.losses),
+        "provenance": edit.provenance,
+    }
+
+
+def _panel(edit: RankOneEdit) -> Panel:
+    """The edit's own panel, and what it stands on and was computed with."""
+    panel = edit.panel()
+    below = edit.provenance.get("model", {}).get("edits", [])
+    settings = edit.provenance.get("hyperparameters", {})
+    lines = [[name.replace("_", " "), value] for name, value in settings.items()]
+    notes = [Note(text=f"It was computed after: {each['title']}.") for each in below]
+    parts = [*panel.parts, *notes, Table(columns=("setting", "value"), lines=lines)]
+    return Panel(title=panel.title, parts=parts, source=panel.source)
