@@ -64,7 +64,9 @@ def made(kind: type[Any], **fields: Any) -> Any:
 
 def changed(thing: Any, **fields: Any) -> Any:
     """As dataclasses.replace, likewise."""
-    return made(type(thing), **{f.name: getattr(thing, f.name) for f in dc.fields(thing)} | fields)
+    return made(
+        type(thing), **{f.name: getattr(thing, f.name) for f in dc.fields(thing) if f.init} | fields
+    )
 
 
 def vectors(edit: Any) -> list[list[float]]:

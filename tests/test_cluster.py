@@ -134,8 +134,8 @@ def test_a_chunk_that_kills_its_workers_becomes_failed_rows(study: Study, tmp_pa
 
 def test_what_cannot_work_is_told(study: Study, tmp_path: Path) -> None:
     with connected(None) as ray:
-        wrong = replace(Recipe.of(study, source=study.model.name, device="cpu"), fingerprint="0")
-        with pytest.raises(WorkerError, match="other weights than where the run was begun"):
+        wrong = replace(Recipe.of(study, source=study.model.name, device="cpu"), identity="0")
+        with pytest.raises(WorkerError, match="another model than where the run was begun"):
             sweep(tmp_path / "a", facts(2), engine(ray, study, recipe=wrong))
         gone = replace(wrong, source=str(tmp_path / "gone"))
         with pytest.raises(WorkerError, match="cannot load the model"):

@@ -191,7 +191,7 @@ def test_an_interrupted_pull_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("firsttok.data.pulls._bar", lambda *_: stopped)
         assert pull(site) == 130
-    assert "run the same command again to go on" in sentence(capsys)
+    assert "run the same command again to resume" in sentence(capsys)
     kept = (own_cache / "data" / f"{FILE}.part").stat().st_size
     assert 200_000 < kept < len(site.content)
     assert pull(site) == 0
@@ -390,7 +390,7 @@ def test_pulls_into_a_folder(
     assert "was not pulled by firsttok; move it away" in sentence(capsys)
     assert (mine / FILE).read_text("utf-8") == "[1]"
     assert pull(site, "--out", str(mine / FILE)) == 2
-    assert "choose another one" in sentence(capsys)
+    assert "is a file; name a folder" in sentence(capsys)
 
 
 FULL = """

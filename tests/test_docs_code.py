@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("", "bash")
 
-RUN = {"tokens", "data list", "data synthesize", "results", "sweep status", "edit"}
+RUN = {"tokens", "data list", "data synthesize", "results", "sweep status", "edit", "show"}
 """Commands of firsttok that are run as they are written; all others are parsed only."""
 PARSED = {
     "data pull": "fetches from its makers' address",
@@ -281,23 +281,31 @@ def test_a_page_whose_code_fails_would_be_seen(tmp_path: Path) -> None:
 
 
 def runnable() -> list[Any]:
-    found: list[Any] = []
+    blocks: dict[str, list[list[str]]] = {}
     for block, words in FIRSTTOK:
         if kind_of(words) in RUN and not any(HUB in word for word in words):
-            real = words[0] == "edit" or (words[0] == "tokens" and "--model" not in words)
-            marks = [pytest.mark.real_model, pytest.mark.slow] if real else []
-            found.append(pytest.param(words, marks=marks, id=f"{block.place} {kind_of(words)}"))
+            blocks.setdefault(block.place, []).append(words)
+    found: list[Any] = []
+    for place, commands in blocks.items():
+        real = any(
+            words[0] in ("edit", "show") or (words[0] == "tokens" and "--model" not in words)
+            for words in commands
+        )
+        marks = [pytest.mark.real_model, pytest.mark.slow] if real else []
+        found.append(pytest.param(commands, marks=marks, id=place))
     return found
 
 
-@pytest.mark.parametrize("words", runnable())
-def test_a_cheap_command_runs(
-    words: list[str], desk: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("commands", runnable())
+def test_cheap_commands_run(
+    commands: list[list[str]], desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Once the options are taken, more steps would only take longer.
-    short = ["--steps", "2"] if words[0] == "edit" else []
-    assert main([*words, *short]) == 0
-    assert capsys.readouterr().out.strip()
+    # One may read what another of its block has written.
+    for words in commands:
+        # Once the options are taken, more steps would only take longer.
+        short = ["--steps", "2"] if words[0] == "edit" else []
+        assert main([*words, *short]) == 0
+        assert capsys.readouterr().out.strip()
 
 
 def test_a_toml_block_is_a_file_of_methods(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Scripts side by side: order, lanes, output, and what happens when one is given up."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -129,9 +131,10 @@ def computes(pid: int) -> bool:
 def test_no_script_computes_on_when_its_reproduction_is_gone(
     jobs: int, number: int, code: int, tmp_path: Path
 ) -> None:
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    for folder in (out, scratch):
-        folder.mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    # Sockets in it take paths of 107 bytes.
+    scratch = Path(tempfile.mkdtemp())
     for name in SCRIPTS:
         (tmp_path / f"{name}.py").write_text(BUSY, "utf-8")
     command = [sys.executable, "-c", START, "reproduce", "--jobs", str(jobs), "--model", "no-model"]
@@ -161,6 +164,7 @@ def test_no_script_computes_on_when_its_reproduction_is_gone(
         running.kill()
         for pid in filter(computes, workers()):
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def test_a_script_that_was_killed_is_named(

@@ -66,7 +66,10 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "edit, saved below a file": ([*EDIT, "--save", "file/e"], "does not exist"),
     "edit, saved in a circle": ([*EDIT, "--save", "loop/e"], "no usable path"),
     "edit, saved under a long name": ([*EDIT, "--save", "x" * 300], "no usable path (File name"),
-    "edit, saved where nobody may": ([*EDIT, "--save", "closed/e"], "closed cannot be written to"),
+    "edit, saved where nobody may": (
+        [*EDIT, "--save", "closed/e"],
+        "the folder of closed/e cannot be written",
+    ),
     "edit, no method": ([*EDIT, "--method", "memit"], "no method is called 'memit'"),
     "edit, half a method": ([*EDIT, "--method", "a=direction:bare"], "has no residual"),
     "edit, no target": (["edit", *FACT, "--target", " "], "is empty"),
@@ -119,7 +122,10 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         ["sweep", "run", "--engine", "ray", "--address", "host"],
         "host is not HOST:PORT",
     ),
-    "sweep, a model twice": (["sweep", "run", "--model", "a/b", "a/b"], "twice"),
+    "sweep, a model twice": (
+        ["sweep", "run", "--model", "a/b", "a/b"],
+        "rows would be in one folder",
+    ),
     "sweep, an unknown second model": (
         ["sweep", "run", "--model", "smollm2-135m", "gpt-9"],
         "no model is called 'gpt-9'",
@@ -150,7 +156,7 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "reproduce, out": (["reproduce", "--out", "file"], "file is a file"),
     "reproduce, device": (["reproduce", "--device", "tpu"], "'tpu' is not supported"),
     "reproduce, configuration": (["reproduce", "--config", "bad.toml"], "steps is 0"),
-    "results, answer in no folder": (["results", "begun", "--csv", "no/f"], "does not exist"),
+    "results, answer in a file": (["results", "begun", "--csv", "file/f"], "file is a file"),
     "results, answer as a folder": (["results", "begun", "--csv", "folder"], "is a folder"),
     "results, figures": (["results", "begun", "--figures", "file"], "file is a file"),
     "results, no query": (["results", "begun", "--sql", "SELEC 1"], "cannot be answered"),

@@ -379,11 +379,11 @@ def test_a_letter_is_not_parted_from_a_mark_that_is_composed_with_it(
 def test_half_a_character_is_refused_by_name(tiny: TinyFactory, field: str) -> None:
     texts = {"subject": "England", "template": "{} is", "target_new": "a", "target_true": "b"}
     texts[field] += "\udc80"
-    with pytest.raises(FactFormatError, match=f"{field} .* holds half a character"):
+    with pytest.raises(BadInputError, match=f"{field} .* holds half a surrogate pair"):
         Fact(**texts)  # type: ignore[arg-type]
-    with pytest.raises(FactFormatError, match=r"paraphrases .* holds half a character"):
+    with pytest.raises(BadInputError, match=r"paraphrases.* holds half a surrogate pair"):
         replace(CLEAN, paraphrases=("\ud800",))
-    with pytest.raises(BadInputError, match="holds half a character"):
+    with pytest.raises(BadInputError, match="holds half a surrogate pair"):
         text_prompt(tiny("gpt2"), "a\udfff")
 
 
@@ -449,7 +449,7 @@ def test_a_token_that_begins_before_the_subject_is_no_subjects_own(tiny: TinyFac
         (["--template", "</s>{} is"], "begins with '</s>'"),
         (["--template", "<s>{} is", "--bos", "without"], "the BOS policy 'without'"),
         (["--template", "<s>{} is"], "the BOS policy 'as_tokenizer'"),
-        (["--subject", "Eng\udc80"], "holds half a character"),
+        (["--subject", "Eng\udc80"], "holds half a surrogate pair"),
         (["--subject", " "], "is empty"),
         (["--subject", "Engl", "--template", "{}ands city"], "goes beyond subject"),
     ],

@@ -572,7 +572,6 @@ REACHING_OUT = (
     "EXPLAIN SELECT 1",
     "PREPARE p AS SELECT 1",
     "SELECT * FROM rows WHERE case_id = ?",
-    "",
     "-- nothing",
     "SELEC",
     "SELECT 'it",
@@ -775,7 +774,7 @@ def test_damage_is_one_sentence_and_code_2(
     [
         (["--model", "gpt-9"], "no model 'gpt-9' takes part"),
         (["--sql", "SELECT 1", "--figures", "x"], "--figures draws the whole run"),
-        (["--csv", "manifest/rows.csv"], "cannot be written"),
+        (["--csv", "manifest/rows.csv"], "manifest is a file; name a folder"),
     ],
 )
 def test_bad_options_are_one_sentence(

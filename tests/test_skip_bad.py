@@ -112,7 +112,7 @@ def test_tokens_tell_which_facts_cannot_be_edited(tiny: TinyFactory, tmp_path: P
         (3, "case 30"),
         (1, "case 31"),
     ]
-    assert "goes on beyond the end" in usable.left_out[0].reason
+    assert "goes beyond subject" in usable.left_out[0].reason
     assert "reads at most 160" in usable.left_out[1].reason
     for fact in usable:
         assert reason_against(model, fact, templates=CONTEXTS.templates) is None
@@ -275,6 +275,7 @@ def on_tiny(tiny: TinyFactory, options: list[str], monkeypatch: pytest.MonkeyPat
     """Options of every command, on one tiny model that is loaded once."""
     model = tiny("gpt2")
     monkeypatch.setattr("firsttok.inputs.load", lambda *_, **__: model)
+    monkeypatch.setattr("firsttok.commands.sweep.check_name", lambda _: None)
     return ["--model", model.label, *options]
 
 

@@ -4,6 +4,7 @@ Whether an architecture obeys is found here by replacing tokens on the whole mod
 Hugging Face model; the trial itself looks at gradients of one block.
 """
 
+import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -514,7 +515,7 @@ def test_a_token_that_no_prompt_has_is_neither_changed_nor_read(tiny: TinyFactor
 @pytest.mark.parametrize("change", [None, "SeesAll", SeesAll, lambda batch: batch])
 def test_what_is_no_intervention_is_refused_at_once(change: Any, tiny: TinyFactory) -> None:
     # Without the type check that only the tests have.
-    unchecked: Any = Model.intervened.__wrapped__  # pyright: ignore
+    unchecked: Any = inspect.unwrap(Model.intervened)
     with pytest.raises(BadInputError, match="is no intervention; give an object with a `name`"):
         unchecked(tiny("gpt2"), change)
 
