@@ -60,6 +60,7 @@ def strip(notebook: Any) -> Any:
                 output
                 for output in cell["outputs"]
                 if not (output.output_type == "stream" and output.name == "stderr")
+                and output.get("data", {}).get("text/html") != ""
             ]
     return notebook
 

@@ -46,18 +46,24 @@ class Storm:
 
     def interrupt(self, action: Callable[[], object], count: int, longest: float) -> int:
         """Interrupt an action so many times, and count how often it had ended by itself."""
-        done = sum(self._until_interrupted(action, longest) for _ in range(count))
+        done = 0
+        for number in range(count):
+            done += self._until_interrupted(action, longest)
+            if number % 10_000 == 9_999:
+                sys.stderr.write(f"{number + 1} of {count}, left changed {self.left_changed}\n")
         self.look(thoroughly=True)
         return done
 
     def _until_interrupted(self, action: Callable[[], object], longest: float) -> int:
         done = 0
         try:
-            signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, longest))
+            # Again each second, since Python drops what is raised inside a `__del__`.
+            signal.setitimer(signal.ITIMER_REAL, self.random.uniform(1e-6, longest), 1.0)
             while True:
                 action()
                 done += 1
         except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self.look(thoroughly=self.random.random() < 1e-3)
         return done
 

@@ -80,8 +80,8 @@ def test_all_commands_with_a_model_take_a_configuration() -> None:
         for name, parser in choices.choices.items()
         if any("--model" in action.option_strings for action in parser._actions)
     }
-    # These two take the label of a folder of results, and open no model.
-    assert takers - {"report", "results"} == set(COMMANDS)
+    # Two take the label of a folder of results, and open no model; an edit brings its settings.
+    assert takers - {"report", "results", "show"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

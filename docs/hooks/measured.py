@@ -18,23 +18,13 @@ from firsttok.claims import CLAIMS, Status, find_inconsistencies
 from firsttok.display import Table
 from firsttok.models import CATALOG
 from firsttok.output import cell_text
+from firsttok.report.pages import LABELS
 from firsttok.report.view import Judged, ModelReport, build_report, result_folders
 
 __all__ = ["on_page_markdown"]
 
 FIGURES = Path(__file__).resolve().parents[2] / "figures"
 MODEL = "smollm2-135m"
-MARKS = {
-    (Status.REPRODUCED, False): "reproduced",
-    (Status.REPRODUCED, True): "holds",
-    (Status.PARTLY, False): "partly",
-    (Status.PARTLY, True): "partly",
-    (Status.NOT, False): "not reproduced",
-    (Status.NOT, True): "does not hold",
-    (Status.NOT_RUN, False): "not run",
-    (Status.NOT_RUN, True): "not run",
-}
-"""Words for a verdict, by status and whether the claim is our own."""
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: Any) -> str:
@@ -134,7 +124,7 @@ def settings() -> str:
 def reason(claim: str, model: str = MODEL) -> str:
     """What was measured on a claim, in the words of the rule that judged it."""
     (found,) = [item for item in _report(model).judged if item.claim.id == claim]
-    if found.verdict.status is Status.NOT_RUN:
+    if found.verdict.status in (Status.NOT_RUN, Status.NOT_JUDGED):
         raise LookupError(f"nothing was measured on {claim} for {model}")
     return found.verdict.reason
 
@@ -183,7 +173,7 @@ def _report(model: str) -> ModelReport:
 
 
 def _mark(judged: Judged) -> str:
-    return MARKS[judged.verdict.status, judged.claim.own]
+    return LABELS[judged.verdict.status][judged.claim.own]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
