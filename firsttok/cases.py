@@ -14,6 +14,7 @@ from firsttok.arguments import taken
 from firsttok.data import SKIP_HINT, Fact, LeftOut
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
+from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.prompts import fact_prompt
 from firsttok.script_options import ScriptOptions
@@ -127,7 +128,10 @@ def save_scan(
             "what": f"facts on which one ROME edit lifts the perplexity above "
             f"{COLLAPSE_THRESHOLD:g}, highest first",
             "provenance": study.provenance()
-            | {"facts": _facts_hash(facts), "original_perplexity": study.original_perplexity.mean},
+            | {
+                "facts": _facts_hash(facts),
+                "original_perplexity": finite(study.original_perplexity.mean),
+            },
             "summary": {
                 "facts": len(rows),
                 "collapsed": len(collapsed),

@@ -21,7 +21,7 @@ from firsttok.sweep.query import SECONDS
 __all__ = ["main"]
 
 _SILENT = ("models", "data", "results", "report")
-"""Commands that open no model."""
+"""Commands that open no model, or say themselves what they fetch."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +41,10 @@ def _announce(args: argparse.Namespace) -> None:
     """Say what is begun, before the seconds in which torch is imported."""
     if args.command in _SILENT or getattr(args, "json", False) or "torch" in sys.modules:
         return
-    given = (getattr(args, name, None) for name in ("name", "model", "edit"))
+    if args.command == "sweep" and args.run[0] == "status":
+        return
+    names = ("edit",) if args.command == "show" else ("name", "model")
+    given = (getattr(args, name, None) for name in names)
     named = next(value for value in given if value)
     opened = named if isinstance(named, str) else ", ".join(named)
     note(f"{args.command}: opening {opened}")
@@ -222,7 +225,7 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
         "run",
         nargs="+",
         metavar="[status] RUN",
-        help="folder of the run, begun or gone on with; behind 'status', only looked at",
+        help="folder of the run, to begin or to continue; after 'status', only looked at",
     )
     add_model_options(parser, several=True)
     add_edit_options(parser)
@@ -295,7 +298,9 @@ def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
 def _add_data_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the published data sets")
-    pulling = actions.add_parser("pull", help="fetch a data set into the cache, or go on with it")
+    pulling = actions.add_parser(
+        "pull", help="fetch a data set into the cache, or continue a broken download"
+    )
     pulling.add_argument("name", help="see: firsttok data list")
     pulling.add_argument("--url", help="another address of it")
     pulling.add_argument("--sha256", metavar="HEX", help="what its bytes must be")

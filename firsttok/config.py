@@ -135,14 +135,14 @@ def _checked(where: str, action: argparse.Action, value: Any) -> str | int | flo
     accepted = (int, float) if kind is float else kind
     # True is an int to Python, but nobody means 1 by it.
     if not isinstance(value, accepted) or isinstance(value, bool):
-        raise BadInputError(f"{where} is {value!r}, and not {_KINDS[kind]}; mend that line")
+        raise BadInputError(f"{where} is {value!r}, and not {_KINDS[kind]}; correct that line")
     if action.choices is not None and value not in action.choices:
         choices = ", ".join(map(str, action.choices))
         raise BadInputError(f"{where} is {value!r}; choose one of {choices}")
     try:
         return kind(value)
     except OverflowError:
-        raise BadInputError(f"{where} is no number that fits; mend that line") from None
+        raise BadInputError(f"{where} is a number out of range; correct that line") from None
 
 
 def _quoted(text: str) -> str:

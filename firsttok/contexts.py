@@ -53,7 +53,7 @@ class ContextSet(Shown):
         for index, template in enumerate(self.templates):
             if template.count("{}") != 1:
                 raise BadInputError(
-                    f"context {index} ({template!r}) does not hold '{{}}' exactly once; mend it"
+                    f"context {index} ({template!r}) does not hold '{{}}' exactly once; correct it"
                 )
 
     @property
@@ -178,7 +178,7 @@ def sample_contexts(
             since contexts are text that every view shares. Edits that stand in it do.
         seed: Seed of the sampler.
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
-            written.
+            written. While something disturbs the model it is neither read nor written.
         progress: Where to show progress.
     """
     path = None if path is None else Path(path)

@@ -90,7 +90,7 @@ class TargetTokenError(BadInputError):
 
 
 class UnknownModelError(BadInputError):
-    """No model goes by this name, and no folder lies there."""
+    """No model goes by this name, and there is no such folder."""
 
 
 class UnsupportedModelError(FirsttokError):

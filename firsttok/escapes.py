@@ -2,10 +2,12 @@
 
 import html
 import json
+import math
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-__all__ = ["as_html", "as_json", "printable"]
+__all__ = ["as_html", "as_json", "finite", "printable"]
 
 _UNPRINTABLE = re.compile(
     # Control characters but line end and tab, line separators, marks that reorder a line, and
@@ -51,3 +53,18 @@ def as_json(content: Any, *, encoding: str = "utf-8") -> str:
 
 def _escaped(match: "re.Match[str]") -> str:
     return match.group().encode("unicode_escape").decode("ascii")
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can say it: None in place of NaN and infinity, at any depth.
+
+    Args:
+        value: What JSON is to hold.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in cast(Sequence[Any], value)]
+    return value

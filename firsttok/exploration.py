@@ -1,6 +1,6 @@
 """What if this fact were edited? One call, with everything that is not given found or made."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "compare_methods",
     "observe",
     "prepare_study",
+    "state_lines",
     "verdict",
     "what_if",
 ]
@@ -362,9 +363,14 @@ def _components(results: Sequence[WhatIf]) -> Table:
     return Table(columns=("update", *(result.method.label for result in results)), lines=lines)
 
 
-def _states(fact: Fact, states: dict[str, Observation]) -> tuple[Table, Table]:
-    seen = states.values()
-    lines = [
+def state_lines(fact: Fact, seen: Collection[Observation]) -> list[list[Any]]:
+    """Perplexity and the target's probability in several states, as lines of a table.
+
+    Args:
+        fact: The fact.
+        seen: What was seen in each state.
+    """
+    return [
         ["perplexity", *(each.perplexity.mean for each in seen)],
         [f"P({fact.target_new})", *(each.target_probability for each in seen)],
         [
@@ -372,10 +378,14 @@ def _states(fact: Fact, states: dict[str, Observation]) -> tuple[Table, Table]:
             *(each.target_probability_prefixed for each in seen),
         ],
     ]
+
+
+def _states(fact: Fact, states: dict[str, Observation]) -> tuple[Table, Table]:
+    lines = state_lines(fact, states.values())
     said = [[name, _top(each), repr(each.continuation)] for name, each in states.items()]
     return (
         Table(columns=("", *states), lines=lines),
-        Table(columns=("", "next tokens", "goes on with"), lines=said),
+        Table(columns=("", "next tokens", "continues with"), lines=said),
     )
 
 

@@ -19,6 +19,7 @@ from firsttok.data import (
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, EditSite, Model, load
+from firsttok.option_values import HYPERPARAMETERS
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.sieve import usable_facts
 from firsttok.study import Study
@@ -46,24 +47,19 @@ def fact_file(args: argparse.Namespace) -> FactFile:
     Raises:
         BadInputError: If the file is unusable, or the limit is below 1.
     """
-    limit: int | None = getattr(args, "limit", None)
-    if limit is not None and limit < 1:
-        raise BadInputError(f"--limit is {limit}; give at least 1")
     path = resolve_facts(args.facts) if args.facts else None
     return check_facts(
-        path, limit=limit, skip_bad=args.skip_bad, join=args.join, straddle=args.straddle
+        path,
+        limit=getattr(args, "limit", None),
+        skip_bad=args.skip_bad,
+        join=args.join,
+        straddle=args.straddle,
     )
 
 
 def hyperparameters_from(args: argparse.Namespace, model: Model) -> Hyperparameters:
     """Return the model's settings with what the options change."""
-    given = {
-        "steps": args.steps,
-        "learning_rate": args.lr,
-        "weight_decay": args.weight_decay,
-        "clamp": args.clamp,
-        "kl": args.kl,
-    }
+    given = {field: getattr(args, option) for option, field in HYPERPARAMETERS.items()}
     changed = {name: value for name, value in given.items() if value is not None}
     return replace(model.hyperparameters, **changed)
 

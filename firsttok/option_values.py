@@ -28,7 +28,7 @@ _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
 """Options that name a folder to write to."""
-_WITHOUT = {"name": "the name", "run": "the run"}
+_WITHOUT = {"name": "the name", "run": "the run", "edit": "the file of an edit"}
 """Arguments that are no options."""
 _TEXTS = ("subject", "target", "template", "true")
 """Options whose text is a fact's, which says itself what may be empty."""
@@ -75,10 +75,9 @@ def check_options(args: argparse.Namespace) -> None:
     Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
     if "device" in given:
         check_device_name(given["device"])
-    if "save" in given and len(set(given["method"])) > 1:
-        raise BadInputError(
-            f"--save takes one method, not {len(set(given['method']))}; run it for each"
-        )
+    methods = {"c-rome" if name == "r-rome" else name for name in given.get("method", ())}
+    if "save" in given and len(methods) > 1:
+        raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
     _check_places(given)
 
 

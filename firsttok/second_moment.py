@@ -138,9 +138,13 @@ class SecondMoment(Shown):
                 f"the second moment has shape {list(self.matrix.shape)}, and the keys of layer "
                 f"{site.layer} of {model.name} have {site.d_mlp} components"
             )
-        known = (model.base_identity(site.layer), model.loaded_identity)
         other = self.model_fingerprint not in (None, model.fingerprint)
-        if other or (self.model_identity is not None and self.model_identity not in known):
+        if self.model_identity is not None and not other:
+            # What is dear is asked last.
+            other = self.model_identity != model.loaded_identity and (
+                self.model_identity != model.base_identity(site.layer)
+            )
+        if other:
             raise BadInputError(
                 f"the second moment was computed for another model than {model.name}, or with "
                 f"other edits below layer {site.layer}; compute it for this one"

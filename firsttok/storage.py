@@ -21,15 +21,15 @@ from filelock import FileLock
 
 from firsttok.digests import content_hash, is_sealed, sealed, tensors_hash, unsealed
 from firsttok.errors import BadInputError, CacheError
-from firsttok.sinks import atomic_path, check_output
+from firsttok.sinks import atomic_path
 
 __all__ = [
     "atomic_path",
     "cache_folder",
-    "check_output",
     "content_hash",
     "file_sha256",
     "locked",
+    "parse_json",
     "read_json",
     "read_record",
     "read_safetensors",
@@ -107,7 +107,7 @@ def read_json(path: Path, what: str) -> Any:
             line.
         DamagedFileError: If it holds a digest that does not belong to its content.
     """
-    content = _read_json(path, what)
+    content = parse_json(path, _read_text(path, what), what)
     return unsealed(content, path, what) if is_sealed(content) else content
 
 
@@ -122,7 +122,7 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
         BadInputError: As :func:`read_json` does.
         DamagedFileError: If it holds no digest, or another one than that of its content and name.
     """
-    return unsealed(_read_json(path, what), path, what, name=path.name)
+    return unsealed(parse_json(path, _read_text(path, what), what), path, what, name=path.name)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -244,8 +244,17 @@ def _read_text(path: Path, what: str) -> str:
         raise BadInputError(f"{str(path)!r} cannot be read ({reason}); check the path") from None
 
 
-def _read_json(path: Path, what: str) -> Any:
-    text = _read_text(path, what)
+def parse_json(path: Path, text: str, what: str) -> Any:
+    """The content of a JSON text.
+
+    Args:
+        path: The file it is of, for messages.
+        text: The text.
+        what: What the file should hold, for messages.
+
+    Raises:
+        BadInputError: If it is empty or no JSON; says where.
+    """
     if not text.strip():
         raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
     try:

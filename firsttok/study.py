@@ -1,6 +1,5 @@
 """A study: everything that is fixed while many facts are edited and measured."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +100,7 @@ class Study(Shown):
     """
 
     model: Model
-    """The model, unedited."""
+    """The model, or a view of it, before the edits that are measured."""
     contexts: ContextSet
     """Contexts of Equation 1."""
     second_moment: SecondMoment
@@ -186,6 +185,8 @@ class Study(Shown):
         if self.evaluated.disturbance is not None:
             return
         key = self._measured_on([])
+        if ("perplexity", key) in self.memo:
+            return
         path = self.work / "original" / f"{key[:24]}.json"
         try:
             record = read_record(path, "a kept perplexity")
@@ -281,6 +282,7 @@ class Study(Shown):
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the numbers of this study."""
         model, moment = self.model, self.second_moment
+        condition = moment.condition_number if moment.tokens else 1.0
         return {
             "model": model.record(),
             "layer": self.layer,
@@ -288,8 +290,10 @@ class Study(Shown):
             "second_moment": {
                 "corpus": moment.corpus,
                 "corpus_hash": moment.corpus_hash,
+                "hash": moment.content_hash,
                 "tokens": moment.tokens,
-                "condition_number": moment.condition_number if moment.tokens else 1.0,
+                # Of a singular matrix it is infinite, which JSON cannot say.
+                "condition_number": condition if math.isfinite(condition) else None,
                 "ridge": moment.ridge,
             },
             "hyperparameters": self.hyperparameters.as_dict(),
@@ -367,11 +371,11 @@ def measure_facts(
         measured = study.prepared_texts.measure_edits(
             study.evaluated, [edits[method.name] for method in missing]
         )
+        # An edit that was put into the model meanwhile would be filed under the model without.
+        same = _row_settings(study) == settings
         for method, found in zip(missing, measured, strict=True):
             row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
             path = paths[fact.case_id, method.name]
-            # An edit that was put into the model meanwhile would be filed under the model without.
-            same = _row_settings(study) == settings
             # JSON has no other numbers; such a row is measured again in the next run.
             finite = math.isfinite(row.perplexity) and math.isfinite(row.corpus_perplexity)
             if path and same and finite:
@@ -425,15 +429,16 @@ def case_row(
 
 def _row_settings(study: Study) -> list[Any] | None:
     """What decides the rows of a study besides fact and method; None if they may not be kept."""
-    views = (study.model, study.evaluated)
+    views = (study.model,) if study.judge is None else (study.model, study.judge)
     try:
         source = described(study.key_source)
     except TypeError:
         return None
     if any(view.disturbance is not None for view in views):
         return None
+    identities = [view.identity() for view in views]
     settings = [
-        *(view.identity() for view in views),
+        *(identities if study.judge is not None else identities * 2),
         source,
         study.layer,
         study.contexts.content_hash,
@@ -453,5 +458,5 @@ def _read_row(path: Path) -> CaseRow | None:
     try:
         record = read_record(path, "a finished row")
         return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
-    except (BadInputError, KeyError, TypeError, json.JSONDecodeError):
+    except (BadInputError, KeyError, TypeError, ValueError):
         return None

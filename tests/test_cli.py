@@ -347,6 +347,37 @@ def test_show_tells_what_saved_edits_are_and_do(
     assert "England's capital city is Berlin (rome, layer 2)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("contexts", {"templates": 5}), ("hyperparameters", ["steps"]), ("fact", {"subject": "a"})],
+)
+def test_an_edit_with_odd_provenance_is_refused_before_a_model_is_loaded(
+    part: str,
+    value: object,
+    quick: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "edit.safetensors"
+    assert main(["edit", *FACT, *quick, "--save", str(path)]) == 0
+    edit = load_edit(path)
+    replace(edit, provenance={**edit.provenance, part: value}).save(path)
+    monkeypatch.setattr("firsttok.commands.show.load", lambda *_, **__: pytest.fail("loaded"))
+    capsys.readouterr()
+    assert main(["show", str(path), "--run"]) == 2
+    assert capsys.readouterr().err.startswith(f"firsttok: {path} ")
+
+
+def test_a_status_of_no_run_begins_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "status"]) == 2
+    assert "firsttok sweep status RUN" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["edit", "scan", "screen", "tokens", "inspect", "show"])
 def test_a_command_says_what_it_does_before_it_imports_what_takes_seconds(
     command: str, tmp_path: Path

@@ -174,7 +174,7 @@ BAD = {
     "not finite": ("lr = nan", "learning_rate is nan"),
     "infinite": ("clamp = inf", "clamp is inf"),
     "out of range": ("steps = 0", "steps is 0; give a whole number of at least 1"),
-    "huge": ("lr = 1" + "0" * 400, "is no number that fits"),
+    "huge": ("lr = 1" + "0" * 400, "is a number out of range"),
     "latin-1": (b"model = '\xe4'", "is not UTF-8 text at byte 9"),
 }
 

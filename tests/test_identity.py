@@ -27,6 +27,7 @@ from firsttok.keys import IntervenedKeys, capture_keys, keys_at
 from firsttok.models import BosPolicy, Model
 from firsttok.probes import SECOND2FIRST, SeesItself
 from firsttok.prompts import pad, text_prompt
+from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study, measure_facts
 from firsttok.sweep import sweep_facts
@@ -343,6 +344,56 @@ def test_an_intervention_is_known_by_what_it_does(tiny: TinyFactory) -> None:
     assert model.intervened(Shift(long.clone())).identity() == identities[0]
     assert model.base_identity() == model.intervened(Closed(1)).base_identity()
     assert all(model.intervened(each).disturbance is None for each in different)
+
+
+FACTOR = 2
+
+
+def scaled(value: int) -> int:
+    return value * FACTOR
+
+
+class Reading:
+    """Reads a global through a function, as code in a notebook does."""
+
+    name = "reading"
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return SeesItself(position=scaled(1))(batch)
+
+
+class WithSet(Closed):
+    """Has a member that is no plain value."""
+
+    members = frozenset({1})
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A dataclass without fields, whose subclass sets something of its own."""
+
+    name = "bare"
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        return batch
+
+
+class Own(Bare):
+    def __init__(self, value: int) -> None:
+        object.__setattr__(self, "value", value)
+
+
+def test_what_code_reads_from_elsewhere_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [described(Reading()), described(WithSet(1))]
+    monkeypatch.setitem(globals(), "FACTOR", 3)
+    monkeypatch.setattr(WithSet, "members", frozenset({2}))
+    after = [described(Reading()), described(WithSet(1))]
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert described(Own(1)) != described(Own(2))
+    large = torch.tensor([2**53]), torch.tensor([2**53 + 1])
+    assert described(large[0]) != described(large[1])
+    turned = torch.tensor([1 + 1j]), torch.tensor([1 + 2j])
+    assert described(turned[0]) != described(turned[1])
 
 
 def test_what_cannot_be_described_is_not_kept(tiny: TinyFactory, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_what_is_no_method_is_refused(given: list[str], message: str) -> None:
     ("content", "message"),
     [
         ("", "holds no method"),
-        ("half = 3", "is no table of slots"),
+        ("half = 3", "is not a table of slots"),
         ("[half", "is not valid TOML"),
         (TOML.replace('"bare"', "7", 1), "residual is 7; take"),
         (TOML.replace('"Half-ROME"', '" "'), "the label is ' '"),
@@ -222,7 +222,7 @@ def test_the_report_has_a_section_on_a_published_run(study: Study, tmp_path: Pat
     assert ("layer", "1") in (*section.facts, *build_report(out / label).facts)
     assert "sweep_my_run" in render_html(build_report(out / label))
     path.write_text("{}", "utf-8")
-    with pytest.raises(BadInputError, match="no result of a firsttok sweep; publish the run"):
+    with pytest.raises(BadInputError, match="not a result of a firsttok sweep; publish the run"):
         write_reports(out)
 
 

@@ -227,6 +227,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "case_id is too large": ({"case_id": 2**63}, {}),
     "case_id is huge": ({"case_id": 10**40}, {}),
     "case_id is a text of digits": ({"case_id": "7"}, {"case_id": 7}),
+    "case_id is the text 0": ({"case_id": "0"}, {"case_id": 0}),
     "case_id is a text": ({"case_id": "Q7"}, {}),
     "case_id is a whole float": ({"case_id": 7.0}, {"case_id": 7}),
     "case_id is a fraction": ({"case_id": 1.5}, {}),

@@ -743,7 +743,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "other status": (other_status, ("holds rows of status 'perhaps'",)),
     "no manifest": (lambda run: (run / "manifest.json").unlink(), ("holds no run",)),
     "no JSON": (manifest("{"), ("is not valid JSON at line 1",)),
-    "a list": (manifest("[]"), ("is no manifest of a run",)),
+    "a list": (manifest("[]"), ("is not the manifest of a run",)),
     "no methods": (manifest('{"models": {}, "facts": {"count": 1}}'), ("no field methods",)),
     "no count": (
         manifest(json.dumps({name: {} for name in ("models", "facts", "methods")} | REST)),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import CONTEXTS, DECODERS, FACTS, SENTENCES, TinyFactory, build
 
 from firsttok.cli import main
@@ -18,7 +20,7 @@ from firsttok.data import Fact, load_facts
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model
+from firsttok.models import Model, load
 from firsttok.screening import calibrate, screen
 from firsttok.second_moment import compute_second_moment
 from firsttok.storage import read_json, write_json, write_record
@@ -277,6 +279,24 @@ def test_a_list_made_with_other_settings_is_refused(
     capsys.readouterr()
     assert main([*command, *words, "--scan", str(path)]) == 2
     assert f"was made with {named}; make it again" in capsys.readouterr().err
+
+
+def test_a_list_made_with_another_matrix_of_no_known_corpus_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    width = load(str(tmp_path / "model")).site(None).d_mlp
+    for name, factor in (("one", 1.0), ("two", 2.0)):
+        matrix = torch.eye(width, dtype=torch.float64) + factor * torch.ones(width, width)
+        save_file({"second_moment": matrix}, tmp_path / f"{name}.safetensors")
+    one, two = (
+        ["--second-moment", str(tmp_path / f"{name}.safetensors")] for name in ("one", "two")
+    )
+    assert main([*("scan" if word == "screen" else word for word in command), *one]) == 0
+    path = tmp_path / "model" / "collapse_cases.json"
+    assert main([*command, *one, "--scan", str(path)]) == 0
+    capsys.readouterr()
+    assert main([*command, *two, "--scan", str(path)]) == 2
+    assert "was made with another second moment; make it again" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "an index that names another folder's": (
         sharded(index(weight_map={NORM: f"../{WEIGHTS}"})),
-        "is no index of weights in its folder",
+        "is not an index of the weights in its folder",
     ),
     "a weight in two shards": (
         sharded(
@@ -146,8 +146,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
         sharded(write("model-00002-of-00006.safetensors")),
         "not a complete safetensors file",
     ),
-    "an empty index": (sharded(index(weight_map={})), "is no index of weights"),
-    "an odd index": (sharded(write(INDEX, "[]")), "is no index of weights"),
+    "an empty index": (sharded(index(weight_map={})), "is not an index of the weights"),
+    "an odd index": (sharded(write(INDEX, "[]")), "is not an index of the weights"),
     "an index that is no JSON": (sharded(write(INDEX, "{")), "is not valid JSON"),
     "weights twice": (
         lambda folder: (

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,10 +22,11 @@ from firsttok.evaluation import perplexity
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys
 from firsttok.models import Model
+from firsttok.models.weights import Weights
 from firsttok.second_moment import SecondMoment
 
 INTERRUPTS = int(os.environ.get("FIRSTTOK_INTERRUPTS", "600"))
-"""``FIRSTTOK_INTERRUPTS=200000 pytest tests/test_weights.py -k interrupts`` takes about an hour."""
+"""``FIRSTTOK_INTERRUPTS=200000 pytest tests/test_weights.py -k interrupts`` takes long."""
 
 
 def edit_of(model: Model, fact: int = 0, *, layer: int = 1) -> RankOneEdit:
@@ -199,7 +201,9 @@ def test_an_edit_computed_on_edits_is_refused_without_them(tiny: TinyFactory) ->
         lambda: model.edited(two),
         lambda: two.applied(model).__enter__(),
     ):
-        with pytest.raises(EditMismatchError, match=r"in which stands: England's capital city is"):
+        with pytest.raises(
+            EditMismatchError, match=r"with other edits in it \(England's capital city is"
+        ):
             action()
     assert model.edited(one, two).edits == (one, two)
     assert model.edited(two, anyway=True).edits == (two,)
@@ -234,6 +238,44 @@ def test_an_edit_in_another_type_is_rounded_only_if_asked(tiny: TinyFactory, dty
     with edit.applied(model, cast=True):
         expected = weight + edit.delta.T.to(weight.dtype)
         assert torch.equal(model.site(1).weight, expected)
+
+
+def test_an_edit_for_other_weights_is_not_rounded_to_these(tiny: TinyFactory) -> None:
+    edit, model = edit_of(tiny("llama")), tiny("llama", "float16")
+    made = {**edit.provenance["model"], "source": "a fine-tuned model", "fingerprint": "0"}
+    other = replace(edit, provenance={**edit.provenance, "model": made})
+    with pytest.raises(EditMismatchError, match="not for"):
+        other.applied(model, cast=True).__enter__()
+
+
+def test_a_handler_that_does_not_raise_leaves_the_edit_in(tiny: TinyFactory) -> None:
+    """As asyncio's, which notes the interrupt and returns."""
+    model = tiny("llama")
+    edit, weight = edit_of(model), model.site(1).weight.detach().clone()
+    noted: list[int] = []
+    plain, pressed = Weights._push, [False]
+
+    def push(weights: Weights, *args: Any, **settings: Any) -> Any:
+        if not pressed[0]:
+            pressed[0] = True
+            signal.raise_signal(signal.SIGINT)
+        return plain(weights, *args, **settings)
+
+    before = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Weights, "_push", push)
+            with edit.applied(model):
+                assert not torch.equal(model.site(1).weight, weight)
+            assert torch.equal(model.site(1).weight, weight)
+            pressed[0] = False
+            applied = edit.apply_(model)
+            assert not torch.equal(model.site(1).weight, weight)
+            applied.undo_()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert noted == [signal.SIGINT, signal.SIGINT]
+    assert torch.equal(model.site(1).weight, weight)
 
 
 def test_an_edit_that_overflows_its_type_is_refused(tiny: TinyFactory) -> None:

@@ -127,7 +127,7 @@ def _read(path: Path, what: str) -> ScriptResult:
         if any(len(line) != len(result.columns) for line in result.lines):
             raise ValueError("a line has more or fewer cells than there are columns")
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadInputError(f"{path} is no result of a firsttok {what}") from None
+        raise BadInputError(f"{path} is not a result of a firsttok {what}") from None
     return result
 
 

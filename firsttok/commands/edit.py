@@ -8,14 +8,21 @@ from firsttok.console import progress_bar, show, show_json
 from firsttok.data import Fact
 from firsttok.editing import find_methods, load_edit
 from firsttok.errors import BadInputError
-from firsttok.exploration import Comparison, Observation, WhatIf, compare_methods
+from firsttok.escapes import finite
+from firsttok.exploration import (
+    Comparison,
+    Observation,
+    WhatIf,
+    compare_methods,
+    state_lines,
+)
 from firsttok.inputs import open_study
 from firsttok.output import print_table
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
 from firsttok.study import Study
 
-__all__ = ["observation_record", "print_observations", "run", "state_lines"]
+__all__ = ["observation_record", "print_observations", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save:
         found.results[0].edit.save(args.save)
     if args.json:
-        show_json(_record(study, found))
+        show_json(finite(_record(study, found)))
         return
     strip = found.results[0].tokens
     show(f"{strip.lines}\nThe target is joined by {strip.joint}.\n")
@@ -86,23 +93,6 @@ def print_observations(
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions)
         show(f"\n{name}\n  next: {best}")
         show(f"  {prompt}{seen.continuation!r}")
-
-
-def state_lines(fact: Fact, seen: Sequence[Observation]) -> list[list[Any]]:
-    """Perplexity and the target's probability in several states, as lines of a table.
-
-    Args:
-        fact: The fact.
-        seen: What was seen in each state.
-    """
-    return [
-        ["perplexity", *(each.perplexity.mean for each in seen)],
-        [f"P({fact.target_new})", *(each.target_probability for each in seen)],
-        [
-            f"P({fact.target_new}) behind prefixes",
-            *(each.target_probability_prefixed for each in seen),
-        ],
-    ]
 
 
 def _record(study: Study, found: Comparison) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _stop(name: str, code: int) -> NoReturn:
     """End as a script did that cannot be passed over."""
     if code < 0:
         raise WorkerError(
-            f"{name} was killed by signal {-code}, for want of memory perhaps; run the same "
+            f"{name} was killed by signal {-code}, perhaps because memory ran out; run the same "
             "command again to resume, with --jobs 1"
         )
     raise SystemExit(code)

@@ -138,13 +138,16 @@ def _other_settings(made: Mapping[str, Any], own: Mapping[str, Any]) -> list[str
     deciding = {
         "layer": lambda record: record["layer"],
         "set of contexts": lambda record: record["contexts"]["hash"],
-        "second moment": lambda record: record["second_moment"]["corpus_hash"],
         "value optimisation": lambda record: record["hyperparameters"],
         "set of sentences": lambda record: record["texts"]["hash"],
         "BOS policy of sentences, or keys": lambda record: record.get("stages"),
     }
     try:
-        return [what for what, of in deciding.items() if of(made) != of(own)]
+        found = [what for what, of in deciding.items() if of(made) != of(own)]
+        one, other = made["second_moment"], own["second_moment"]
+        # A record of an older version has no hash of the matrix itself.
+        names = ("hash",) if "hash" in one else ("corpus_hash", "tokens")
+        return found + ["second moment"] * any(one[name] != other[name] for name in names)
     except (KeyError, TypeError):
         return ["format"]
 

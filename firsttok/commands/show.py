@@ -4,7 +4,7 @@ import argparse
 from itertools import accumulate
 from typing import Any
 
-from firsttok.commands.edit import observation_record, print_observations, state_lines
+from firsttok.commands.edit import observation_record, print_observations
 from firsttok.console import progress_bar, show, show_json
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, builtin_sentences, load_texts, resolve_texts
@@ -12,8 +12,9 @@ from firsttok.data.schemas import fact_from
 from firsttok.display import Note, Panel, Table
 from firsttok.editing import RankOneEdit, load_edit
 from firsttok.errors import BadInputError
+from firsttok.escapes import finite
 from firsttok.evaluation import Perplexity, perplexity
-from firsttok.exploration import Observation, observe, verdict
+from firsttok.exploration import Observation, observe, state_lines, verdict
 from firsttok.models import BosPolicy, load
 
 __all__ = ["run"]
@@ -26,13 +27,14 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If a file is no edit, or does not fit the model or the edits before it.
     """
     edits = [load_edit(path) for path in args.edit]
-    facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     if not args.run:
         if args.json:
-            show_json({"edits": [_as_json(edit) for edit in edits]})
+            show_json(finite({"edits": [_as_json(edit) for edit in edits]}))
         else:
             show("\n\n".join(_panel(edit).text for edit in edits))
         return
+    facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
+    contexts = [_contexts(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
     made = edits[0].provenance.get("model", {})
     name = args.model or made.get("name")
@@ -53,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
             measured.append(perplexity(view, texts, bos=BosPolicy(args.text_bos)))
             progress.advance(task)
         seen: list[dict[str, Observation]] = []
-        for edit, fact in zip(edits, facts, strict=True):
+        for fact, templates in zip(facts, contexts, strict=True):
             states: dict[str, Observation] = {}
             for which in (0, -1):
-                found = observe(views[which], fact, measured[which], contexts=_contexts(edit))
+                found = observe(views[which], fact, measured[which], contexts=templates)
                 states[names[which]] = found
                 progress.advance(task)
             seen.append(states)
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         for name, found in zip(names[1:], measured[1:], strict=True)
     ]
     if args.json:
-        show_json(
+        record = finite(
             {
                 "edits": [_as_json(edit) for edit in edits],
                 "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 "model": views[-1].record(),
             }
         )
+        show_json(record)
         return
     for number, (edit, fact, states) in enumerate(zip(edits, facts, seen, strict=True), 1):
         show(f"edit {number}: {edit.title}\n")
@@ -96,8 +99,14 @@ def _fact(path: str, edit: RankOneEdit) -> Fact:
     return fact
 
 
-def _contexts(edit: RankOneEdit) -> ContextSet:
-    return ContextSet(templates=tuple(edit.provenance.get("contexts", {}).get("templates", ["{}"])))
+def _contexts(path: str, edit: RankOneEdit) -> ContextSet:
+    templates = edit.provenance.get("contexts", {}).get("templates", ["{}"])
+    if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
+        raise BadInputError(f"{path} names no contexts as texts; compute the edit again")
+    try:
+        return ContextSet(templates=tuple(templates))
+    except BadInputError as error:
+        raise BadInputError(f"{path} names no contexts ({error}); compute the edit again") from None
 
 
 def _as_json(edit: RankOneEdit) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     match args.run:
         case ["status", folder]:
             _status(Path(folder))
+        case ["status"]:
+            raise BadInputError("name the run: firsttok sweep status RUN")
         case [folder]:
             _sweep(args, Path(folder))
         case _:

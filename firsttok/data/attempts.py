@@ -1,11 +1,12 @@
 """Every edit that a file of facts asks for, whether it can be read or not."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firsttok.data.facts import Fact, builtin_records
+from firsttok.data.facts import LARGEST, Fact, builtin_records
 from firsttok.data.joints import Join, Straddle
 from firsttok.data.records import Broken, iter_records
 from firsttok.data.schemas import fact_from, rewrites_of
@@ -14,7 +15,6 @@ from firsttok.errors import BadInputError
 __all__ = ["Attempt", "attempts"]
 
 _LENIENT = "its new answer is blank, or its question does not hold the subject once"
-_LARGEST = 2**63
 _EXACT = 2**53
 
 
@@ -99,10 +99,10 @@ def _own_number(value: Any, place: str) -> tuple[int | None, str]:
     if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         # As pandas writes whole numbers of which some are missing.
         value = int(value)
-    if isinstance(value, str) and value.isascii() and value.isdecimal() and value[0] != "0":
+    if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]*", value):
         value = int(value[:20])
     if isinstance(value, bool) or not isinstance(value, int):
         return None, f"{place} has the case_id {str(value)[:40]!r}, which is no whole number"
-    if not -_LARGEST <= value < _LARGEST:
+    if not -LARGEST <= value < LARGEST:
         return None, f"{place} has a case_id of more than 64 bits"
     return value, ""

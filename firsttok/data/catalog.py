@@ -88,8 +88,8 @@ DATA_SETS = (
         sha256=None,
         records=None,
         megabytes=None,
-        note="HardCF lies on a shared drive that nobody can pin; build such a list for your model "
-        "with: firsttok screen --build-hard FILE",
+        note="HardCF is on a shared drive, whose address cannot be pinned; build such a list for "
+        "your model with: firsttok screen --build-hard FILE",
     ),
 )
 """The data sets, in the order they are listed in."""

@@ -87,7 +87,7 @@ def _check_address(url: str) -> None:
     except httpx.InvalidURL:
         address = httpx.URL("")
     if address.scheme not in ("http", "https") or not address.host:
-        raise BadInputError(f"{url!r} is no address of the web; it should begin with https://")
+        raise BadInputError(f"{url!r} is not a web address; it should begin with https://")
 
 
 def _try(client: httpx.Client, url: str, part: Path, report: Report) -> str | None:
@@ -162,7 +162,7 @@ def _continues(answer: httpx.Response, begun: _Begun, have: int) -> bool:
 
 
 def _begin(answer: httpx.Response, url: str, part: Path) -> int | None:
-    """Note what is begun; without a validator it will not be gone on with."""
+    """Note what is begun; without a validator it will not be resumed."""
     discard(part)
     length = answer.headers.get("Content-Length", "")
     size = int(length) if length.isdigit() and "Content-Encoding" not in answer.headers else None

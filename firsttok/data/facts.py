@@ -12,7 +12,7 @@ from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
 
-__all__ = ["Fact", "builtin_records"]
+__all__ = ["LARGEST", "Fact", "builtin_records"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _SPACES = f" {_BOUND}\u205f{''.join(map(chr, range(0x2000, 0x200B)))}{_UNSEEN}"
 _AROUND_WORDS = "".join(c for c in map(chr, range(0x3001)) if c.isspace()) + _UNSEEN
 _TYPED = ("python", "command line")
 """Sources that are told at once; a file is read many times, and its reader counts."""
-_LARGEST = 2**63
+LARGEST = 2**63
 """Case ids are columns of 64 bits in the rows of a sweep."""
 
 
@@ -108,7 +108,7 @@ class Fact(Shown):
             raise EmptyTargetError(
                 f"target_new of {self.prompt!r} is empty; give at least one word"
             )
-        if not -_LARGEST <= self.case_id < _LARGEST:
+        if not -LARGEST <= self.case_id < LARGEST:
             raise FactFormatError(
                 f"the case_id of {self.prompt!r} has more than 64 bits; give a smaller number"
             )

@@ -29,7 +29,7 @@ def pull_data(
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Fetch a data set, unless it is there; an interrupted pull is gone on with.
+    """Fetch a data set, unless it is there; an interrupted pull is resumed.
 
     The file takes its name when its bytes have been checked and all its records read. Its SHA-256
     is the catalog's, or is recorded the first time; another one is refused from then on.

@@ -16,6 +16,7 @@ import ijson
 from ijson.common import ObjectBuilder
 
 from firsttok.errors import BadInputError, FactFormatError
+from firsttok.storage import parse_json
 
 __all__ = ["LINES", "Broken", "iter_records", "kind_of", "plain_suffix"]
 
@@ -255,19 +256,7 @@ def _strictly(path: Path, file: BufferedIOBase, what: str) -> Any:
         raise BadInputError(
             f"{path} is not UTF-8 text at byte {before + error.start}; save it as UTF-8"
         ) from None
-    if not text.strip():
-        raise BadInputError(f"{path} is empty; it should hold {what} as JSON")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInputError(
-            f"{path} is not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}); correct that line"
-        ) from None
-    except ValueError as error:
-        raise BadInputError(f"{path} holds a number that cannot be read ({error})") from None
-    except RecursionError:
-        raise BadInputError(f"{path} is nested too deeply to be a file of {what}") from None
+    content = parse_json(path, text, what)
     for found in _TEXT_OR_CONSTANT.finditer(text):
         if not found[0].startswith('"'):
             number = text.count("\n", 0, found.start()) + 1

@@ -150,6 +150,7 @@ def _windows(
             keys = keys_of_facts(model, chunk, contexts, layer=layer)
         else:
             keys = [key_source.keys(model, fact, contexts, layer=layer) for fact in chunk]
+        kept = store if _may_be_kept(model, key_source) else None
         values = {
             slot: _values(
                 model,
@@ -161,7 +162,7 @@ def _windows(
                 layer=layer,
                 hyperparameters=hyperparameters,
                 key_source=key_source,
-                store=store if _may_be_kept(model, key_source) else None,
+                store=kept,
                 on_step=on_step,
             )
             for slot in slots
@@ -253,7 +254,7 @@ def _values(
         index = missing[number]
         found[index] = value
         path = paths[index]
-        if store and path and model.identity() == identity:
+        if store and path and model.disturbance is None and model.identity() == identity:
             store.write(path, value)
 
     optimise_values(

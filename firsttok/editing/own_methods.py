@@ -123,7 +123,9 @@ def _method(where: str, name: str, table: Any) -> Method:
             f"{where}: {name!r} is no name; take letters, digits, dots, dashes and underscores"
         )
     if not isinstance(table, Mapping):
-        raise BadInputError(f"{where} is no table of slots; write [{name}] with {', '.join(SLOTS)}")
+        raise BadInputError(
+            f"{where} is not a table of slots; write [{name}] with {', '.join(SLOTS)}"
+        )
     given = dict(cast(Mapping[str, Any], table))
     label = given.pop("label", name)
     missing = [slot for slot in SLOTS if slot not in given]

@@ -23,7 +23,8 @@ __all__ = ["AppliedEdit", "RankOneEdit", "load_edit"]
 
 _OBJECTS = (
     (),
-    *((name,) for name in ("contexts", "fact", "method", "model", "second_moment", "versions")),
+    *((name,) for name in ("contexts", "fact", "hyperparameters", "method", "model")),
+    *((name,) for name in ("second_moment", "versions")),
     ("model", "changed"),
     ("fact", "requested_rewrite"),
     ("fact", "requested_rewrite", "target_new"),
@@ -239,6 +240,8 @@ class RankOneEdit(Shown):
     def _check_type(self, made: dict[str, Any], model: Model, *, cast: bool) -> None:
         own = model.record_of_type
         same = all(made.get(name) == own[name] for name in ("config", "tokenizer"))
+        # Other weights of the same architecture come from elsewhere.
+        same = same and made.get("source") == model.source
         if same and made.get("dtype") != own["dtype"]:
             if cast:
                 return
@@ -266,9 +269,10 @@ class RankOneEdit(Shown):
         if [edit["hash"] for edit in below] != standing[: len(below)]:
             titles = ", then ".join(edit["title"] for edit in below)
             raise EditMismatchError(
-                f"the edit was computed on a model in which stands: {titles}; here stands "
-                f"{'something else' if standing else 'nothing'}. Use it on "
-                "model.edited(those edits), or pass anyway=True"
+                f"the edit was computed on a model with other edits in it ({titles}); this one has "
+                f"{'others' if standing else 'none'}. Give those first, in that order (on the "
+                "command line before this file, in Python with model.edited), or pass anyway=True "
+                "in Python"
             )
         changed: dict[str, str] = made.get("changed", {})
         if changed and not changed.items() <= model.weights.changes().items():

@@ -1,7 +1,6 @@
 """Onboarding: everything that a look at a model finds out, in one object."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Part, Plot, Shown, Table
 from firsttok.errors import BadInputError
+from firsttok.escapes import finite
 from firsttok.exploration import prepare_study
 from firsttok.inspection.anomaly import (
     RULE,
@@ -186,7 +186,7 @@ class Inspection(Shown):
             "proposal": asdict(self.proposal) | {"toml": self.proposal.toml},
             "provenance": self.study.provenance(),
         }
-        return cast(dict[str, Any], _finite(record))
+        return cast(dict[str, Any], finite(record))
 
 
 @taken
@@ -215,7 +215,7 @@ def inspect_model(
     """
     whose = model.model if isinstance(model, Study) else model
     with named_checks(whose.label):
-        study = model if isinstance(model, Study) else prepare_study(model)
+        study = model if isinstance(model, Study) else prepare_study(model, progress=progress)
         sites = check_sites(whose, first_token_prompts(whose, most=CHECKED_PROMPTS))
         replay = whose.replay.value
         first_tokens = measure_first_tokens(whose)
@@ -281,14 +281,3 @@ def _bos(model: Model) -> Bos:
         token=tokenizer.convert_ids_to_tokens(list(own))[0] if own else None,
         policy=model.bos.value,
     )
-
-
-def _finite(value: Any) -> Any:
-    """The same with None in place of infinity, which JSON cannot say (a singular C has it)."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in cast(Mapping[str, Any], value).items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in cast(Sequence[Any], value)]
-    return value

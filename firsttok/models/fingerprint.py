@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +47,21 @@ def hash_weights(model: "nn.Module") -> HashedWeights:
     """
     digest = hashlib.sha256()
     by_place: dict[tuple[Any, ...], str] = {}
-    for key, weight in sorted(model.state_dict().items()):
-        if weight.is_floating_point() and not _is_finite(weight):
-            raise NonFiniteError(
-                f"weight {key} holds NaN or infinity; the model file is damaged, fetch it again"
-            )
-        digest.update(f"{key} {_kind(weight)}".encode())
-        content = _bytes(weight)
-        digest.update(content)
-        if _place(weight) not in by_place:
-            by_place[_place(weight)] = _hash(weight, content)
+    # Both digests of a weight at once: neither holds Python's lock.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        for key, weight in sorted(model.state_dict().items()):
+            if weight.is_floating_point() and not _is_finite(weight):
+                raise NonFiniteError(
+                    f"weight {key} holds NaN or infinity; the model file is damaged, fetch it again"
+                )
+            digest.update(f"{key} {_kind(weight)}".encode())
+            content = _bytes(weight)
+            own = None
+            if _place(weight) not in by_place:
+                own = beside.submit(_hash, weight, content)
+            digest.update(content)
+            if own is not None:
+                by_place[_place(weight)] = own.result()
     return HashedWeights(fingerprint=digest.hexdigest(), by_place=by_place)
 
 

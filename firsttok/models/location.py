@@ -92,7 +92,7 @@ def check_name(name: str) -> None:
     elif not _is_hub_id(name):
         known = ", ".join(entry.name for entry in CATALOG)
         raise UnknownModelError(
-            f"no model is called {name!r} and no folder lies there; "
+            f"no model is called {name!r} and there is no such folder; "
             f"choose one of {known}, a hub id or a folder"
         )
 

@@ -270,13 +270,13 @@ class Model(Shown):
 
     def base_identity(self, below: int | None = None) -> str:
         """As :meth:`identity`, without what views share: no BOS, no interventions, no type."""
-        return content_hash(list(self._state(below).values()))
+        state = self._state(below)
+        return self._state_hash([edit["hash"] for edit in state["edits"]], state["changed"])
 
     @property
     def loaded_identity(self) -> str:
         """:meth:`base_identity` of the model without edits or changes."""
-        own = self.record_of_type
-        return content_hash([self.fingerprint, own["config"], own["tokenizer"], [], {}])
+        return self._state_hash([], {})
 
     def is_of(self, record: Mapping[str, Any]) -> bool:
         """Whether a record of :meth:`record` is of this model in its present state.
@@ -284,7 +284,11 @@ class Model(Shown):
         Views share a state: BOS, interventions and type do not count. What a record of an older
         version does not say does not count either.
         """
-        return all(record.get(name, own) == own for name, own in self._state(None).items())
+        state = self._state(None)
+        # The wording of a title says nothing about the weights.
+        state["edits"] = [edit["hash"] for edit in state["edits"]]
+        made = {**record, "edits": [edit["hash"] for edit in record.get("edits", [])]}
+        return all(made.get(name, own) == own for name, own in state.items())
 
     def record(self) -> dict[str, Any]:
         """The model and this view, as provenance tells them."""
@@ -298,6 +302,11 @@ class Model(Shown):
             "bos_token_ids": list(self.leading_ids),
             "interventions": [change.name for change in self.interventions],
         } | ({} if disturbance is None else {"disturbed by": disturbance})
+
+    def _state_hash(self, edits: list[str], changed: Mapping[str, str]) -> str:
+        own = self.record_of_type
+        state = [self.fingerprint, own["config"], own["tokenizer"], edits, dict(changed)]
+        return content_hash(state)
 
     def _state(self, below: int | None) -> dict[str, Any]:
         """Which model it is, and in which state, as far as it decides the keys of a layer."""

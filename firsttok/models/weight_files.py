@@ -139,7 +139,9 @@ def _check_index(folder: Path, index: Path) -> None:
         sound, named = False, []
     # A file elsewhere is not this model's, whatever the index says.
     if not sound or any(Path(name).name != name for name in named):
-        raise CheckpointError(f"{index} is no index of weights in its folder; fetch it again")
+        raise CheckpointError(
+            f"{index} is not an index of the weights in its folder; fetch it again"
+        )
     lacking = [name for name in named if not (folder / name).is_file()]
     if lacking:
         raise CheckpointError(

@@ -229,6 +229,9 @@ class Weights:
             hold = self._push((*self.edits, *edits), thread=None, cache={})
             if deferral.pending:
                 self._pop(hold)
+        if hold not in self._holds:
+            # The interrupt was one that its handler took without raising, so the work goes on.
+            return self.apply(edits)
 
         def undo() -> None:
             with self._undisturbed():
@@ -375,6 +378,8 @@ class Standing(Generic[_Yielded]):
         if self._deferral.pending:
             self._take_out()
             self._deferral.end()
+            # The interrupt was one that its handler took without raising, so the block begins.
+            return self.__enter__()
         return yielded
 
     def __exit__(self, *_: object) -> None:

@@ -5,13 +5,12 @@ Every state from the subject's first token on is restored in turn (see
 
 Noise is added to the subject's tokens alone. Where a prompt begins with its subject and there is no
 BOS, position 0 is one of them, and there a state may be more than the subject's: in many models the
-first token is what the others attend to for want of anything better, with a residual stream of a
+first token is what the others attend to where nothing calls for more, with a residual stream of a
 size of its own. Noise can touch both, and a restored state can give both back, so effects on such
 prompts need not be those of recall alone. ``Trace.norms`` tells whether the anomaly outlives the
 noise, and ``Trace.first_token`` such facts from others. Behind a BOS position 0 is never touched.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,5 +307,5 @@ def _path(study: Study, fact: Fact, corruption: Corruption, window: int) -> Path
 def _read(path: Path) -> Trace | None:
     try:
         return Trace.from_record(read_record(path, "a finished trace"))
-    except (BadInputError, KeyError, TypeError, ValueError, json.JSONDecodeError):
+    except (BadInputError, KeyError, TypeError, ValueError):
         return None

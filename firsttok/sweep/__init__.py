@@ -1,4 +1,4 @@
-"""Many cases: planned, done in chunks, kept as they are done, gone on with after any stop.
+"""Many cases: planned, done in chunks, kept as they are done, resumed after any stop.
 
 A module is imported when one of its names is first used: to read results, no model library is.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from firsttok.sweep.results import RunResults, read_run
     from firsttok.sweep.rows import DONE, FAILED, SweepRow
     from firsttok.sweep.runner import CHUNK, Share, chunks_of, model_folder, sweep
-    from firsttok.sweep.shards import Shard, finished_chunks, read_shard, shard_paths, write_shard
+    from firsttok.sweep.shards import Shard, read_shard, shard_paths, write_shard
 
 _MODULES = {
     "cluster": ("RayEngine", "Recipe", "connected"),
@@ -26,7 +26,7 @@ _MODULES = {
     "results": ("RunResults", "read_run"),
     "rows": ("DONE", "FAILED", "SweepRow"),
     "runner": ("CHUNK", "Share", "chunks_of", "model_folder", "sweep"),
-    "shards": ("Shard", "finished_chunks", "read_shard", "shard_paths", "write_shard"),
+    "shards": ("Shard", "read_shard", "shard_paths", "write_shard"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -49,7 +49,6 @@ __all__ = [
     "check_run",
     "chunks_of",
     "connected",
-    "finished_chunks",
     "join_run",
     "measure_chunk",
     "model_entry",

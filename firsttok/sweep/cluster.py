@@ -309,7 +309,7 @@ class RayEngine:
             done: DoneChunk = self.ray.get(reference)
         except exceptions.RayTaskError as error:
             raise WorkerError(
-                f"chunk {chunk.index} cannot be done ({_first_line(error)}); mend that and run "
+                f"chunk {chunk.index} cannot be done ({_first_line(error)}); correct that and run "
                 "the same command again to go on"
             ) from None
         except lost:

@@ -39,7 +39,7 @@ def sweep_facts(
     the command takes it up, too. Methods may be your own.
 
     Args:
-        folder: The run's folder, begun or gone on with.
+        folder: The run's folder, begun or resumed.
         study: The model and its settings; its work folder is not used.
         facts: The facts; if none has a number of its own they are numbered in order.
         methods: The methods, or their names as ``--method`` takes them.

@@ -1,10 +1,11 @@
-"""What a run is made of; one that was begun with something else is not gone on with."""
+"""What a run is made of; one that was begun with something else is not resumed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from firsttok.errors import BadInputError, CacheError
+from firsttok.escapes import finite
 from firsttok.options import folder_name
 from firsttok.storage import locked, read_json, write_record
 
@@ -88,7 +89,7 @@ def model_entry(study: "Study") -> Any:
         "tokens": study.second_moment.tokens,
         "hash": study.second_moment.content_hash,
     }
-    entry["original_perplexity"] = study.original_perplexity.mean
+    entry["original_perplexity"] = finite(study.original_perplexity.mean)
     return entry
 
 
@@ -156,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadInputError(f"{folder} holds no run (no {_NAME}); begin one with: firsttok sweep")
     content = read_json(path, "a run's manifest")
     if not isinstance(content, dict):
-        raise BadInputError(f"{path} is no manifest of a run; begin another run elsewhere")
+        raise BadInputError(f"{path} is not the manifest of a run; begin another run elsewhere")
     manifest = cast(dict[str, Any], content)
     for name, is_right in _FIELDS.items():
         whole, _, part = name.partition(".")

@@ -7,7 +7,6 @@ leave out the footer, which says what the bytes of the pages mean.
 
 import hashlib
 import io
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from firsttok.errors import BadInputError
 from firsttok.storage import atomic_path
-from firsttok.sweep.rows import FAILED, SweepRow, row_schema, rows_of, table_of
+from firsttok.sweep.rows import SweepRow, row_schema, rows_of, table_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
     "Shard",
-    "finished_chunks",
     "read_shard",
     "read_table",
     "shard_path",
     "shard_paths",
     "write_shard",
 ]
-
-logger = logging.getLogger(__name__)
 
 _SECONDS = b"seconds"
 _AGAIN = "run the sweep again, which does its chunk again, or move the file out of the run"
@@ -41,7 +37,7 @@ _TAIL = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A finished chunk, as its file tells."""
+    """A chunk's file, which may not hold all of its rows yet."""
 
     index: int
     """Number of the chunk."""
@@ -73,11 +69,13 @@ class Shard:
                 seconds=float(metadata[_SECONDS]),
             )
         except (pa.ArrowException, OSError, KeyError, ValueError):
-            raise BadInputError(f"{path} is no shard of a sweep; move it out of the run") from None
+            raise BadInputError(
+                f"{path} is not a shard of a sweep; move it out of the run"
+            ) from None
 
 
 def write_shard(folder: Path, index: int, rows: Sequence[SweepRow], seconds: float) -> Path:
-    """Write a finished chunk; nothing is left behind if that fails.
+    """Write a chunk's file; nothing is left behind if that fails.
 
     Raises:
         CacheError: If the folder cannot be written to, or the disk is full.
@@ -135,30 +133,8 @@ def read_table(path: Path) -> "pa.Table":
 
 
 def shard_paths(folder: Path) -> Iterator[Path]:
-    """Files of finished chunks, in order."""
+    """Files of chunks, in order."""
     yield from sorted(folder.glob("chunk-*.parquet"))
-
-
-def finished_chunks(folder: Path, *, retry_failed: bool = False) -> set[int]:
-    """Numbers of the chunks that need not be done again.
-
-    A damaged file counts as not done, with a warning, whichever byte of it is damaged.
-
-    Args:
-        folder: Folder of one model's shards.
-        retry_failed: Whether chunks that hold a failed case are to be done again.
-    """
-    done: set[int] = set()
-    for path in shard_paths(folder):
-        try:
-            shard = Shard.at(path)
-            failed = retry_failed and any(row.status == FAILED for row in read_shard(path))
-        except BadInputError:
-            logger.warning("%s is damaged, so its chunk counts as not done and is done again", path)
-            continue
-        if not failed:
-            done.add(shard.index)
-    return done
 
 
 def _with_digest(content: bytes, name: str) -> bytes:
