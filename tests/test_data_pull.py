@@ -325,10 +325,10 @@ REFUSALS: dict[str, tuple[Prepare, str]] = {
     "unknown name": (lambda _: ["data", "pull", "zebra"], "firsttok data list"),
     "no address": (lambda _: ["data", "pull", "hardcf"], "firsttok screen --build-hard"),
     "no SHA-256": (lambda site: [*PULL, "--url", site.url, "--sha256", "0f"], "64 hexadecimal"),
-    "a path for an address": (lambda _: [*PULL, "--url", "/etc/hosts"], "no address of the web"),
-    "another protocol": (lambda _: [*PULL, "--url", "file:///etc/hosts"], "no address of the web"),
-    "half an address": (lambda _: [*PULL, "--url", "https://"], "no address of the web"),
-    "a broken address": (lambda _: [*PULL, "--url", "http://[::1"], "no address of the web"),
+    "a path for an address": (lambda _: [*PULL, "--url", "/etc/hosts"], "is not a web address"),
+    "another protocol": (lambda _: [*PULL, "--url", "file:///etc/hosts"], "is not a web address"),
+    "half an address": (lambda _: [*PULL, "--url", "https://"], "is not a web address"),
+    "a broken address": (lambda _: [*PULL, "--url", "http://[::1"], "is not a web address"),
     "nobody there": (lambda _: [*PULL, "--url", f"http://127.0.0.1:{closed_port()}/"], "refused"),
 }
 
