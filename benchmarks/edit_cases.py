@@ -12,7 +12,7 @@ from naive import NaiveEdit, naive_edit
 from setting import Setting
 
 from firsttok.data import Fact
-from firsttok.editing import ROME, RankOneEdit, compute_edits
+from firsttok.editing import ROME, Edit, compute_edits
 from firsttok.hyperparameters import Hyperparameters
 
 __all__ = ["edit_sides", "fast_edits", "fixed_steps", "many_edits", "one_edit", "profile", "warm"]
@@ -27,7 +27,7 @@ def many_edits(setting: Setting) -> Plan:
     slow = setting.naive_facts
 
     def check(results: Mapping[str, Any], seconds: Mapping[str, Sequence[float]]) -> Extras:
-        edits: list[RankOneEdit] = results["fast"]
+        edits: list[Edit] = results["fast"]
         by_case = dict(zip([fact.case_id for fact in setting.facts], edits, strict=True))
         agreed = agreement(setting, slow, [by_case[f.case_id] for f in slow], results["naive"])
         shared = share(
@@ -100,9 +100,7 @@ def profile(setting: Setting) -> Plan:
     return Plan(warm=lambda: warm(setting), check=check)
 
 
-def fast_edits(
-    setting: Setting, facts: Sequence[Fact], settings: Hyperparameters
-) -> list[RankOneEdit]:
+def fast_edits(setting: Setting, facts: Sequence[Fact], settings: Hyperparameters) -> list[Edit]:
     found = compute_edits(
         setting.model,
         facts,

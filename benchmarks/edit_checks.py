@@ -12,7 +12,7 @@ from setting import Setting
 from tolerances import ALLOWED, Difference, judge
 
 from firsttok.data import Fact
-from firsttok.editing import RankOneEdit
+from firsttok.editing import Edit
 from firsttok.keys import fact_keys
 
 __all__ = ["agreement", "both_ratios", "share"]
@@ -21,7 +21,7 @@ __all__ = ["agreement", "both_ratios", "share"]
 def agreement(
     setting: Setting,
     facts: Sequence[Fact],
-    edits: Sequence[RankOneEdit],
+    edits: Sequence[Edit],
     plain: Sequence[NaiveEdit],
 ) -> Extras:
     """Largest differences between fast and naive edits, each with what the weights' type allows."""
@@ -35,7 +35,7 @@ def agreement(
         # v* from the closed form read backwards.
         key = fact_keys(setting.model, fact, setting.contexts, layer=setting.layer).unprefixed
         output = setting.model.site(setting.layer).values_of(key[None])[0]
-        target = output + edit.report.denominator * edit.right
+        target = output + edit.report["denominator"] * edit.right
         of_value = max(of_value, _relative(target, naive.value.target))
         of_right = max(of_right, _relative(edit.right, naive.right))
     allowed = ALLOWED[setting.dtype]
@@ -52,7 +52,7 @@ def agreement(
 
 
 def both_ratios(
-    edits: Sequence[RankOneEdit],
+    edits: Sequence[Edit],
     plain: Sequence[NaiveEdit],
     seconds: Mapping[str, Sequence[float]],
 ) -> Table:
@@ -86,9 +86,7 @@ def both_ratios(
     )
 
 
-def share(
-    setting: Setting, edits: Sequence[RankOneEdit], seconds: float, run: Callable[[], Any]
-) -> Table:
+def share(setting: Setting, edits: Sequence[Edit], seconds: float, run: Callable[[], Any]) -> Table:
     """How much of the machine's measured rate of matrix products the fast side uses."""
     model, facts, contexts = setting.model, setting.facts, setting.contexts
     blocks = setting.naive.blocks

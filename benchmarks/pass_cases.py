@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from setting import Setting
 from tolerances import ALLOWED, Difference, judge
 
 from firsttok.data import builtin_facts, builtin_sentences
-from firsttok.editing import RankOneEdit, Slot, UpdateReport
+from firsttok.editing import Edit, Slot
 from firsttok.evaluation import Perplexity, PreparedTexts, prepare_texts
 from firsttok.keys import FactKeys, Keys, capture_keys, fact_keys
 from firsttok.prompts import fact_prompt, positions
@@ -206,11 +206,10 @@ def second_moment(setting: Setting) -> Plan:
     )
 
 
-def _random_edits(setting: Setting, count: int) -> list[RankOneEdit]:
+def _random_edits(setting: Setting, count: int) -> list[Edit]:
     """Edits of random vectors that move the perplexity and leave it finite."""
     site = setting.model.site(setting.layer)
     generator = torch.Generator().manual_seed(0)
-    report = UpdateReport(**{field.name: 0.0 for field in fields(UpdateReport)})
     # Many times what the weight does to a unit key: most keys hardly meet a random direction.
     size = 30 * float(site.matrix.float().norm()) / site.d_mlp**0.5
 
@@ -219,20 +218,12 @@ def _random_edits(setting: Setting, count: int) -> list[RankOneEdit]:
         return (vector / vector.norm()).to(site.matrix)
 
     return [
-        RankOneEdit(
-            left=unit(site.d_mlp),
-            right=size * unit(site.d_model),
-            layer=setting.layer,
-            stack=site.stack,
-            report=report,
-            losses=(),
-            provenance={"model": {"fingerprint": setting.model.fingerprint}},
-        )
+        Edit.of(setting.model, setting.layer, unit(site.d_mlp), size * unit(site.d_model))
         for _ in range(count)
     ]
 
 
-def _side(label: str, run: Any, edits: Sequence[RankOneEdit]) -> Side:
+def _side(label: str, run: Any, edits: Sequence[Edit]) -> Side:
     return Side(label=label, run=run, items=len(edits), unit="edit")
 
 

@@ -13,7 +13,7 @@ from setting import REPOSITORY, Setting
 
 from firsttok.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.data import builtin_facts, builtin_sentences
-from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edits
+from firsttok.editing import C_ROME, ROME, Edit, compute_edits
 from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
@@ -23,7 +23,7 @@ METHODS = (ROME, C_ROME)
 TYPES = ("float32", "bfloat16")
 _COLLAPSE = REPOSITORY / "figures" / "smollm2-135m" / "collapse_cases.json"
 
-_Edits = dict[str, list[RankOneEdit]]
+_Edits = dict[str, list[Edit]]
 _Perplexities = dict[str, list[Perplexity]]
 
 
@@ -89,7 +89,7 @@ class _Work:
 class _Outcomes:
     """Edits of some facts by one method in one type, with what they did."""
 
-    edits: Sequence[RankOneEdit]
+    edits: Sequence[Edit]
     """The edits."""
     perplexities: Sequence[Perplexity]
     """The perplexity after each."""
@@ -100,9 +100,9 @@ class _Outcomes:
     def quantities(self) -> dict[str, Sequence[float]]:
         """What is compared, one number an edit."""
         return {
-            "numerator": [edit.report.numerator for edit in self.edits],
-            "|denominator|": [edit.report.denominator for edit in self.edits],
-            "norm of the update": [edit.report.delta_norm for edit in self.edits],
+            "numerator": [edit.report["numerator"] for edit in self.edits],
+            "|denominator|": [edit.report["denominator"] for edit in self.edits],
+            "norm of the update": [edit.report["delta_norm"] for edit in self.edits],
             "last loss": [edit.losses[-1] for edit in self.edits],
             "perplexity": [one.mean for one in self.perplexities],
             "perplexity, in the weights": [one.mean for one in self.in_weights],
@@ -112,7 +112,7 @@ class _Outcomes:
     def verdicts(self) -> dict[str, Sequence[bool]]:
         """What holds of some, one answer an edit."""
         return {
-            "denominator below 0": [edit.report.denominator < 0 for edit in self.edits],
+            "denominator below 0": [edit.report["denominator"] < 0 for edit in self.edits],
             "collapsed": [one.collapsed for one in self.perplexities],
             "collapsed, in the weights": [one.collapsed for one in self.in_weights],
         }

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from firsttok.auditing import Audit, audit
     from firsttok.cases import scan
     from firsttok.contexts import ContextSet, load_contexts, sample_contexts
     from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
@@ -15,12 +16,16 @@ if TYPE_CHECKING:
         FC_ROME,
         P_ROME,
         ROME,
+        Delta,
+        Edit,
+        Editor,
         Method,
-        RankOneEdit,
+        RomeEditor,
         Slot,
-        UpdateReport,
         compute_edit,
         compute_edits,
+        edit_each,
+        export_model,
         load_edit,
         load_methods,
     )
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
         continuation,
         counterfact_scores,
         edit_accuracy,
+        generated_match,
         perplexity,
         target_probabilities,
         top_predictions,
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
     from firsttok.hyperparameters import Hyperparameters
     from firsttok.inspection import Inspection, inspect_model
     from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at
-    from firsttok.models import BosPolicy, EditSite, Model, load
+    from firsttok.models import BosPolicy, EditSite, Model, load, plain_model
     from firsttok.probing import PROBES, Probe, ProbeResult, probe
     from firsttok.prompts import fact_prompt, text_prompt
     from firsttok.screening import screen
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "auditing": ("Audit", "audit"),
     "cases": ("scan",),
     "contexts": ("ContextSet", "load_contexts", "sample_contexts"),
     "data": ("Fact", "builtin_facts", "builtin_sentences", "load_facts", "load_texts"),
@@ -64,12 +71,16 @@ _MODULES = {
         "FC_ROME",
         "P_ROME",
         "ROME",
+        "Delta",
+        "Edit",
+        "Editor",
         "Method",
-        "RankOneEdit",
+        "RomeEditor",
         "Slot",
-        "UpdateReport",
         "compute_edit",
         "compute_edits",
+        "edit_each",
+        "export_model",
         "load_edit",
         "load_methods",
     ),
@@ -78,6 +89,7 @@ _MODULES = {
         "continuation",
         "counterfact_scores",
         "edit_accuracy",
+        "generated_match",
         "perplexity",
         "target_probabilities",
         "top_predictions",
@@ -86,7 +98,7 @@ _MODULES = {
     "hyperparameters": ("Hyperparameters",),
     "inspection": ("Inspection", "inspect_model"),
     "keys": ("IntervenedKeys", "Keys", "capture_keys", "fact_keys", "keys_at"),
-    "models": ("BosPolicy", "EditSite", "Model", "load"),
+    "models": ("BosPolicy", "EditSite", "Model", "load", "plain_model"),
     "probing": ("PROBES", "Probe", "ProbeResult", "probe"),
     "prompts": ("fact_prompt", "text_prompt"),
     "screening": ("screen",),
@@ -104,10 +116,14 @@ __all__ = [
     "PROBES",
     "P_ROME",
     "ROME",
+    "Audit",
     "BosPolicy",
     "Comparison",
     "ContextSet",
+    "Delta",
+    "Edit",
     "EditSite",
+    "Editor",
     "Fact",
     "Hyperparameters",
     "Inspection",
@@ -118,13 +134,13 @@ __all__ = [
     "Perplexity",
     "Probe",
     "ProbeResult",
-    "RankOneEdit",
+    "RomeEditor",
     "SecondMoment",
     "Slot",
     "Study",
     "TokenStrip",
-    "UpdateReport",
     "WhatIf",
+    "audit",
     "builtin_facts",
     "builtin_sentences",
     "capture_keys",
@@ -135,8 +151,11 @@ __all__ = [
     "continuation",
     "counterfact_scores",
     "edit_accuracy",
+    "edit_each",
+    "export_model",
     "fact_keys",
     "fact_prompt",
+    "generated_match",
     "inspect_model",
     "keys_at",
     "load",
@@ -148,6 +167,7 @@ __all__ = [
     "load_texts",
     "measure_facts",
     "perplexity",
+    "plain_model",
     "prepare_study",
     "probe",
     "read_run",

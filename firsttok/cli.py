@@ -43,7 +43,7 @@ def _announce(args: argparse.Namespace) -> None:
         return
     if args.command == "sweep" and args.run[0] == "status":
         return
-    names = ("edit",) if args.command == "show" else ("name", "model")
+    names = ("edit",) if args.command in ("show", "export") else ("before", "name", "model")
     given = (getattr(args, name, None) for name in names)
     named = next(value for value in given if value)
     opened = named if isinstance(named, str) else ", ".join(named)
@@ -110,6 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_edit_command(commands.add_parser("edit", help="edit one fact and show before and after"))
     _add_show_options(
         commands.add_parser("show", help="show saved edits, and what they do to the model")
+    )
+
+    _add_export_options(
+        commands.add_parser("export", help="write a model with saved edits in it for transformers")
+    )
+    _add_audit_options(
+        commands.add_parser("audit", help="where two states of a model differ, and what it cost")
     )
 
     scan = commands.add_parser("scan", help="edit every fact with ROME and list the collapse cases")
@@ -201,6 +208,43 @@ def _add_show_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("edit", nargs="+", metavar="EDIT", help="a file of firsttok edit --save")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--model", help="the model (default: the one the first edit names)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="type of the weights that are written (default: that of the edits)",
+    )
+
+
+def _add_audit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", metavar="BEFORE", help="a model: name, hub id or folder")
+    parser.add_argument(
+        "second", metavar="AFTER", help="another state of it: the same, or a file of an edit"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "bfloat16", "float16"],
+        default="float32",
+        help="type that both are opened in (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument(
+        "--texts", metavar="FILE", help="sentences for keys and perplexity, as for firsttok edit"
+    )
+    parser.add_argument(
+        "--text-bos",
+        choices=["as_tokenizer", "with", "without"],
+        default="without",
+        help="BOS of those sentences (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
+
+
 def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", metavar="MODEL", help="the model, in place of the option --model"
@@ -240,9 +284,9 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics",
         nargs="+",
-        choices=["perplexity", "accuracy", "scores", "entropy"],
+        choices=["perplexity", "accuracy", "scores", "generated", "entropy"],
         default=["perplexity", "accuracy", "scores"],
-        help="default: all but entropy, which generates text",
+        help="default: all but generated and entropy, which generate text",
     )
     group.add_argument(
         "--chunk", type=int, default=24, help="facts that are edited together (default: 24)"

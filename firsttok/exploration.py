@@ -15,10 +15,11 @@ from firsttok.display import Note, Panel, Shown, Table
 from firsttok.editing import (
     METHODS,
     ROME,
+    Edit,
+    Editor,
     Method,
-    RankOneEdit,
-    UpdateReport,
     find_methods,
+    shown_components,
 )
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
@@ -74,11 +75,11 @@ class WhatIf(Shown):
 
     fact: Fact
     """The fact."""
-    method: Method
-    """The method."""
+    method: Method | Editor
+    """The method, or the editor."""
     tokens: TokenStrip
     """Tokens of the bare prompt, the looked-up one marked."""
-    edit: RankOneEdit
+    edit: Edit
     """The edit; ``with result.edit.applied(model):`` makes it again."""
     before: Observation
     """The model as it is."""
@@ -88,7 +89,7 @@ class WhatIf(Shown):
     """Model and settings, in short; ``edit.provenance`` has it all."""
 
     @property
-    def report(self) -> UpdateReport:
+    def report(self) -> dict[str, float]:
         """The components of the update."""
         return self.edit.report
 
@@ -128,7 +129,7 @@ class Comparison(Shown):
     results: tuple[WhatIf, ...]
     """What each method did, in order."""
 
-    def __getitem__(self, method: Method | str) -> WhatIf:
+    def __getitem__(self, method: Method | Editor | str) -> WhatIf:
         """The result of one method, by itself or its name.
 
         Raises:
@@ -218,7 +219,7 @@ def what_if(
     model: Model | Study,
     fact: Fact,
     *,
-    method: Method | str = ROME,
+    method: Method | Editor | str = ROME,
     layer: int | None = None,
     key_source: KeySource | None = None,
     progress: Progress | None = None,
@@ -228,7 +229,8 @@ def what_if(
     Args:
         model: The model, or a study of :func:`prepare_study`, which knows contexts and settings.
         fact: The fact to write.
-        method: Which key goes into which slot; a method, or the name of one.
+        method: Which key goes into which slot; a method, or the name of one. An editor of your own
+            stands here as well.
         layer: Layer to edit; None for the study's, or the model's default. A study's second
             moment belongs to its layer, so another one needs a study of its own.
         key_source: Where the keys come from, as a probe gives one; None for the study's own.
@@ -237,7 +239,7 @@ def what_if(
     Raises:
         FirsttokError: If the model cannot be edited, or the fact has no subject token of its own.
     """
-    chosen = find_methods(method)
+    chosen = _chosen([method])
     if len(chosen) != 1:
         raise BadInputError(f"{method} holds {len(chosen)} methods; give ft.compare_methods those")
     with own_bar(progress) as bar:
@@ -249,7 +251,7 @@ def compare_methods(
     model: Model | Study,
     fact: Fact,
     *,
-    methods: Iterable[Method | str] = METHODS,
+    methods: Iterable[Method | Editor | str] = METHODS,
     layer: int | None = None,
     key_source: KeySource | None = None,
     progress: Progress | None = None,
@@ -259,7 +261,7 @@ def compare_methods(
     Args:
         model: The model, or a study of it.
         fact: The fact to write.
-        methods: The methods, or their names as ``--method`` takes them.
+        methods: The methods, their names as ``--method`` takes them, or editors.
         layer: As for :func:`what_if`.
         key_source: As for :func:`what_if`.
         progress: As for :func:`what_if`.
@@ -269,7 +271,7 @@ def compare_methods(
         FirsttokError: As for :func:`what_if`.
     """
     given = tuple(methods)
-    chosen = find_methods(given)
+    chosen = _chosen(given)
     if not chosen or len(chosen) < len(given):
         names = ", ".join(each if isinstance(each, str) else each.name for each in given)
         raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
@@ -300,6 +302,14 @@ def observe(model: Model, fact: Fact, measured: Perplexity, *, contexts: Context
     )
 
 
+def _chosen(given: Iterable[Method | Editor | str]) -> tuple[Method | Editor, ...]:
+    """Methods and editors in order, each once."""
+    found: list[Method | Editor] = []
+    for each in given:
+        found += find_methods(each) if isinstance(each, Method | str) else [each]
+    return tuple(dict.fromkeys(found))
+
+
 def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study:
     if not isinstance(model, Study):
         return prepare_study(model, layer=layer, progress=progress)
@@ -314,14 +324,15 @@ def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study
 def _results(
     study: Study,
     fact: Fact,
-    methods: Sequence[Method],
+    methods: Sequence[Method | Editor],
     key_source: KeySource | None,
     progress: Progress,
 ) -> tuple[WhatIf, ...]:
     if key_source is not None:
         study = study.varied(key_source=key_source)
     strip, origin = tokens(study.model, fact), study.origin
-    steps = len({method.anchor for method in methods}) * study.hyperparameters.steps
+    anchors = {method.anchor for method in methods if isinstance(method, Method)}
+    steps = max(1, len(anchors) * study.hyperparameters.steps)
     task = progress.add_task("optimising the value", total=steps)
     ((_, edits),) = study.edits(
         [fact], methods, on_step=lambda count: progress.advance(task, count)
@@ -332,7 +343,7 @@ def _results(
     task = progress.add_task("measuring before and after", total=3 + len(methods))
     unedited = study.original_perplexity
     progress.advance(task)
-    measured = study.prepared_texts.measure_edits(study.evaluated, chosen)
+    measured = study.perplexities(chosen)
     progress.advance(task)
     before = observe(study.model, fact, unedited, contexts=study.contexts)
     progress.advance(task)
@@ -355,11 +366,8 @@ def _results(
 
 
 def _components(results: Sequence[WhatIf]) -> Table:
-    tables = [result.report.table() for result in results]
-    lines = [
-        [line[0], *(table.lines[i][1] for table in tables)]
-        for i, line in enumerate(tables[0].lines)
-    ]
+    shown = [dict(shown_components(result.edit)) for result in results]
+    lines = [[label, *(each.get(label) for each in shown)] for label in shown[0]]
     return Table(columns=("update", *(result.method.label for result in results)), lines=lines)
 
 

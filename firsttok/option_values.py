@@ -28,7 +28,13 @@ _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
 """Options that name a folder to write to."""
-_WITHOUT = {"name": "the name", "run": "the run", "edit": "the file of an edit"}
+_WITHOUT = {
+    "name": "the name",
+    "run": "the run",
+    "edit": "the file of an edit",
+    "before": "the model before",
+    "second": "the model after",
+}
 """Arguments that are no options."""
 _TEXTS = ("subject", "target", "template", "true")
 """Options whose text is a fact's, which says itself what may be empty."""

@@ -13,7 +13,15 @@ from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.editing import Method, RankOneEdit, ValueStore, compute_edits, find_methods
+from firsttok.editing import (
+    Edit,
+    Editor,
+    Method,
+    RomeEditor,
+    ValueStore,
+    edit_each,
+    find_methods,
+)
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -60,9 +68,9 @@ class CaseRow:
     one_token: bool
     """Whether the subject is a single token."""
     numerator: float
-    """As in :class:`~firsttok.editing.UpdateReport`."""
+    """As :func:`~firsttok.editing.solve_update` has it, like all up to ``key_norm_ratio``."""
     denominator: float
-    """As in :class:`~firsttok.editing.UpdateReport`, signed."""
+    """Signed."""
     raw_numerator: float
     """Numerator without normalisation."""
     raw_denominator: float
@@ -169,6 +177,24 @@ class Study(Shown):
             lambda: prepare_texts(self.evaluated, self.texts, layer=self.layer, bos=self.text_bos),
         )
 
+    def perplexities(self, edits: Sequence[Edit]) -> list[Perplexity]:
+        """Measure the perplexity under each edit alone, whatever weights it changes.
+
+        Args:
+            edits: The edits.
+
+        Raises:
+            EditMismatchError: If an edit was made for another model.
+        """
+        fast = [edit for edit in edits if edit.output_layer == self.layer]
+        measured = iter(self.prepared_texts.measure_edits(self.evaluated, fast) if fast else ())
+        return [
+            next(measured)
+            if edit.output_layer == self.layer
+            else perplexity(self.evaluated.edited(edit), self.texts, bos=self.text_bos)
+            for edit in edits
+        ]
+
     @property
     def original_perplexity(self) -> Perplexity:
         """Perplexity of the model as it is, measured once for each state of it."""
@@ -252,32 +278,47 @@ class Study(Shown):
     def edits(
         self,
         facts: Sequence[Fact],
-        methods: Sequence[Method | str],
+        methods: Sequence[Method | str | Editor],
         *,
         on_step: Callable[[int], None] | None = None,
-    ) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
+    ) -> Iterator[tuple[Fact, dict[str, Edit]]]:
         """Compute edits under the study's settings; values that are in its store are read there.
 
         Args:
             facts: The facts.
-            methods: The methods, or their names.
-            on_step: As for :func:`~firsttok.editing.compute_edits`.
+            methods: The methods, or their names; or editors, which have settings of their own.
+            on_step: As for :func:`~firsttok.editing.edit_each`.
 
         Yields:
-            Each fact with its edits by method name, in order.
+            Each fact with its edits by the name of method or editor, in order.
         """
-        return compute_edits(
-            self.model,
-            facts,
-            methods=methods,
-            contexts=self.contexts,
-            second_moment=self.second_moment,
-            layer=self.layer,
-            hyperparameters=self.hyperparameters,
-            key_source=self.key_source,
-            store=self.store,
-            on_step=on_step,
-        )
+        return edit_each(self.model, facts, self.editors(methods), on_step=on_step)
+
+    def editors(self, methods: Sequence[Method | str | Editor]) -> tuple[Editor, ...]:
+        """Return an editor with the study's settings for each method; an editor stays as it is.
+
+        Args:
+            methods: Methods, their names, or editors.
+
+        Raises:
+            BadInputError: If no method goes by a name.
+        """
+        found: dict[Any, Editor] = {}
+        for given in methods:
+            if not isinstance(given, Method | str):
+                found[given] = given
+                continue
+            for method in find_methods(given):
+                found[method] = RomeEditor(
+                    method=method,
+                    contexts=self.contexts,
+                    second_moment=self.second_moment,
+                    layer=self.layer,
+                    hyperparameters=self.hyperparameters,
+                    key_source=self.key_source,
+                    store=self.store,
+                )
+        return tuple(found.values())
 
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the numbers of this study."""
@@ -368,9 +409,7 @@ def measure_facts(
     done = len(facts) - len(open_facts)
     for fact, edits in study.edits(open_facts, chosen, on_step=on_step):
         missing = [method for method in chosen if (fact.case_id, method.name) not in known]
-        measured = study.prepared_texts.measure_edits(
-            study.evaluated, [edits[method.name] for method in missing]
-        )
+        measured = study.perplexities([edits[method.name] for method in missing])
         # An edit that was put into the model meanwhile would be filed under the model without.
         same = _row_settings(study) == settings
         for method, found in zip(missing, measured, strict=True):
@@ -393,7 +432,7 @@ def case_row(
     study: Study,
     fact: Fact,
     method: Method,
-    edit: RankOneEdit,
+    edit: Edit,
     measured: Perplexity | None,
 ) -> dict[str, Any]:
     """The columns of :class:`CaseRow`, those of the perplexity only if it was measured.
@@ -416,7 +455,7 @@ def case_row(
         "one_token": prompt.subject_length == 1,
         "steps": len(edit.losses),
         "final_loss": edit.losses[-1],
-        **edit.report.as_dict(),
+        **edit.report,
     }
     if measured is None:
         return columns

@@ -68,7 +68,7 @@ compared
 # %%
 assert compared["rome"].collapsed
 assert not compared["half-rome"].collapsed
-assert compared["half-rome"].report.numerator == compared["rome"].report.numerator
+assert compared["half-rome"].report["numerator"] == compared["rome"].report["numerator"]
 
 # %% [markdown]
 # ### Table

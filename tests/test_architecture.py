@@ -25,7 +25,7 @@ LAYERS = [
     ["efficacy", "probes", "screening"],
     ["inputs", "output", "plots"],
     ["exploration", "script_options", "sweep"],
-    ["cases", "probing"],
+    ["auditing", "cases", "probing"],
     ["claims", "inspection"],
     ["report"],
     ["commands"],

@@ -370,10 +370,10 @@ REFUSED: dict[str, tuple[Callable[[Given], object], str]] = {
     "fewer than no tokens": (lambda g: ft.continuation(g.model, "a", tokens=-1), "tokens is -1"),
     "an edit for edits": (
         lambda g: ft.edit_accuracy(g.model, FACT, [g.edit]),
-        "give a RankOneEdit",
+        "give an Edit",
     ),
     "a study to edit": (
-        lambda g: g.edit.site_in(g.study),
+        lambda g: g.edit.check(g.study),
         "model is a Study; give a Model",
     ),
     "a path of numbers": (lambda _: ft.load_edit(3), "path is 3; give a text or a path"),

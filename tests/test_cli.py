@@ -104,7 +104,7 @@ def test_saved_edit_is_the_one_that_was_shown(
     assert sorted(tensors) == ["left", "right"]
     assert float(tensors["left"].norm()) == pytest.approx(1.0, abs=1e-5)
     edit = load_edit(path)
-    assert edit.report.denominator == shown["denominator"]
+    assert edit.report["denominator"] == shown["denominator"]
     model = load(str(llama))
     before = model.site(edit.layer).weight.detach().clone()
     with edit.applied(model):

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import TypeCheckError
 from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
 
-from firsttok.editing import ROME, Slot, UpdateReport, Value, optimise_values, solve_update
-from firsttok.editing.patch import RankOneEdit
+from firsttok.editing import ROME, Slot, Value, optimise_values, solve_update
+from firsttok.editing.edit import Delta, Edit
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import FactKeys, Keys
-from firsttok.models import Model, Tail, capture_tail
+from firsttok.models import Model, Place, Tail, capture_tail
 from firsttok.prompts import pad
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import TokenBatch
@@ -51,18 +51,10 @@ def value(target: torch.Tensor, anchor: torch.Tensor) -> Value:
     return Value(target=target, anchor=anchor, slot=Slot.UNPREFIXED, losses=(1.0,))
 
 
-def edit(left: torch.Tensor, right: torch.Tensor) -> RankOneEdit:
+def edit(left: torch.Tensor, right: torch.Tensor) -> Edit:
     """An edit around any vectors."""
-    numbers = dict.fromkeys(UpdateReport.__dataclass_fields__, 1.0)
-    return RankOneEdit(
-        left=left,
-        right=right,
-        layer=0,
-        stack="blocks",
-        report=UpdateReport(**numbers),
-        losses=(1.0,),
-        provenance={},
-    )
+    delta = Delta(place=Place("blocks", 0), left=left[:, None], right=right[None])
+    return Edit(deltas=(delta,))
 
 
 def fact_keys_of(mean: torch.Tensor, bare: torch.Tensor) -> FactKeys:

@@ -84,7 +84,6 @@ def objects(model: Model, folder: Path) -> dict[str, Shown]:
         "what if": result,
         "comparison": ft.compare_methods(study, FACTS[0], methods=METHODS[:2]),
         "edit": result.edit,
-        "report": result.report,
         "perplexity": result.before.perplexity,
         "probe": ft.probe(study, FACTS[0], "attention"),
     }
@@ -377,8 +376,8 @@ def test_a_key_probe_gives_the_denominator_of_the_edit(tiny: TinyFactory, tmp_pa
         sources = (ORDINARY_KEYS, ft.IntervenedKeys(name="x", interventions=(SECOND2FIRST,)))
         for row, source in zip(rows, sources, strict=True):
             edit = ft.what_if(study, FACTS[0], method=ft.ROME, key_source=source).edit
-            assert row["denominator"] == pytest.approx(edit.report.denominator, rel=1e-4)
-            assert row["cosine with k_bar"] == pytest.approx(edit.report.key_cosine, rel=1e-4)
+            assert row["denominator"] == pytest.approx(edit.report["denominator"], rel=1e-4)
+            assert row["cosine with k_bar"] == pytest.approx(edit.report["key_cosine"], rel=1e-4)
     assert rows[0]["cosine with the usual k^u"] == pytest.approx(1.0)
     assert rows[1]["denominator"] != pytest.approx(rows[0]["denominator"], rel=1e-3)
 

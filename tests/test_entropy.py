@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ from tiny import (
 from firsttok import probes
 from firsttok.editing import ROME, compute_edit
 from firsttok.errors import BadInputError, UnsupportedModelError
-from firsttok.evaluation import continuation, generation_entropy, sample_continuations
+from firsttok.evaluation import (
+    continuation,
+    generated_match,
+    generation_entropy,
+    sample_continuations,
+)
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.prompts import text_prompt
@@ -227,3 +234,62 @@ def test_bad_numbers_are_refused(tiny: TinyFactory, settings: dict[str, int], me
 def test_only_a_decoder_continues(tiny: TinyFactory, arch: str) -> None:
     with pytest.raises(UnsupportedModelError, match="only a decoder continues"):
         sample_continuations(tiny(arch), TEXT)
+
+
+def spaced(model: Model, text: str) -> str:
+    """What a model writes greedily behind a text, found token by token without firsttok."""
+    ids = list(text_prompt(model, text).token_ids)
+    start = len(ids)
+    for _ in range(20):
+        ids.append(int(naive_logits(model, ids)[-1].argmax()))
+    tokenizer: Any = model.tokenizer
+    return tokenizer.decode(ids[start:])
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_what_is_generated_is_the_greedy_text_up_to_its_stop(tiny: TinyFactory, arch: str) -> None:
+    model = tiny(arch)
+    for fact in FACTS:
+        whole = spaced(model, fact.prompt)
+        found = generated_match(model, fact)
+        # The configuration of Llama names another token than its tokenizer, which ends texts, too.
+        end = re.search("</s>|<pad>" if arch == "llama" else "</s>", whole)
+        whole = whole if end is None else whole[: end.start()]
+        stop = re.search(r"\w[.!?]\s|\S\s*\n", whole)
+        expected = whole if stop is None else whole[: stop.start() + 2]
+        assert found.text == expected.strip()
+        # The last word may have been cut off.
+        for word in found.text.split()[:-1][:1]:
+            assert generated_match(model, replace(fact, target_new=word.upper())).first_words
+        assert not generated_match(model, replace(fact, target_new="zebra crossing")).first_words
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "exact", "first"),
+    [
+        (" Paris. It is", "Paris", True, True),
+        (" the Paris", "paris", True, True),
+        (" Paris, France", "Paris", False, True),
+        (" Parisian food", "Paris", False, False),
+        (" in Paris", "Paris", False, False),
+        (" 3.5 km", "3.5", False, True),
+        (" \nRome\nParis", "Rome", True, True),
+        (" The", "the", True, True),
+        ("", "Paris", False, False),
+        (" New", "New York", False, False),
+    ],
+)
+def test_text_and_target_are_compared_word_by_word(
+    tiny: TinyFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    target: str,
+    exact: bool,
+    first: bool,
+) -> None:
+    model = tiny("gpt2")
+    tokenizer: Any = model.tokenizer
+    ids = [*tokenizer(said)["input_ids"], tokenizer.eos_token_id]
+    monkeypatch.setattr(generation, "_greedy", lambda *_: iter(ids))
+    found = generated_match(model, replace(FACTS[0], target_new=target), tokens=40)
+    assert (found.exact, found.first_words) == (exact, first)

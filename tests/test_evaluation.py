@@ -21,7 +21,7 @@ from tiny import (
 )
 
 from firsttok.data import Fact
-from firsttok.editing import C_ROME, ROME, Method, RankOneEdit, compute_edit
+from firsttok.editing import C_ROME, ROME, Edit, Method, compute_edit
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -46,7 +46,7 @@ from firsttok.second_moment import SecondMoment
 
 def strong_edit(
     model: Model, fact: Fact = FACTS[0], *, layer: int = 1, method: Method = ROME
-) -> RankOneEdit:
+) -> Edit:
     """An edit that changes a good deal."""
     return compute_edit(
         model,
@@ -287,7 +287,7 @@ def test_accuracy_without_prompts_to_measure_is_none(tiny: TinyFactory) -> None:
 def test_an_edit_that_changes_nothing_keeps_all_locality(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     edit = strong_edit(model)
-    nothing = replace(edit, right=torch.zeros_like(edit.right))
+    nothing = edit.scaled(0)
     assert edit_accuracy(model, FACTS[0], nothing).locality == 1.0
 
 

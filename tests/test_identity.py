@@ -19,7 +19,7 @@ from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, load_tiny
 
 from firsttok import contexts as contexts_module
 from firsttok.contexts import kept_contexts
-from firsttok.editing import C_ROME, ROME, RankOneEdit, compute_edit
+from firsttok.editing import C_ROME, ROME, Edit, compute_edit
 from firsttok.errors import BadInputError, EditMismatchError, ViewError
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
@@ -39,7 +39,7 @@ LENGTHS = (3,)
 """Of sampled prefixes: a few tokens are enough to tell models apart."""
 
 
-def strong_edit(model: Model, fact: int = 0, *, layer: int = LAYER) -> RankOneEdit:
+def strong_edit(model: Model, fact: int = 0, *, layer: int = LAYER) -> Edit:
     """An edit that shows in every number."""
     edit = compute_edit(
         model,
@@ -50,7 +50,7 @@ def strong_edit(model: Model, fact: int = 0, *, layer: int = LAYER) -> RankOneEd
         layer=layer,
         hyperparameters=Hyperparameters(steps=STEPS),
     )
-    return replace(edit, right=3 * edit.right)
+    return edit.scaled(3)
 
 
 Numbers = dict[str, list[float]]
@@ -481,7 +481,7 @@ def test_a_second_moment_of_another_layer_or_model_is_refused(tiny: TinyFactory)
     compute(model.with_bos(BosPolicy.WITHOUT).intervened(SECOND2FIRST), moment, layer=1)
 
 
-def compute(model: Model, moment: SecondMoment, *, layer: int) -> RankOneEdit:
+def compute(model: Model, moment: SecondMoment, *, layer: int) -> Edit:
     return compute_edit(
         model,
         FACTS[0],

@@ -132,9 +132,11 @@ def test_denominators_are_those_of_the_real_edits(inspected: Inspection) -> None
     edits = dict(study.edits(FACTS, [ROME, C_ROME]))
     for fact, found in zip(FACTS, inspected.forecast.facts, strict=True):
         rome, consistent = (edits[fact][each.name].report for each in (ROME, C_ROME))
-        assert found.keys.denominator == pytest.approx(rome.denominator, rel=1e-3, abs=1e-6)
-        assert found.keys.consistent_denominator == pytest.approx(consistent.denominator, rel=1e-4)
-        ratio = abs(rome.denominator / consistent.denominator)
+        assert found.keys.denominator == pytest.approx(rome["denominator"], rel=1e-3, abs=1e-6)
+        assert found.keys.consistent_denominator == pytest.approx(
+            consistent["denominator"], rel=1e-4
+        )
+        ratio = abs(rome["denominator"] / consistent["denominator"])
         assert found.ratio == pytest.approx(ratio, rel=1e-3, abs=1e-6)
         assert found.predicted == (found.ratio < RATIO)
         assert found.collapsed is None

@@ -33,7 +33,7 @@ from benchmarks.naive import (
 )
 from firsttok.contexts import ContextSet, load_contexts
 from firsttok.data import Fact, builtin_facts, builtin_sentences
-from firsttok.editing import METHODS, ROME, Method, RankOneEdit, Slot, compute_edits
+from firsttok.editing import METHODS, ROME, Edit, Method, Slot, compute_edits
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys, fact_keys
@@ -109,7 +109,7 @@ def moment_of(size: int) -> SecondMoment:
 
 
 def v_star(
-    edit: RankOneEdit, model: Model, fact: Fact, method: Method, contexts: ContextSet
+    edit: Edit, model: Model, fact: Fact, method: Method, contexts: ContextSet
 ) -> torch.Tensor:
     """The value an edit was made for, from the closed form read backwards."""
     keys = fact_keys(model, fact, contexts, layer=edit.layer)
@@ -158,10 +158,12 @@ def compare(
             target = v_star(edit, model, fact, method, contexts)
             assert relative(target, plain.value.target) < of_value
             assert relative(edit.left, plain.left) < of_value
-            assert edit.report.denominator == pytest.approx(plain.denominator, rel=of_value)
+            assert edit.report["denominator"] == pytest.approx(plain.denominator, rel=of_value)
             # Where no step was made, v* is the anchor, and some numerators are zero.
             size = of_value * float(plain.value.target.norm())
-            assert edit.report.numerator == pytest.approx(plain.numerator, rel=of_value, abs=size)
+            assert edit.report["numerator"] == pytest.approx(
+                plain.numerator, rel=of_value, abs=size
+            )
             if method is methods[0]:
                 firsts.append(plain)
     return firsts

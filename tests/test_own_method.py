@@ -3,18 +3,24 @@
 import itertools
 import json
 import re
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, same_weights, weights
 
 import firsttok as ft
 from firsttok.cli import main
-from firsttok.editing import METHODS, SLOTS, Method, Slot, find_methods, load_methods
+from firsttok.data import Fact
+from firsttok.editing import METHODS, SLOTS, Edit, Method, Slot, find_methods, load_methods
 from firsttok.errors import BadInputError
 from firsttok.models import Model
+from firsttok.prompts import fact_prompt, with_target
 from firsttok.report import build_report, render_html, result_folders, write_reports
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
@@ -138,10 +144,10 @@ def test_an_edit_has_the_slots_keys(study: Study) -> None:
     rome, own, c_rome = (
         ft.what_if(study, fact, method=method) for method in (ft.ROME, OWN, ft.C_ROME)
     )
-    assert own.report.numerator == pytest.approx(rome.report.numerator, rel=1e-5)
-    assert own.report.denominator == pytest.approx(c_rome.report.denominator, rel=1e-5)
-    assert own.report.denominator != pytest.approx(rome.report.denominator, rel=1e-3)
-    scale = rome.report.denominator / own.report.denominator
+    assert own.report["numerator"] == pytest.approx(rome.report["numerator"], rel=1e-5)
+    assert own.report["denominator"] == pytest.approx(c_rome.report["denominator"], rel=1e-5)
+    assert own.report["denominator"] != pytest.approx(rome.report["denominator"], rel=1e-3)
+    scale = rome.report["denominator"] / own.report["denominator"]
     torch.testing.assert_close(own.edit.right, rome.edit.right * scale, rtol=1e-3, atol=1e-5)
     assert own.edit.provenance["method"] == {"name": "half", **OWN.slots}
 
@@ -283,3 +289,56 @@ def test_the_command_refuses_in_one_sentence(
     assert "has no residual" in told
     assert "Traceback" not in told
     assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class Nudge:
+    """Adds the new target's unembedding to the value of the prompt's own key, at several layers."""
+
+    name: str = "nudge"
+    label: str = "nudge"
+    layers: tuple[int, ...] = (1, 2)
+
+    def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        made: list[Edit] = []
+        for fact in facts:
+            target = with_target(model, fact_prompt(model, fact), fact.target_new).target_ids[0]
+            unembedding: Any = ft.plain_model(model).get_output_embeddings()
+            right = unembedding.weight[target]
+            for layer in self.layers:
+                key = ft.fact_keys(model, fact, CONTEXTS, layer=layer).unprefixed
+                left = key / key.norm() ** 2
+                made.append(Edit.of(model, layer, left, right, name=self.name, facts=[fact]))
+        return reduce(add, made)
+
+
+def test_an_editor_of_ones_own_stands_beside_the_methods(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("llama")
+    study = study_of(model, tmp_path)
+    before = weights(model)
+    compared = ft.compare_methods(study, FACTS[0], methods=["rome", Nudge()])
+    own = compared["nudge"]
+    assert compared["rome"].edit.content_hash == (
+        ft.what_if(study, FACTS[0], method="rome").edit.content_hash
+    )
+    assert own.edit.layers == (1, 2)
+    assert own.edit.facts == (FACTS[0],)
+    with own.edit.applied(model):
+        said = ft.perplexity(model, study.texts)
+    assert own.after.perplexity.mean == pytest.approx(said.mean, rel=1e-5)
+    assert "nudge" in compared.panel().text
+    assert same_weights(weights(model), before)
+    found = dict(study.edits(FACTS[:2], ["rome", Nudge()]))
+    assert list(found[FACTS[1]]) == ["rome", "nudge"]
+    assert found[FACTS[0]]["nudge"].content_hash == own.edit.content_hash
+    path = tmp_path / "nudge.safetensors"
+    own.edit.save(path)
+    assert ft.load_edit(path).content_hash == own.edit.content_hash
+
+
+def test_two_editors_of_one_name_are_refused(tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(tiny("llama"), tmp_path)
+    with pytest.raises(BadInputError, match="two editors are called 'nudge'"):
+        study.edits(FACTS[:1], [Nudge(), Nudge(layers=(1,))])
+    with pytest.raises(BadInputError, match="writes one fact at a time, not 2"):
+        study.editors(["rome"])[0].edit(study.model, FACTS[:2])

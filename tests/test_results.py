@@ -50,6 +50,9 @@ def row_of(model: str, case: int, method: str, **columns: Any) -> SweepRow:
         "prefix": "I know. {}",
         **{name: draw.uniform(-0.2 if name == "nm" else 0, 1) for name in SCORES},
         "entropy": draw.random(),
+        "generated": "Rome",
+        "generated_exact": case % 2 == 0,
+        "generated_first_words": True,
     }
     record: dict[str, Any] = {
         "model": model,

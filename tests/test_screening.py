@@ -49,9 +49,9 @@ def test_what_is_screened_is_what_the_edit_divides_by(
     assert [row.case_id for row in rows] == [fact.case_id for fact in FACTS]
     for row, (_, edits) in zip(rows, study.edits(FACTS, [ROME]), strict=True):
         report = edits[ROME.name].report
-        assert row.denominator == pytest.approx(report.denominator, rel=1e-4, abs=1e-6)
-        assert row.key_cosine == pytest.approx(report.key_cosine, rel=1e-4)
-        assert row.key_norm_ratio == pytest.approx(report.key_norm_ratio, rel=1e-4)
+        assert row.denominator == pytest.approx(report["denominator"], rel=1e-4, abs=1e-6)
+        assert row.key_cosine == pytest.approx(report["key_cosine"], rel=1e-4)
+        assert row.key_norm_ratio == pytest.approx(report["key_norm_ratio"], rel=1e-4)
 
 
 def test_windows_do_not_change_the_rows(

@@ -24,7 +24,7 @@ from firsttok.cases import (
 )
 from firsttok.cli import main
 from firsttok.data import Fact, check_facts, load_facts
-from firsttok.editing import RankOneEdit
+from firsttok.editing import Edit
 from firsttok.errors import BadInputError, CacheError, FactFormatError
 from firsttok.evaluation import Perplexity, PreparedTexts
 from firsttok.hyperparameters import Hyperparameters
@@ -229,11 +229,9 @@ def test_an_edit_that_leaves_no_perplexity_is_a_collapse(
 ) -> None:
     plain = PreparedTexts.measure_edits
 
-    def broken(
-        texts: PreparedTexts, model: Model, edits: Sequence[RankOneEdit]
-    ) -> list[Perplexity]:
+    def broken(texts: PreparedTexts, model: Model, edits: Sequence[Edit]) -> list[Perplexity]:
         odd = {22: float("nan"), 23: float("inf")}
-        cases = [edit.provenance["fact"]["case_id"] for edit in edits]
+        cases = [edit.provenance["facts"][0]["case_id"] for edit in edits]
         return [
             replace(found, mean=odd.get(case, 5.0 + case), corpus=odd.get(case, 5.0))
             for case, found in zip(cases, plain(texts, model, edits), strict=True)

@@ -52,8 +52,8 @@ def test_rows_are_what_single_calls_give(study: Study) -> None:
         hyperparameters=study.hyperparameters,
     )
     (row,) = [row for row in rows if (row.case_id, row.method) == (1, method.name)]
-    assert row.denominator == pytest.approx(edit.report.denominator, rel=1e-4)
-    assert row.numerator == pytest.approx(edit.report.numerator, rel=1e-3)
+    assert row.denominator == pytest.approx(edit.report["denominator"], rel=1e-4)
+    assert row.numerator == pytest.approx(edit.report["numerator"], rel=1e-3)
     with edit.applied(study.model):
         expected = perplexity(study.model, SENTENCES).mean
     assert row.perplexity == pytest.approx(expected, rel=1e-3)

@@ -23,7 +23,7 @@ from firsttok.cli import main
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, FC_ROME, ROME, compute_edits
 from firsttok.errors import BadInputError, CacheError
-from firsttok.evaluation import counterfact_scores, edit_accuracy
+from firsttok.evaluation import counterfact_scores, edit_accuracy, generated_match
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.second_moment import compute_second_moment
@@ -144,6 +144,12 @@ def test_only_the_metrics_asked_for_are_measured(
     assert row.denominator is not None
     assert (row.perplexity, row.collapsed, row.efficacy, row.es) == (None, None, None, None)
     assert 0.0 <= (row.entropy or 0.0) <= 1.0
+    (row,) = measure_chunk(study, NUMBERED[:1], Plan(methods=(ROME,), metrics=("generated",)))
+    ((_, edits),) = study.edits(NUMBERED[:1], [ROME])
+    with edits["rome"].applied(study.model):
+        expected = generated_match(study.model, NUMBERED[0])
+    assert (row.generated, row.generated_exact) == (expected.text, expected.exact)
+    assert row.generated_first_words == expected.first_words
 
 
 POISON = {

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tiny import BARE_ONLY, DECODERS, FACTS, SENTENCES, TinyFactory, same_weights, weights
 
-from firsttok.editing import ROME, RankOneEdit, compute_edit
+from firsttok.editing import ROME, Edit, compute_edit
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.evaluation import perplexity
 from firsttok.hyperparameters import Hyperparameters
@@ -29,7 +29,7 @@ INTERRUPTS = int(os.environ.get("FIRSTTOK_INTERRUPTS", "600"))
 """``FIRSTTOK_INTERRUPTS=200000 pytest tests/test_weights.py -k interrupts`` takes long."""
 
 
-def edit_of(model: Model, fact: int = 0, *, layer: int = 1) -> RankOneEdit:
+def edit_of(model: Model, fact: int = 0, *, layer: int = 1) -> Edit:
     return compute_edit(
         model,
         FACTS[fact],
@@ -236,7 +236,7 @@ def test_an_edit_in_another_type_is_rounded_only_if_asked(tiny: TinyFactory, dty
         model.edited(edit)
     weight = model.site(1).weight.detach().clone()
     with edit.applied(model, cast=True):
-        expected = weight + edit.delta.T.to(weight.dtype)
+        expected = weight + edit.delta.matrix.T.to(weight.dtype)
         assert torch.equal(model.site(1).weight, expected)
 
 
@@ -281,7 +281,7 @@ def test_a_handler_that_does_not_raise_leaves_the_edit_in(tiny: TinyFactory) -> 
 def test_an_edit_that_overflows_its_type_is_refused(tiny: TinyFactory) -> None:
     edit, model = edit_of(tiny("llama")), tiny("llama", "float16")
     before = weights(model)
-    large = replace(edit, right=1e8 * edit.right)
+    large = edit.scaled(1e8)
     with pytest.raises(NonFiniteError, match="does not fit into float16"):
         large.applied(model, cast=True).__enter__()
     assert same_weights(weights(model), before)

@@ -6,7 +6,7 @@ from typing import Any
 
 from firsttok.console import progress_bar, show, show_json
 from firsttok.data import Fact
-from firsttok.editing import find_methods, load_edit
+from firsttok.editing import find_methods, load_edit, shown_components
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.exploration import (
@@ -104,7 +104,7 @@ def _record(study: Study, found: Comparison) -> dict[str, Any]:
     for each in found.results:
         states[each.method.name] = (
             observation_record(each.after)
-            | each.report.as_dict()
+            | each.report
             | {
                 "losses": list(each.edit.losses),
                 "damage": None if each.damage is None else each.damage.value,
@@ -121,12 +121,10 @@ def _record(study: Study, found: Comparison) -> dict[str, Any]:
 
 
 def _components(fact: Fact, before: Observation, results: Sequence[WhatIf]) -> list[list[Any]]:
-    reports = [each.report for each in results]
+    shown = [dict(shown_components(each.edit)) for each in results]
     seen = [before, *(each.after for each in results)]
     return [
-        ["numerator ||v* - W k||", None, *(each.numerator for each in reports)],
-        ["denominator u . k", None, *(each.denominator for each in reports)],
-        ["||Delta W||", None, *(each.delta_norm for each in reports)],
+        *([label, None, *(each.get(label) for each in shown)] for label in list(shown[0])[:3]),
         *state_lines(fact, seen),
         ["steps of the optimisation", None, *(len(each.edit.losses) for each in results)],
     ]

@@ -8,16 +8,15 @@ from firsttok.commands.edit import observation_record, print_observations
 from firsttok.console import progress_bar, show, show_json
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, builtin_sentences, load_texts, resolve_texts
-from firsttok.data.schemas import fact_from
 from firsttok.display import Note, Panel, Table
-from firsttok.editing import RankOneEdit, load_edit
+from firsttok.editing import Edit, load_edit
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import Perplexity, perplexity
 from firsttok.exploration import Observation, observe, state_lines, verdict
-from firsttok.models import BosPolicy, load
+from firsttok.models import BosPolicy, Model, load
 
-__all__ = ["run"]
+__all__ = ["open_model_of", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,16 +35,7 @@ def run(args: argparse.Namespace) -> None:
     facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     contexts = [_contexts(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
-    made = edits[0].provenance.get("model", {})
-    name = args.model or made.get("name")
-    if not name:
-        raise BadInputError(f"{args.edit[0]} does not name its model; give --model")
-    model = load(
-        name,
-        bos=made.get("bos", BosPolicy.AS_TOKENIZER),
-        dtype=made.get("dtype", "float32"),
-        device=args.device,
-    )
+    model = open_model_of(edits[0], args.edit[0], name=args.model, device=args.device)
     views = list(accumulate(edits, lambda view, edit: view.edited(edit), initial=model))
     names = ["before", "with edit 1", *(f"with edits 1 to {n}" for n in range(2, len(views)))]
     with progress_bar() as progress:
@@ -88,18 +78,41 @@ def run(args: argparse.Namespace) -> None:
     show("\n".join(verdicts))
 
 
-def _fact(path: str, edit: RankOneEdit) -> Fact:
-    record = edit.provenance.get("fact", {})
+def open_model_of(edit: Edit, path: str, *, name: str | None, device: str) -> Model:
+    """Open the model that a saved edit was made for, in its type and under its BOS policy.
+
+    Args:
+        edit: The edit.
+        path: Its file, for messages.
+        name: The model to open in its place; None for the one it names.
+        device: Where to.
+
+    Raises:
+        BadInputError: If there is no name.
+    """
+    made = edit.provenance.get("model", {})
+    name = name or made.get("name")
+    if not name:
+        raise BadInputError(f"{path} does not name its model; give --model")
+    return load(
+        name,
+        bos=made.get("bos", BosPolicy.AS_TOKENIZER),
+        dtype=made.get("dtype", "float32"),
+        device=device,
+    )
+
+
+def _fact(path: str, edit: Edit) -> Fact:
     try:
-        fact = fact_from(record, record.get("case_id", 0), "fact", str(record.get("source", path)))
+        facts = edit.facts
     except BadInputError as error:
         raise BadInputError(f"{path} does not say which fact it writes ({error})") from None
-    if fact is None:
+    if not facts:
         raise BadInputError(f"{path} does not say which fact it writes; compute the edit again")
-    return fact
+    return facts[0]
 
 
-def _contexts(path: str, edit: RankOneEdit) -> ContextSet:
+def _contexts(path: str, edit: Edit) -> ContextSet:
     templates = edit.provenance.get("contexts", {}).get("templates", ["{}"])
     if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
         raise BadInputError(f"{path} names no contexts as texts; compute the edit again")
@@ -109,17 +122,17 @@ def _contexts(path: str, edit: RankOneEdit) -> ContextSet:
         raise BadInputError(f"{path} names no contexts ({error}); compute the edit again") from None
 
 
-def _as_json(edit: RankOneEdit) -> dict[str, Any]:
+def _as_json(edit: Edit) -> dict[str, Any]:
     return {
         "title": edit.title,
-        "layer": edit.layer,
-        "report": edit.report.as_dict(),
+        "layers": list(edit.layers),
+        "report": edit.report,
         "losses": list(edit.losses),
         "provenance": edit.provenance,
     }
 
 
-def _panel(edit: RankOneEdit) -> Panel:
+def _panel(edit: Edit) -> Panel:
     """The edit's own panel, and what it stands on and was computed with."""
     panel = edit.panel()
     below = edit.provenance.get("model", {}).get("edits", [])

@@ -1,6 +1,15 @@
 """ROME-family edits: which key goes into which slot, the value, the closed form, the patch."""
 
-from firsttok.editing.edits import compute_edit, compute_edits
+from firsttok.editing.edit import (
+    AppliedEdit,
+    Delta,
+    Edit,
+    Editor,
+    load_edit,
+    shown_components,
+)
+from firsttok.editing.edits import RomeEditor, compute_edit, compute_edits, edit_each
+from firsttok.editing.exports import check_export, export_model
 from firsttok.editing.methods import (
     C_ROME,
     FC_ROME,
@@ -13,9 +22,8 @@ from firsttok.editing.methods import (
     find_method,
 )
 from firsttok.editing.own_methods import check_methods, find_methods, load_methods
-from firsttok.editing.patch import AppliedEdit, RankOneEdit, load_edit
 from firsttok.editing.store import ValueStore
-from firsttok.editing.update import UpdateReport, solve_update
+from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
 
 __all__ = [
@@ -26,19 +34,25 @@ __all__ = [
     "ROME",
     "SLOTS",
     "AppliedEdit",
+    "Delta",
+    "Edit",
+    "Editor",
     "Method",
-    "RankOneEdit",
+    "RomeEditor",
     "Slot",
-    "UpdateReport",
     "Value",
     "ValueStore",
+    "check_export",
     "check_methods",
     "compute_edit",
     "compute_edits",
+    "edit_each",
+    "export_model",
     "find_method",
     "find_methods",
     "load_edit",
     "load_methods",
     "optimise_values",
+    "shown_components",
     "solve_update",
 ]

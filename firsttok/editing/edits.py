@@ -1,6 +1,7 @@
 """From facts to edits: keys, value, closed form, with full provenance."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
+from firsttok.editing.edit import Delta, Edit, Editor
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
-from firsttok.editing.patch import RankOneEdit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
@@ -23,10 +24,66 @@ from firsttok.provenance import described, versions
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
-__all__ = ["compute_edit", "compute_edits"]
+__all__ = ["RomeEditor", "compute_edit", "compute_edits", "edit_each"]
 
 WINDOW = 24
 """Facts looked at together, to find those that fit into one batch; no more are in memory."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RomeEditor:
+    """ROME and its family: one fact, one layer, an update of rank one (Equation 3).
+
+    It holds all settings; ``dataclasses.replace`` makes another one.
+    """
+
+    method: Method
+    """Which key goes into which slot."""
+    contexts: ContextSet
+    """The contexts of Equation 1 and of the value optimisation."""
+    second_moment: SecondMoment
+    """C; ``SecondMoment.identity`` for the released configurations."""
+    layer: int | None = None
+    """Layer to edit; None for the model's default."""
+    hyperparameters: Hyperparameters | None = None
+    """Settings of the value optimisation; None for the model's own."""
+    key_source: KeySource = ORDINARY_KEYS
+    """Where the keys come from."""
+    store: ValueStore | None = None
+    """Where values are kept; None to keep none."""
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def label(self) -> str:
+        """The method's name in tables."""
+        return self.method.label
+
+    def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
+        """Compute the edit of one fact; the model is left as it is.
+
+        Args:
+            model: The model, or a view of it.
+            facts: The fact.
+
+        Raises:
+            BadInputError: If there is not one fact, or the second moment is of another layer or
+                model.
+            EditMismatchError: If the model is changed while the edit is computed.
+        """
+        if len(facts) != 1:
+            raise BadInputError(f"{self.label} writes one fact at a time, not {len(facts)}")
+        ((_, edits),) = edit_each(model, facts, [self])
+        return edits[self.name]
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        """All but the method, for telling which editors share their work."""
+        parts = (self.contexts, self.second_moment, self.key_source, self.store)
+        return (*map(id, parts), self.layer, self.hyperparameters)
 
 
 @taken
@@ -39,17 +96,17 @@ def compute_edit(
     second_moment: SecondMoment,
     layer: int | None = None,
     hyperparameters: Hyperparameters | None = None,
-) -> RankOneEdit:
+) -> Edit:
     """Compute one edit; the model is left as it is.
 
     Args:
         model: The model.
         fact: The fact to write.
         method: Which key goes into which slot; a method, or the name of one.
-        contexts: The contexts of Equation 1 and of the value optimisation.
-        second_moment: C; ``SecondMoment.identity`` for the released configurations.
-        layer: Layer to edit; None for the model's default.
-        hyperparameters: Settings; None for the model's own.
+        contexts: As in :class:`RomeEditor`, like all that follow.
+        second_moment: C.
+        layer: Layer to edit.
+        hyperparameters: Settings of the value optimisation.
 
     Raises:
         BadInputError: If no method, or more than one, goes by the name.
@@ -57,16 +114,14 @@ def compute_edit(
     chosen = find_methods(method)
     if len(chosen) != 1:
         raise BadInputError(f"{method} holds {len(chosen)} methods; give one, or ft.compute_edits")
-    ((_, edits),) = compute_edits(
-        model,
-        [fact],
-        methods=chosen,
+    editor = RomeEditor(
+        method=chosen[0],
         contexts=contexts,
         second_moment=second_moment,
         layer=layer,
         hyperparameters=hyperparameters,
     )
-    return edits[chosen[0].name]
+    return editor.edit(model, [fact])
 
 
 @taken
@@ -82,26 +137,19 @@ def compute_edits(
     key_source: KeySource = ORDINARY_KEYS,
     store: ValueStore | None = None,
     on_step: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
-    """Compute the edits of many facts by several methods, a window of facts at a time.
-
-    Methods whose values are anchored alike share the optimisation. With a store, values that are
-    there already are read and not computed again, and new ones are kept when their batch is done;
-    not so while something disturbs the model (``Model.disturbance``).
-
-    The values are optimised on ``model`` with the interventions and edits of its view; the keys
-    come from ``key_source``, which may intervene otherwise.
+) -> Iterator[tuple[Fact, dict[str, Edit]]]:
+    """Compute the edits of many facts by several methods; see :func:`edit_each`.
 
     Args:
         model: The model.
         facts: The facts to write.
         methods: The methods, or their names as ``--method`` takes them.
-        contexts: The contexts of Equation 1 and of the value optimisation.
+        contexts: As in :class:`RomeEditor`, like all up to ``store``.
         second_moment: C.
-        layer: Layer to edit; None for the model's default.
-        hyperparameters: Settings; None for the model's own.
+        layer: Layer to edit.
+        hyperparameters: Settings of the value optimisation.
         key_source: Where the keys come from.
-        store: Where values are kept; None to keep none.
+        store: Where values are kept.
         on_step: Called with the number of facts that took one optimisation step.
 
     Yields:
@@ -112,86 +160,133 @@ def compute_edits(
             moment is of another layer or model.
         EditMismatchError: If the model is changed while edits are computed.
     """
-    chosen = find_methods(methods)
-    site = model.site(layer)
-    second_moment.check(model, site.layer)
-    return _windows(
-        model,
-        facts,
-        chosen,
-        contexts,
-        second_moment,
-        site.layer,
-        hyperparameters or model.hyperparameters,
-        key_source,
-        store,
-        on_step,
-    )
+    editors = [
+        RomeEditor(
+            method=method,
+            contexts=contexts,
+            second_moment=second_moment,
+            layer=layer,
+            hyperparameters=hyperparameters,
+            key_source=key_source,
+            store=store,
+        )
+        for method in find_methods(methods)
+    ]
+    return edit_each(model, facts, editors, on_step=on_step)
 
 
-def _windows(
+def edit_each(
     model: Model,
     facts: Sequence[Fact],
-    methods: Sequence[Method],
-    contexts: ContextSet,
-    moment: SecondMoment,
-    layer: int,
-    hyperparameters: Hyperparameters,
-    key_source: KeySource,
-    store: ValueStore | None,
+    editors: Sequence[Editor],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Fact, dict[str, Edit]]]:
+    """Edit every fact alone by each editor; the model is left as it is.
+
+    Editors of the ROME family that differ in nothing but the method work on a window of facts at a
+    time, and share the optimisation where their values are anchored alike. With a store, values
+    that are there already are read and not computed again, and new ones are kept when their batch
+    is done; not so while something disturbs the model (``Model.disturbance``).
+
+    The values are optimised on ``model`` with the interventions and edits of its view; the keys
+    come from ``key_source``, which may intervene otherwise.
+
+    Args:
+        model: The model.
+        facts: The facts to write.
+        editors: The editors.
+        on_step: Called with the number of facts that took one optimisation step.
+
+    Yields:
+        Each fact with its edits by the editor's name, in order.
+
+    Raises:
+        BadInputError: If two editors have one name, or a second moment is of another layer or
+            model.
+        EditMismatchError: If the model is changed while edits are computed.
+    """
+    names = [editor.name for editor in editors]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInputError(f"two editors are called {name!r}; give each its own name")
+    families: dict[Any, list[RomeEditor]] = {}
+    for editor in editors:
+        if isinstance(editor, RomeEditor):
+            editor.second_moment.check(model, model.site(editor.layer).layer)
+            families.setdefault(editor._settings, []).append(editor)
+    return _each(model, facts, editors, list(families.values()), on_step)
+
+
+def _each(
+    model: Model,
+    facts: Sequence[Fact],
+    editors: Sequence[Editor],
+    families: Sequence[Sequence[RomeEditor]],
     on_step: Callable[[int], None] | None,
-) -> Iterator[tuple[Fact, dict[str, RankOneEdit]]]:
-    slots = sorted({method.anchor for method in methods}, key=lambda slot: slot.value)
+) -> Iterator[tuple[Fact, dict[str, Edit]]]:
     for start in range(0, len(facts), WINDOW):
         chunk = facts[start : start + WINDOW]
-        # Edits may stand in the model by now that did not when the window before was computed.
-        identity, record, site = model.identity(), model.record(), model.site(layer)
-        if key_source is ORDINARY_KEYS:
-            keys = keys_of_facts(model, chunk, contexts, layer=layer)
-        else:
-            keys = [key_source.keys(model, fact, contexts, layer=layer) for fact in chunk]
-        kept = store if _may_be_kept(model, key_source) else None
-        values = {
-            slot: _values(
-                model,
-                chunk,
-                keys,
-                identity=identity,
-                contexts=contexts,
-                slot=slot,
-                layer=layer,
-                hyperparameters=hyperparameters,
-                key_source=key_source,
-                store=kept,
-                on_step=on_step,
-            )
-            for slot in slots
-        }
+        identity = model.identity()
         # All before the first is handed out: whoever gets it may put it into the weights.
-        found: list[tuple[Fact, dict[str, RankOneEdit]]] = []
-        for index, fact in enumerate(chunk):
-            edits: dict[str, RankOneEdit] = {}
-            for method in methods:
-                value = values[method.anchor][index]
-                left, right, report = solve_update(site, keys[index], value, method, moment)
-                edits[method.name] = RankOneEdit(
-                    left=left,
-                    right=right,
-                    layer=layer,
-                    stack=site.stack,
-                    report=report,
-                    losses=value.losses,
-                    provenance=_provenance(
-                        record, fact, method, contexts, moment, layer, hyperparameters
-                    )
-                    | {"keys": key_source.name},
-                )
-            found.append((fact, edits))
+        found: list[dict[str, Edit]] = [{} for _ in chunk]
+        for family in families:
+            for edits, own in zip(found, _family(model, chunk, family, on_step), strict=True):
+                edits.update(own)
+        for editor in editors:
+            if not isinstance(editor, RomeEditor):
+                for edits, fact in zip(found, chunk, strict=True):
+                    edits[editor.name] = editor.edit(model, [fact])
         if model.identity() != identity:
             raise EditMismatchError(
                 f"{model.name} was changed while edits were computed on it; compute them again"
             )
-        yield from found
+        for fact, edits in zip(chunk, found, strict=True):
+            yield fact, {editor.name: edits[editor.name] for editor in editors}
+
+
+def _family(
+    model: Model,
+    facts: Sequence[Fact],
+    family: Sequence[RomeEditor],
+    on_step: Callable[[int], None] | None,
+) -> list[dict[str, Edit]]:
+    """Edits of each fact by editors that differ in their methods alone."""
+    first = family[0]
+    # Edits may stand in the model by now that did not when the window before was computed.
+    identity, record, site = model.identity(), model.record(), model.site(first.layer)
+    settings = first.hyperparameters or model.hyperparameters
+    one = replace(first, layer=site.layer, hyperparameters=settings)
+    if one.key_source is ORDINARY_KEYS:
+        keys = keys_of_facts(model, facts, one.contexts, layer=site.layer)
+    else:
+        source = one.key_source
+        keys = [source.keys(model, fact, one.contexts, layer=site.layer) for fact in facts]
+    if not _may_be_kept(model, one.key_source):
+        one = replace(one, store=None)
+    slots = sorted({editor.method.anchor for editor in family}, key=lambda slot: slot.value)
+    values = {slot: _values(model, facts, keys, one, slot, identity, on_step) for slot in slots}
+    made: list[dict[str, Edit]] = []
+    for index, fact in enumerate(facts):
+        edits: dict[str, Edit] = {}
+        for method in (editor.method for editor in family):
+            value = values[method.anchor][index]
+            left, right, components = solve_update(
+                site, keys[index], value, method, one.second_moment
+            )
+            delta = Delta(place=site.place, left=left[:, None], right=right[None])
+            edits[method.name] = Edit(
+                deltas=(delta,),
+                components=components,
+                losses=value.losses,
+                provenance=_provenance(record, fact, one, settings)
+                | {
+                    "method": {"name": method.name, **method.slots},
+                    "parameters": {str(site.place): model.weights.name_of(site.place)},
+                },
+            )
+        made.append(edits)
+    return made
 
 
 def _may_be_kept(model: Model, key_source: KeySource) -> bool:
@@ -206,17 +301,14 @@ def _values(
     model: Model,
     facts: Sequence[Fact],
     keys: Sequence[FactKeys],
-    *,
-    identity: str,
-    contexts: ContextSet,
+    editor: RomeEditor,
     slot: Slot,
-    layer: int,
-    hyperparameters: Hyperparameters,
-    key_source: KeySource,
-    store: ValueStore | None,
+    identity: str,
     on_step: Callable[[int], None] | None,
 ) -> list[Value]:
-    site = model.site(layer)
+    site, contexts = model.site(editor.layer), editor.contexts
+    layer, hyperparameters = site.layer, editor.hyperparameters or model.hyperparameters
+    key_source, store = editor.key_source, editor.store
     found: dict[int, Value] = {}
 
     def path_of(fact: Fact, source: KeySource) -> Path | None:
@@ -286,19 +378,13 @@ def _same_anchors(
 
 
 def _provenance(
-    model: dict[str, Any],
-    fact: Fact,
-    method: Method,
-    contexts: ContextSet,
-    moment: SecondMoment,
-    layer: int,
-    hyperparameters: Hyperparameters,
+    model: dict[str, Any], fact: Fact, editor: RomeEditor, hyperparameters: Hyperparameters
 ) -> dict[str, Any]:
+    contexts, moment = editor.contexts, editor.second_moment
     return {
         "model": model,
-        "layer": layer,
-        "fact": fact.as_record(),
-        "method": {"name": method.name, **method.slots},
+        "layer": editor.layer,
+        "facts": [fact.as_record() | {"source": fact.source}],
         "contexts": {
             "hash": contexts.content_hash,
             "seed": contexts.seed,
@@ -312,5 +398,6 @@ def _provenance(
             "ridge": moment.ridge,
         },
         "hyperparameters": hyperparameters.as_dict(),
+        "keys": editor.key_source.name,
         "versions": versions(),
     }

@@ -7,7 +7,9 @@ from firsttok.evaluation.counterfact import (
     edit_counterfact_scores,
 )
 from firsttok.evaluation.generation import (
+    GeneratedMatch,
     continuation,
+    generated_match,
     generation_entropy,
     sample_continuations,
     top_predictions,
@@ -35,6 +37,7 @@ __all__ = [
     "Accuracy",
     "CounterfactScores",
     "Damage",
+    "GeneratedMatch",
     "Perplexity",
     "PreparedTexts",
     "TargetScore",
@@ -44,6 +47,7 @@ __all__ = [
     "edit_accuracies",
     "edit_accuracy",
     "edit_counterfact_scores",
+    "generated_match",
     "generation_entropy",
     "perplexity",
     "prepare_texts",

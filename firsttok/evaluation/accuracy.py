@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
-from firsttok.editing import RankOneEdit
+from firsttok.editing import Edit
 from firsttok.evaluation.targets import TargetScore, score_edits
 from firsttok.models import Model
 from firsttok.prompts import fact_prompt, text_prompt, with_target
@@ -27,7 +27,7 @@ class Accuracy:
 
 
 @taken
-def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str = "{}") -> Accuracy:
+def edit_accuracy(model: Model, fact: Fact, edit: Edit, *, context: str = "{}") -> Accuracy:
     """Measure one edit: efficacy, generalization and locality of Section 4.
 
     Args:
@@ -44,20 +44,19 @@ def edit_accuracy(model: Model, fact: Fact, edit: RankOneEdit, *, context: str =
 
 @taken
 def edit_accuracies(
-    model: Model, fact: Fact, edits: Sequence[RankOneEdit], *, context: str = "{}"
+    model: Model, fact: Fact, edits: Sequence[Edit], *, context: str = "{}"
 ) -> list[Accuracy]:
-    """As :func:`edit_accuracy`, for several edits of one layer that share their passes.
+    """As :func:`edit_accuracy`, for several edits, which share their passes where they can.
 
-    No weight is touched; see :meth:`~firsttok.evaluation.PreparedTexts.measure_edits`.
+    See :func:`~firsttok.evaluation.score_edits`.
 
     Args:
         model: The model, unedited.
         fact: The fact the edits wrote.
-        edits: The edits, all of one layer.
+        edits: The edits.
         context: As for :func:`edit_accuracy`.
 
     Raises:
-        BadInputError: If the edits are of several layers.
         EditMismatchError: If an edit was made for another model.
     """
     prompt = fact_prompt(model, fact, context)

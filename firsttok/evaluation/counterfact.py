@@ -7,7 +7,7 @@ from scipy.stats import hmean
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
-from firsttok.editing import RankOneEdit
+from firsttok.editing import Edit
 from firsttok.evaluation.targets import TargetScore, score_edits
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, text_prompt, with_target
@@ -56,22 +56,21 @@ def counterfact_scores(model: Model, fact: Fact) -> CounterfactScores:
 
 @taken
 def edit_counterfact_scores(
-    model: Model, fact: Fact, edits: Sequence[RankOneEdit]
+    model: Model, fact: Fact, edits: Sequence[Edit]
 ) -> list[CounterfactScores]:
-    """Score a fact on the model as it is, then under each edit alone; the passes are shared.
+    """Score a fact on the model as it is, then under each edit alone.
 
-    No weight is touched; see :meth:`~firsttok.evaluation.PreparedTexts.measure_edits`.
+    See :func:`~firsttok.evaluation.score_edits`.
 
     Args:
         model: The model, unedited.
         fact: The fact.
-        edits: Edits, all of one layer.
+        edits: Edits.
 
     Returns:
         The scores without any edit, then under each of them, in order.
 
     Raises:
-        BadInputError: If the edits are of several layers.
         EditMismatchError: If an edit was made for another model.
     """
     new, true = fact.target_new, fact.target_true

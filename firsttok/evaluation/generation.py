@@ -3,7 +3,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,13 +13,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from firsttok.arguments import taken, whole_number
+from firsttok.data import Fact
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
 from firsttok.models.products import fast_products
-from firsttok.prompts import Prompt, pad, text_prompt
+from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
 
-__all__ = ["continuation", "generation_entropy", "sample_continuations", "top_predictions"]
+__all__ = [
+    "GeneratedMatch",
+    "continuation",
+    "generated_match",
+    "generation_entropy",
+    "sample_continuations",
+    "top_predictions",
+]
 
+_STOP = re.compile(r"(?<=\w)[.!?](?=\s)|(?<=\S)\s*\n")
+"""Where a text ends by itself. A mark counts once a space follows it: 3.5 has none."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 """A word, or a mark of its own: a collapsed model may write nothing but commas."""
 
@@ -40,12 +52,88 @@ def continuation(model: Model, text: str, *, tokens: int = 20) -> str:
     """Continue a text greedily; returns the new text only."""
     whole_number(tokens, "tokens", least=0)
     prompt = text_prompt(model, text)
-    ids = prompt.token_ids
-    for _ in range(tokens):
-        batch = pad(model, [Prompt(text=text, token_ids=ids)])
-        ids = (*ids, int(logits(model, batch)[0, -1].argmax()))
     tokenizer: Any = model.tokenizer
-    return tokenizer.decode(ids[len(prompt.token_ids) :])
+    return tokenizer.decode(list(islice(_greedy(model, prompt), tokens)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedMatch:
+    """What a model writes behind a fact's prompt by itself, beside the fact's new target.
+
+    Teacher-forced accuracy gives the model all earlier tokens of the target, and asks for no end;
+    this does neither ("The Mirage of Model Editing", Yang et al. 2025).
+    """
+
+    text: str
+    """What it wrote, up to a natural stop."""
+    exact: bool
+    """Whether that is the target, both normalised."""
+    first_words: bool
+    """Whether it begins with the target's words, both normalised."""
+
+
+@taken
+def generated_match(
+    model: Model, fact: Fact, *, context: str = "{}", tokens: int = 20
+) -> GeneratedMatch:
+    """Let a model write greedily behind a fact's prompt, and look for the new target in it.
+
+    It stops where the text does: at a token that ends texts, at a line break behind a word, or
+    behind a full stop, question or exclamation mark. Case, punctuation, articles and spaces do not
+    count (SQuAD's normalisation).
+
+    Args:
+        model: The model; inside ``edit.applied(model)`` or as ``model.edited(edit)`` an edited one.
+        fact: The fact.
+        context: Put before the prompt.
+        tokens: Most tokens that are written; more if the target has more.
+    """
+    whole_number(tokens, "tokens", least=1)
+    prompt = fact_prompt(model, fact, context)
+    tokenizer: Any = model.tokenizer
+    target = with_target(model, prompt, fact.target_new, join=fact.join).target_ids
+    ends, ids, text = set(_end_ids(model)), list[int](), ""
+    for token in islice(_greedy(model, prompt), max(tokens, len(target) + 1)):
+        if token in ends:
+            break
+        text = tokenizer.decode([*ids, token])
+        found = _STOP.search(text)
+        if found is not None:
+            text = text[: found.start() + 1]
+            break
+        ids.append(token)
+    said, wanted = _normalised(text), _normalised(fact.target_new)
+    if not wanted:
+        # A target of marks or of an article alone is compared as it stands.
+        said, wanted = text.casefold().split(), fact.target_new.casefold().split()
+    return GeneratedMatch(
+        text=text.strip(), exact=said == wanted, first_words=said[: len(wanted)] == wanted
+    )
+
+
+def _greedy(model: Model, prompt: Prompt) -> Iterator[int]:
+    """The most probable tokens behind a prompt, one after another, without end."""
+    ids = prompt.token_ids
+    while True:
+        batch = pad(model, [Prompt(text=prompt.text, token_ids=ids)])
+        token = int(logits(model, batch)[0, -1].argmax())
+        ids = (*ids, token)
+        yield token
+
+
+def _end_ids(model: Model) -> list[int]:
+    """Tokens that end texts: those of the tokenizer and of the generation configuration."""
+    generation: Any = getattr(model.weights.bridge.original_model, "generation_config", None)
+    given: Any = getattr(generation, "eos_token_id", None)
+    tokenizer: Any = model.tokenizer
+    listed = given if isinstance(given, list) else [given]
+    return [token for token in (*listed, tokenizer.eos_token_id) if token is not None]
+
+
+def _normalised(text: str) -> list[str]:
+    """Words of a text, without case, punctuation and articles."""
+    words = re.sub(r"[^\w\s]", "", text.casefold()).split()
+    return [word for word in words if word not in ("a", "an", "the")]
 
 
 @taken

@@ -12,7 +12,7 @@ from torch import Tensor
 from firsttok.arguments import taken
 from firsttok.data import builtin_sentences
 from firsttok.display import Panel, Shown, Table
-from firsttok.editing import RankOneEdit
+from firsttok.editing import Edit
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
 from firsttok.prompts import Prompt, batches, pad, sees_later, text_prompt
@@ -101,13 +101,13 @@ class _Group:
     labels: Int[Tensor, "place"]
     tail: Tail
 
-    def nlls(self, model: Model, edits: Sequence[RankOneEdit]) -> list[dict[int, Tensor]]:
+    def nlls(self, model: Model, edits: Sequence[Edit]) -> list[dict[int, Tensor]]:
         """NLLs of each sentence's tokens under each edit."""
         count = len(edits)
         tail = self.tail
         if count > 1:
             tail = tail.rows(torch.arange(len(self.indices), device=model.device).repeat(count))
-        change = torch.cat([self.tail.rank_one(edit.left, edit.right) for edit in edits])
+        change = torch.cat([edit.delta.change(self.tail.keys) for edit in edits])
         where = self.where.repeat(count, 1)
         chunks = tail.logit_chunks(model, where, change, size=_PLACES, overwrite=True)
         nll = _nlls(model, chunks, self.labels.repeat(count)).split(len(self.labels))
@@ -129,12 +129,12 @@ class PreparedTexts:
 
     @taken
     @torch.no_grad()
-    def measure_edits(self, model: Model, edits: Sequence[RankOneEdit]) -> list[Perplexity]:
+    def measure_edits(self, model: Model, edits: Sequence[Edit]) -> list[Perplexity]:
         """Measure the model under each edit alone, as if it stood in the weights.
 
-        An edit enters as ``(k . u) r``, added to the output of the edited layer's MLP; no weight is
-        touched. As many edits share a batch as the device takes. In a 16-bit type an edit that
-        stands in the weights is rounded with them; here it is not.
+        An edit enters as what it adds to the output of the edited layer's MLP, ``(k . u) r`` for
+        one of rank one; no weight is touched. As many edits share a batch as the device takes. In a
+        16-bit type an edit that stands in the weights is rounded with them; here it is not.
 
         An edit that stands in a layer above is measured along; what stands at the layer or below
         must be what stood there when the sentences were prepared.
@@ -145,7 +145,7 @@ class PreparedTexts:
 
         Raises:
             EditMismatchError: If an edit was made for another model, or the model is not as it was.
-            BadInputError: If an edit is of another layer.
+            BadInputError: If an edit changes anything but the MLP's last matrix at that layer.
         """
         if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
             raise EditMismatchError(
@@ -153,10 +153,11 @@ class PreparedTexts:
                 "prepared; undo that edit first, or measure with perplexity(model)"
             )
         for edit in edits:
-            if edit.site_in(model).layer != self.layer:
+            edit.check(model)
+            if edit.output_layer != self.layer:
                 raise BadInputError(
-                    f"an edit of layer {edit.layer} cannot be measured on sentences prepared for "
-                    f"layer {self.layer}; prepare them for that layer"
+                    f"the edit {edit.title} cannot be measured on sentences prepared for the "
+                    f"output of layer {self.layer}; use perplexity(model.edited(edit))"
                 )
         nlls: list[dict[int, Tensor]] = [{} for _ in edits]
         most = _MAX_TOKENS if model.device.type == "cpu" else _MAX_TOKENS_CUDA

@@ -11,8 +11,7 @@ from torch import Tensor
 from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing import RankOneEdit
-from firsttok.errors import BadInputError
+from firsttok.editing import Edit
 from firsttok.models import Model, capture_tail, logits
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
 from firsttok.tensors import TokenBatch, TokenMask
@@ -65,32 +64,47 @@ def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
 @taken
 @torch.no_grad()
 def score_edits(
-    model: Model, prompts: Sequence[Prompt], edits: Sequence[RankOneEdit]
+    model: Model, prompts: Sequence[Prompt], edits: Sequence[Edit]
 ) -> list[list[TargetScore]]:
     """Score prompts that end in a target on the model as it is, then under each edit alone.
 
-    No weight is touched; see :meth:`~firsttok.evaluation.PreparedTexts.measure_edits`.
+    Edits of one layer's output share a pass up to that layer, in which no weight is touched (see
+    :meth:`~firsttok.evaluation.PreparedTexts.measure_edits`); any other one is put into the weights
+    for a pass of its own.
 
     Args:
         model: The model, unedited.
         prompts: The prompts.
-        edits: Edits, all of one layer.
+        edits: Edits.
 
     Returns:
         The prompts' scores without any edit, then under each of them, in order.
 
     Raises:
-        BadInputError: If the edits are of several layers.
         EditMismatchError: If an edit was made for another model.
     """
-    if not edits:
-        return [score_targets(model, prompts)]
-    layers = {edit.site_in(model).layer for edit in edits}
-    if len(layers) != 1:
-        raise BadInputError(
-            f"edits of layers {sorted(layers)} cannot share a pass; measure them layer by layer"
-        )
-    (layer,) = layers
+    together: dict[int, list[int]] = {}
+    for index, edit in enumerate(edits):
+        edit.check(model)
+        if edit.output_layer is not None:
+            together.setdefault(edit.output_layer, []).append(index)
+    found: dict[int, list[TargetScore]] = {}
+    before: list[TargetScore] | None = None
+    for layer, indices in together.items():
+        before, *after = _score_by_tail(model, prompts, [edits[i] for i in indices], layer)
+        found |= dict(zip(indices, after, strict=True))
+    for index, edit in enumerate(edits):
+        if index not in found:
+            found[index] = score_targets(model.edited(edit), prompts)
+    if before is None:
+        before = score_targets(model, prompts)
+    return [before, *(found[index] for index in range(len(edits)))]
+
+
+def _score_by_tail(
+    model: Model, prompts: Sequence[Prompt], edits: Sequence[Edit], layer: int
+) -> list[list[TargetScore]]:
+    """Without any edit, then under each of some that change one layer's output alone."""
     count = 1 + len(edits)
     scores: list[dict[int, TargetScore]] = [{} for _ in range(count)]
     for group in batches(prompts, max_tokens=_MAX_TOKENS // count):
@@ -98,7 +112,7 @@ def score_edits(
         batch = pad(model, chosen)
         tail = capture_tail(model, batch, layer=layer)
         changes = [torch.zeros_like(tail.residual)]
-        changes += [tail.rank_one(edit.left, edit.right) for edit in edits]
+        changes += [edit.delta.change(tail.keys) for edit in edits]
         rows = torch.arange(len(chosen), device=model.device).repeat(count)
         where = _places(batch, chosen).repeat(count, 1)
         there = tail.rows(rows).logits(model, where, torch.cat(changes))

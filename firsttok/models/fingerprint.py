@@ -1,7 +1,7 @@
 """Hashes of a model's parts: its weights, its configuration and its tokenizer."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,21 @@ class HashedWeights:
     """SHA-256 over names, shapes, types and bytes of all weights."""
     by_place: Mapping[tuple[Any, ...], str]
     """:func:`tensor_hash` of each, by where and how it is in memory."""
+    places: Mapping[str, tuple[Any, ...]]
+    """That place by the name in the checkpoint."""
 
     def hash_of(self, tensor: Shaped[Tensor, "..."]) -> str:
         """Return :func:`tensor_hash` of a tensor; one of the weights is not read again."""
         return self.by_place.get(_place(tensor)) or tensor_hash(tensor)
+
+    def named(self, tensors: Iterable[Shaped[Tensor, "..."]]) -> dict[str, Shaped[Tensor, "..."]]:
+        """Return tensors that are as they were hashed, by their names in the checkpoint.
+
+        Args:
+            tensors: The tensors of the model, in whatever module they are by now.
+        """
+        known = {_place(tensor): tensor for tensor in tensors}
+        return {name: known[place] for name, place in self.places.items()}
 
 
 def hash_weights(model: "nn.Module") -> HashedWeights:
@@ -47,6 +58,7 @@ def hash_weights(model: "nn.Module") -> HashedWeights:
     """
     digest = hashlib.sha256()
     by_place: dict[tuple[Any, ...], str] = {}
+    places: dict[str, tuple[Any, ...]] = {}
     # Both digests of a weight at once: neither holds Python's lock.
     with ThreadPoolExecutor(max_workers=1) as beside:
         for key, weight in sorted(model.state_dict().items()):
@@ -57,12 +69,13 @@ def hash_weights(model: "nn.Module") -> HashedWeights:
             digest.update(f"{key} {_kind(weight)}".encode())
             content = _bytes(weight)
             own = None
+            places[key] = _place(weight)
             if _place(weight) not in by_place:
                 own = beside.submit(_hash, weight, content)
             digest.update(content)
             if own is not None:
                 by_place[_place(weight)] = own.result()
-    return HashedWeights(fingerprint=digest.hexdigest(), by_place=by_place)
+    return HashedWeights(fingerprint=digest.hexdigest(), by_place=by_place, places=places)
 
 
 def tensor_hash(tensor: Shaped[Tensor, "..."]) -> str:

@@ -1,6 +1,7 @@
 """Load a model by name, hub id or folder, as a TransformerBridge with checked edit sites."""
 
 import copy
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -20,22 +21,26 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import find_spec
 from firsttok.models.disturbance import Baseline
-from firsttok.models.fingerprint import hash_weights
+from firsttok.models.fingerprint import hash_weights, tensor_hash
 from firsttok.models.forward import find_first_position
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_file, hub_trouble, locate, reason_of
 from firsttok.models.model import Model
 from firsttok.models.norms import skip_idle_hooks
-from firsttok.models.sites import find_sites
+from firsttok.models.plain import EXPORT_RECORD
+from firsttok.models.sites import find_inner_sites, find_sites
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
 from firsttok.models.weights import Weights
 from firsttok.option_values import check_device_name
+from firsttok.storage import read_record
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["check_device", "load"]
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -93,16 +98,23 @@ def load(
             hashed = beside.submit(hash_weights, hf_model)
             import_module("transformer_lens.model_bridge")
             lens_tokenizer = _lens_tokenizer(tokenizer, name)
+            written = _written(location, hf_model)
             hashes = hashed.result()
         bridge = _bridge(hf_model, lens_tokenizer, name)
         sites = find_sites(bridge)
         numbered = sites[0].stack == "blocks"
         first_position = find_first_position(bridge) if numbered else 0
     layers = sum(site.stack == sites[0].stack for site in sites)
+    if written is None:
+        logger.warning(
+            "%s was changed since firsttok exported it, so its %s says nothing about its weights",
+            name,
+            EXPORT_RECORD,
+        )
     return Model(
         name=name,
         source=location.source,
-        weights=Weights(bridge, sites, hashes),
+        weights=Weights(bridge, (*sites, *find_inner_sites(bridge, sites)), hashes),
         baseline=Baseline.of(bridge),
         tokenizer=tokenizer,
         sites=sites,
@@ -110,7 +122,23 @@ def load(
         default_layer=spec.layer if spec and spec.layer is not None else layers // 2,
         hyperparameters=spec.hyperparameters if spec else Hyperparameters(),
         first_position=first_position,
+        written=written or (),
     )
+
+
+def _written(location: Location, hf_model: "PreTrainedModel") -> tuple[str, ...] | None:
+    """Titles of the edits that firsttok exported with the weights; None if these are others now."""
+    path = Path(location.path) / EXPORT_RECORD
+    if not location.is_local or not path.exists():
+        return ()
+    record = read_record(path, "the record of an exported model")
+    state = hf_model.state_dict()
+    saved = DTYPES[record["dtype"]]
+    for weight, digest in record["weights"].items():
+        if tensor_hash(state[weight].to(saved)) != digest:
+            return None
+    titles = tuple(edit["title"] for edit in record["model"]["edits"])
+    return (*record["model"].get("written", ()), *titles)
 
 
 def check_device(device: str) -> None:

@@ -10,7 +10,12 @@ from torch import nn
 
 from firsttok.arguments import taken, whole_number
 from firsttok.display import Panel, Shown, Table, short_hash
-from firsttok.errors import BadInputError, LayerOutOfRangeError, ViewError
+from firsttok.errors import (
+    BadInputError,
+    LayerOutOfRangeError,
+    UnsupportedModelError,
+    ViewError,
+)
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.blocks import undisturbed
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
@@ -20,7 +25,7 @@ from firsttok.models.forward import call_arguments
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.interventions import intervene
 from firsttok.models.replay import find_replay
-from firsttok.models.sites import EditSite, refuse_processed
+from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
 from firsttok.models.tail import Replay
 from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
@@ -52,7 +57,7 @@ class Model(Shown):
     tokenizer: "PreTrainedTokenizerBase"
     """The model's own tokenizer."""
     sites: tuple[EditSite, ...]
-    """Every edit site, checked."""
+    """Every site of a key, checked."""
     bos: BosPolicy
     """The BOS policy of every prompt made for this model."""
     default_layer: int
@@ -65,6 +70,8 @@ class Model(Shown):
     """Position id of a prompt's first token; 0 for all but RoBERTa."""
     trials: Trials = field(default_factory=Trials)
     """What was found out about how these weights take changes; shared by all views."""
+    written: tuple[str, ...] = ()
+    """Titles of edits that the checkpoint already held, as firsttok exported it."""
     own_edits: tuple[WeightEdit, ...] | None = None
     """All edits in the weights of this view; None where they are those that stand in the model."""
     contents: ContentCache = field(default_factory=dict[Any, Any])
@@ -83,7 +90,7 @@ class Model(Shown):
             "weights": short_hash(self.fingerprint),
             "BOS": self.bos.value,
             "view": ", ".join(change.name for change in self.interventions),
-            "edits in it": ", then ".join(edit.title for edit in self.edits),
+            "edits in it": ", then ".join([*self.written, *(edit.title for edit in self.edits)]),
         }
 
     def panel(self) -> Panel:
@@ -186,24 +193,34 @@ class Model(Shown):
         """
         return () if self.can_be_edited else trailing_ids(self.tokenizer)
 
-    def site(self, layer: int | None = None, *, stack: str | None = None) -> EditSite:
+    def site(
+        self, layer: int | None = None, *, stack: str | None = None, port: str = "out"
+    ) -> EditSite:
         """Return the edit site of a layer.
 
         Args:
             layer: Layer number from 0; None for the model's default layer.
             stack: ``encoder_blocks`` or ``decoder_blocks`` on encoder-decoders; None for the first.
+            port: ``out`` for the MLP's matrix that is given the key; ``in`` or ``gate`` for one
+                before it.
 
         Raises:
             LayerOutOfRangeError: If there is no such layer.
-            UnsupportedModelError: If TransformerLens has changed the weights since they were
-                loaded.
+            UnsupportedModelError: If its MLP has no such matrix; or if TransformerLens has changed
+                the weights since they were loaded.
         """
         refuse_processed(self.weights.bridge, self.name)
         layer = self.default_layer if layer is None else whole_number(layer, "layer")
         stack = self.sites[0].stack if stack is None else stack
-        for site in self.sites:
-            if site.layer == layer and site.stack == stack:
-                return self._own_site(site)
+        sites = self.weights.sites
+        if (place := Place(stack, layer, port)) in sites:
+            return self._own_site(sites[place])
+        if place._replace(port="out") in sites:
+            has = [name for name in PORTS if place._replace(port=name) in sites]
+            raise UnsupportedModelError(
+                f"the MLP of layer {layer} of {self.name} has no matrix {port!r} of its own; take "
+                f"{' or '.join(map(repr, has))}"
+            )
         raise LayerOutOfRangeError(
             f"{self.name} has no layer {layer}; choose one from 0 to {self.n_layers - 1}"
         )
@@ -301,6 +318,7 @@ class Model(Shown):
             "bos": self.bos.value,
             "bos_token_ids": list(self.leading_ids),
             "interventions": [change.name for change in self.interventions],
+            **({"written": list(self.written)} if self.written else {}),
         } | ({} if disturbance is None else {"disturbed by": disturbance})
 
     def _state_hash(self, edits: list[str], changed: Mapping[str, str]) -> str:
@@ -318,7 +336,7 @@ class Model(Shown):
             "edits": [
                 {"hash": edit.content_hash, "title": edit.title}
                 for edit in self.edits
-                if below is None or any(s != "blocks" or layer < below for s, layer in edit.places)
+                if below is None or any(_reaches(place, below) for place in edit.places)
             ],
             "changed": self.weights.changes(below=below),
         }
@@ -477,7 +495,7 @@ class Model(Shown):
             if self.own_edits is None:
                 self.weights.refuse_other_threads()
             return site
-        content = self.weights.content((site.stack, site.layer), self.edits, self.contents)
+        content = self.weights.content(site.place, self.edits, self.contents)
         if content.data_ptr() == site.weight.data_ptr():
             return site
         return replace(site, weight=nn.Parameter(content, requires_grad=False))
@@ -508,3 +526,9 @@ class Model(Shown):
 def _is_intervention(change: object) -> bool:
     """Whether it is one, and not the class of some."""
     return isinstance(change, Intervention) and not isinstance(change, type)
+
+
+def _reaches(place: Place, layer: int) -> bool:
+    """Whether the keys of a layer of ``blocks`` depend on an edit site."""
+    before = place.layer < layer or (place.layer == layer and place.port != "out")
+    return before or place.stack != "blocks"

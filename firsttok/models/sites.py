@@ -1,9 +1,9 @@
-"""Edit sites: the weight that maps a key to a value, layer by layer, checked on a real pass."""
+"""Edit sites: the weights of every MLP; the one that maps a key to a value is checked on a pass."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,15 +15,34 @@ from firsttok.tensors import ValueMatrix, WeightInOut
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["EditSite", "find_sites", "refuse_processed"]
+__all__ = ["PORTS", "EditSite", "Place", "find_inner_sites", "find_sites", "refuse_processed"]
+
+PORTS = ("in", "gate", "out")
+"""Matrices of an MLP, as TransformerLens names them: up, gate (where there is one) and down."""
 
 _STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
 _CHECK_TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 5e-3}
 
 
+class Place(NamedTuple):
+    """Where an edit site is."""
+
+    stack: str
+    """``blocks``, ``encoder_blocks`` or ``decoder_blocks``."""
+    layer: int
+    """Layer within its stack, counted from 0."""
+    port: str = "out"
+    """Which of the MLP's matrices, one of :data:`PORTS`."""
+
+    def __str__(self) -> str:
+        """As messages name it."""
+        where = "layer" if self.stack == "blocks" else f"{self.stack}, layer"
+        return f"{where} {self.layer}" + ("" if self.port == "out" else f" ({self.port})")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EditSite:
-    """The second matrix of one MLP: key ``k`` in, value ``k @ W + b`` out."""
+    """One matrix of an MLP; of the second one, key ``k`` goes in and value ``k @ W + b`` out."""
 
     stack: str
     """``blocks``, ``encoder_blocks`` or ``decoder_blocks``."""
@@ -34,17 +53,25 @@ class EditSite:
     bias: nn.Parameter | None
     """The live bias, or None."""
     in_out: bool
-    """Whether the weight is laid out ``[d_mlp, d_model]`` (GPT-2) or transposed (all others)."""
+    """Whether the weight is laid out ``[d_in, d_out]`` (GPT-2) or transposed (all others)."""
+    port: str = "out"
+    """Which of the MLP's matrices it is, one of :data:`PORTS`."""
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place(self.stack, self.layer, self.port)
 
     @property
     def key_hook(self) -> str:
-        """Hook point of the key."""
-        return f"{self.stack}.{self.layer}.mlp.out.hook_in"
+        """Hook point of what the matrix is given: the key, or the MLP's input."""
+        return f"{self.stack}.{self.layer}.mlp.{self.port}.hook_in"
 
     @property
     def value_hook(self) -> str:
-        """Hook point of the MLP's output."""
-        return f"{self.stack}.{self.layer}.mlp.hook_out"
+        """Hook point of what it gives: the MLP's output, or what goes into the activation."""
+        inner = "" if self.port == "out" else f"{self.port}."
+        return f"{self.stack}.{self.layer}.mlp.{inner}hook_out"
 
     @property
     def residual_hook(self) -> str:
@@ -53,22 +80,22 @@ class EditSite:
 
     @property
     def matrix(self) -> WeightInOut:
-        """The weight as ``[d_mlp, d_model]``, a view."""
+        """The weight as ``[d_in, d_out]``, a view."""
         weight = self.weight.detach()
         return weight if self.in_out else weight.T
 
     @property
     def d_mlp(self) -> int:
         """Width of a key."""
-        return self.matrix.shape[0]
+        return self.matrix.shape[0 if self.port == "out" else 1]
 
     @property
     def d_model(self) -> int:
         """Width of a value."""
-        return self.matrix.shape[1]
+        return self.matrix.shape[1 if self.port == "out" else 0]
 
     def in_layout(self, matrix: WeightInOut) -> Float[Tensor, "rows columns"]:
-        """Lay out a ``[d_mlp, d_model]`` matrix as the weight is."""
+        """Lay out a ``[d_in, d_out]`` matrix as the weight is."""
         return matrix if self.in_out else matrix.T
 
     def values_of(self, keys: Float[Tensor, "prompt d_mlp"]) -> ValueMatrix:
@@ -94,6 +121,38 @@ def find_sites(bridge: "TransformerBridge") -> tuple[EditSite, ...]:
     return sites
 
 
+def find_inner_sites(
+    bridge: "TransformerBridge", sites: Sequence[EditSite]
+) -> tuple[EditSite, ...]:
+    """Find the matrices that stand before the key, ``in`` and ``gate``, where there are such.
+
+    A layer has none here whose MLP is no plain stack of linear maps, or keeps both in one matrix
+    (Phi-3), which TransformerLens takes apart.
+
+    Args:
+        bridge: The bridge.
+        sites: The sites of :func:`find_sites`.
+    """
+    own = {id(parameter) for parameter in bridge.original_model.parameters()}
+    found: list[EditSite] = []
+    for site in sites:
+        mlp: Any = getattr(bridge, site.stack)[site.layer].mlp
+        for port in PORTS[:-1]:
+            original: Any = getattr(getattr(mlp, port, None), "original_component", None)
+            if _is_linear(original) and id(original.weight) in own:
+                found.append(
+                    EditSite(
+                        stack=site.stack,
+                        layer=site.layer,
+                        port=port,
+                        weight=original.weight,
+                        bias=original.bias,
+                        in_out=not isinstance(original, nn.Linear),
+                    )
+                )
+    return tuple(found)
+
+
 def refuse_processed(bridge: "TransformerBridge", name: str) -> None:
     """Refuse a bridge whose weights or hook points are no longer those that were checked.
 
@@ -113,15 +172,19 @@ def refuse_processed(bridge: "TransformerBridge", name: str) -> None:
         )
 
 
-def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
+def _is_linear(module: object) -> bool:
     from transformers.pytorch_utils import Conv1D
 
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
     for stack in _STACKS:
         blocks: Any = getattr(bridge, stack, None)
         for layer, block in enumerate(blocks if blocks is not None else ()):
             projection: Any = getattr(getattr(block, "mlp", None), "out", None)
             original: Any = getattr(projection, "original_component", None)
-            if not isinstance(original, nn.Linear | Conv1D):
+            if not _is_linear(original):
                 raise UnsupportedModelError(
                     f"layer {layer} of {stack} in {bridge.cfg.architecture} has no single MLP "
                     "output projection (a mixture of experts?), so there is no key to edit"
@@ -132,7 +195,7 @@ def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
                 layer=layer,
                 weight=weight,
                 bias=original.bias,
-                in_out=isinstance(original, Conv1D),
+                in_out=not isinstance(original, nn.Linear),
             )
 
 

@@ -21,7 +21,7 @@ from firsttok.models.forward import call_arguments
 from firsttok.models.fused import Packing, run_packed, unembed
 from firsttok.models.fusibility import has_plain_arguments, is_fusible
 from firsttok.models.products import fast_products
-from firsttok.tensors import KeyVector, TokenBatch, ValueVector
+from firsttok.tensors import TokenBatch
 
 if TYPE_CHECKING:
     from firsttok.models.model import Model
@@ -81,13 +81,6 @@ class Tail:
             arguments=tuple({k: pick(v) for k, v in block.items()} for block in self.arguments),
             past=cast(tuple[tuple[Tensor, Tensor], ...], pick(self.past)),
         )
-
-    def rank_one(
-        self, left: KeyVector, right: ValueVector
-    ) -> Float[Tensor, "prompt suffix d_model"]:
-        """The change that ``W + outer(left, right)`` makes to the MLP's output: ``(k . u) r``."""
-        keys = self.keys.to(torch.promote_types(self.keys.dtype, left.dtype))
-        return (keys @ left.to(keys))[..., None] * right.to(keys)
 
     def logits(
         self,

@@ -6,7 +6,7 @@ is undone to the bit by putting the tensor back.
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -17,15 +17,13 @@ from torch import Tensor
 from firsttok.errors import EditMismatchError
 from firsttok.models.fingerprint import HashedWeights, tensor_hash
 from firsttok.models.interrupts import Deferral
-from firsttok.models.sites import EditSite
+from firsttok.models.sites import EditSite, Place
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ContentCache", "Place", "Standing", "WeightEdit", "Weights", "same_edits"]
+__all__ = ["ContentCache", "Standing", "WeightEdit", "Weights", "same_edits"]
 
-Place = tuple[str, int]
-"""A stack of blocks and a layer in it: where an edit site is."""
 ContentCache = dict[Place, tuple[Any, Tensor]]
 """Contents of edited weights: by site, what tells that it still holds, and the content."""
 _Stamp = tuple[int, int, bytes]
@@ -133,7 +131,7 @@ class Weights:
 
         Args:
             bridge: The bridge of a model that was just loaded.
-            sites: Its edit sites.
+            sites: Its edit sites, those before the keys included.
             hashed: Hashes of its weights.
         """
         self.bridge: Any = bridge
@@ -141,10 +139,16 @@ class Weights:
         """SHA-256 over names, shapes, types and bytes of all weights as loaded."""
         self.findings: dict[str, Any] = {}
         """What was found out about the model once, by what was asked."""
-        self._sites = {(site.stack, site.layer): site for site in sites}
+        self.sites: Mapping[Place, EditSite] = {site.place: site for site in sites}
+        """The edit sites by place."""
+        module: Any = bridge.original_model
+        self.checkpoint: Mapping[str, Tensor] = hashed.named(
+            module.state_dict(keep_vars=True).values()
+        )
+        """The live tensors by their names in the checkpoint; tied ones go by several."""
         self._known = {known.name: known for known in _known_tensors(bridge, sites, hashed)}
         owners = {id(known.tensor): known for known in self._known.values()}
-        self._outputs = {place: owners[id(site.weight)] for place, site in self._sites.items()}
+        self._owners = {place: owners[id(site.weight)] for place, site in self.sites.items()}
         self._holds: list[_Hold] = []
         self._lock = threading.RLock()
 
@@ -176,6 +180,16 @@ class Weights:
                     found[name] = " ".join(map(str, changed))
         return found
 
+    def lost(self) -> list[str]:
+        """Changes by other hands in what no checkpoint holds, such as the queries apart (GPT-2)."""
+        held = {id(tensor) for tensor in self.checkpoint.values()}
+        return [name for name in self.changes() if id(self._known[name].tensor) not in held]
+
+    def name_of(self, place: Place) -> str:
+        """Return the name of an edit site's weight in the checkpoint."""
+        weight = self.sites[place].weight
+        return next(name for name, tensor in self.checkpoint.items() if tensor is weight)
+
     def content(
         self, place: Place, edits: tuple[WeightEdit, ...], cache: ContentCache
     ) -> Float[Tensor, "rows columns"]:
@@ -191,14 +205,14 @@ class Weights:
             NonFiniteError: If an edit does not fit into the weight's type.
         """
         with self._lock:
-            site, standing, known = self._sites[place], self.edits, self._outputs[place]
+            site, standing, known = self.sites[place], self.edits, self._owners[place]
             known.look()
             start, rest = site.weight.data, edits[len(standing) :]
             made_from = [self._before_edits(known.name), known.digest, *_hashes(standing, place)]
             if not same_edits(edits[: len(standing)], standing):
                 if known.digest is not None and len(made_from) > 2:
                     raise EditMismatchError(
-                        f"layer {place[1]} was changed by other means while edits stand in it; "
+                        f"{place} was changed by other means while edits stand in it; "
                         "take them out first"
                     )
                 start, rest, made_from = self._without_edits(place), edits, made_from[:1]
@@ -267,7 +281,7 @@ class Weights:
         contents = {place: self.content(place, edits, cache) for place in touched}
         hold = _Hold(edits=edits, thread=thread)
         for place, content in contents.items():
-            weight, known = self._sites[place].weight, self._outputs[place]
+            weight, known = self.sites[place].weight, self._owners[place]
             if content.data_ptr() != weight.data_ptr():
                 known.look()
                 hold.before[place] = weight.data
@@ -290,7 +304,7 @@ class Weights:
             later.known.update(hold.known)
             return
         for place, tensor in hold.before.items():
-            weight, known = self._sites[place].weight, self._outputs[place]
+            weight, known = self.sites[place].weight, self._owners[place]
             stamp, digest = hold.known[known.name]
             _exchange(weight, tensor)
             known.stamp = _stamp(weight)
@@ -308,7 +322,7 @@ class Weights:
         for hold in self._holds:
             if place in hold.before:
                 return hold.before[place]
-        return self._sites[place].weight.data
+        return self.sites[place].weight.data
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Generator[Deferral, None, None]:
@@ -424,7 +438,9 @@ def _known_tensors(
         for layer, block in enumerate(blocks)
         for tensor in (*block.parameters(), *block.buffers())
     }
-    outputs = {id(tensor) for site in sites for tensor in (site.weight, site.bias)}
+    outputs = {
+        id(tensor) for site in sites for tensor in (site.weight, site.bias) if site.port == "out"
+    }
     hidden = {
         id(module._buffers[name])
         for module in bridge.modules()

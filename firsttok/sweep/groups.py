@@ -14,6 +14,7 @@ COLUMNS = (
     *("case_id", "method", "status", "reason", "numerator", "denominator", "mean_delta"),
     *("perplexity", "collapsed", "efficacy", "generalization", "locality", "prefixed_efficacy"),
     *("es", "em", "ps", "pm", "ns", "nm", "entropy"),
+    *("generated_exact", "generated_first_words"),
 )
 """Columns of :class:`~firsttok.sweep.rows.SweepRow` that the tables need."""
 GROUPS = ("collapse", "normal", "not judged")

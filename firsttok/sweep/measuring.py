@@ -6,12 +6,13 @@ from typing import Any
 
 from firsttok.arguments import take_fields
 from firsttok.data import Fact
-from firsttok.editing import Method, RankOneEdit, check_methods, compute_edits
+from firsttok.editing import Edit, Method, check_methods, compute_edits
 from firsttok.efficacy import draw_prefix
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
     edit_accuracies,
     edit_counterfact_scores,
+    generated_match,
     generation_entropy,
     sample_continuations,
     score_edits,
@@ -27,8 +28,8 @@ TOGETHER = 8
 """Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
 is killed loses no more than these; on a GPU, which is fast, those of its chunk.
 """
-METRICS = ("perplexity", "accuracy", "scores", "entropy")
-"""What can be measured after an edit; ``entropy`` generates text and is slow."""
+METRICS = ("perplexity", "accuracy", "scores", "generated", "entropy")
+"""What can be measured after an edit; the last two generate text and are slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +174,11 @@ def _together(
         yield _measured(study, fact, [edits[m.name] for m in plan.methods], plan)
 
 
-def _measured(study: Study, fact: Fact, edits: Sequence[RankOneEdit], plan: Plan) -> list[SweepRow]:
+def _measured(study: Study, fact: Fact, edits: Sequence[Edit], plan: Plan) -> list[SweepRow]:
     model = study.model
     found: list[dict[str, Any]] = [{} for _ in edits]
     perplexities = (
-        study.prepared_texts.measure_edits(study.evaluated, edits)
-        if "perplexity" in plan.metrics
-        else [None] * len(edits)
+        study.perplexities(edits) if "perplexity" in plan.metrics else [None] * len(edits)
     )
     for columns, method, edit, perplexity in zip(
         found, plan.methods, edits, perplexities, strict=True
@@ -199,6 +198,14 @@ def _measured(study: Study, fact: Fact, edits: Sequence[RankOneEdit], plan: Plan
         scores = edit_counterfact_scores(model, fact, edits)[1:]
         for columns, each in zip(found, scores, strict=True):
             columns.update(asdict(each), score=each.score)
+    if "generated" in plan.metrics:
+        for columns, edit in zip(found, edits, strict=True):
+            match = generated_match(model.edited(edit), fact)
+            columns.update(
+                generated=match.text,
+                generated_exact=match.exact,
+                generated_first_words=match.first_words,
+            )
     if "entropy" in plan.metrics:
         for columns, edit in zip(found, edits, strict=True):
             with edit.applied(model):

@@ -67,13 +67,17 @@ class SweepRow:
     prefixed_efficacy: float | None = None
     """Efficacy behind that prefix."""
     es: float | None = None
-    """As in :class:`~firsttok.evaluation.CounterfactScores`, like the rest."""
+    """As in :class:`~firsttok.evaluation.CounterfactScores`, like all up to ``score``."""
     ps: float | None = None
     ns: float | None = None
     em: float | None = None
     pm: float | None = None
     nm: float | None = None
     score: float | None = None
+    generated: str | None = None
+    """As in :class:`~firsttok.evaluation.GeneratedMatch`; None unless it was asked for."""
+    generated_exact: bool | None = None
+    generated_first_words: bool | None = None
     entropy: float | None = None
     """Normalised entropy of the words of ten generations; None unless it was asked for."""
 

@@ -60,6 +60,8 @@ def model_tables(rows: GroupedRows) -> tuple[ResultTable, ...]:
         _scores(rows),
         _sizes(rows),
     ]
+    if any(rows.pick("generated_exact", method) for method in rows.methods):
+        tables.append(_generated(rows))
     return (*tables, _failures(rows)) if rows.failed else tuple(tables)
 
 
@@ -83,18 +85,21 @@ def method_summary(rows: GroupedRows, slots: Mapping[str, Mapping[str, str]]) ->
                 f"{sum(map(bool, collapsed))} of {len(collapsed)}" if collapsed else None,
                 min(sizes, default=None),
                 max(rows.pick("perplexity", method), default=None),
+                rows.percent("locality", method),
                 rows.percent("efficacy", method),
                 rows.percent("prefixed_efficacy", method),
+                rows.percent("generated_first_words", method),
             )
         )
     before = "" if rows.original is None else f"; perplexity {rows.original:.2f} before"
     return ResultTable(
         name="Methods",
         model=rows.model,
-        title=f"Methods side by side, {rows.model} (efficacy in percent{before})",
+        title=f"Methods side by side, {rows.model} (locality, efficacy and generated in "
+        f"percent{before})",
         columns=(
             *("method", *names, "cases", "collapsed", "least |denominator|", "max perplexity"),
-            *("efficacy", "behind a prefix"),
+            *("locality", "efficacy", "behind a prefix", "generated"),
         ),
         lines=tuple(lines),
     )
@@ -217,6 +222,24 @@ def _scores(rows: GroupedRows) -> ResultTable:
         title='Table R1. Scores of single edits in percent, as in Tables 1 and 4 of "Rebuilding '
         f'ROME", {rows.model} (Score: harmonic mean of the mean ES, PS and NS)',
         columns=("", "cases", *_SCORES, "Score"),
+        lines=tuple(lines),
+    )
+
+
+def _generated(rows: GroupedRows) -> ResultTable:
+    columns = ("generated_exact", "generated_first_words", "efficacy", "locality")
+    lines = [
+        _accuracy_line(rows, method, cases, columns)
+        for method in rows.methods
+        for cases in rows.groups
+    ]
+    return ResultTable(
+        name="Generated",
+        model=rows.model,
+        title="What the edited model writes behind the bare prompt, in percent: exactly the "
+        "target, or the target and then more; and the teacher-forced efficacy, which gives it the "
+        f"target's earlier tokens, {rows.model} ({_meaning(rows)})",
+        columns=("", "cases", "exact", "first words", "efficacy, forced", "locality"),
         lines=tuple(lines),
     )
 

@@ -63,9 +63,9 @@ def perplexities(model: ft.Model, fact: ft.Fact, folder: Path) -> Iterator[float
     moment = ft.compute_second_moment(model)
     for method in (ft.ROME, ft.C_ROME, ft.P_ROME, ft.FC_ROME, MINE):
         edit = ft.compute_edit(model, fact, method=method, contexts=contexts, second_moment=moment)
-        assert_type(edit, ft.RankOneEdit)
-        assert_type(edit.report, ft.UpdateReport)
-        ratio: float = edit.report.numerator / edit.report.denominator
+        assert_type(edit, ft.Edit)
+        assert_type(edit.report, dict[str, float])
+        ratio: float = edit.report["numerator"] / edit.report["denominator"]
         edit.save(folder / f"{method.name}-{ratio:.0f}.safetensors")
         applied: AbstractContextManager[ft.Model] = edit.applied(model)
         with applied:
