@@ -1,18 +1,34 @@
 """A replay of the upper blocks is the full pass, with and without a cut."""
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import DECODERS, LAYERS, TinyFactory, build, fact_prompts, relative, sentence_prompts
+from tiny import (
+    CONTEXTS,
+    DECODERS,
+    FACTS,
+    LAYERS,
+    SENTENCES,
+    TinyFactory,
+    build,
+    fact_prompts,
+    relative,
+    sentence_prompts,
+)
 
 from firsttok.errors import LayerOutOfRangeError, UnsupportedModelError
+from firsttok.evaluation import score_edits
+from firsttok.exploration import prepare_study
+from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, Replay, capture_tail, find_replay, load, logits
 from firsttok.models.forward import call_arguments
 from firsttok.probes import SeesAll
-from firsttok.prompts import Prompt, pad, positions
+from firsttok.prompts import Prompt, fact_prompt, pad, positions, with_target
+from firsttok.second_moment import SecondMoment
 from firsttok.tensors import TokenBatch
 
 SHORTCUTS = dict.fromkeys(DECODERS, (Replay.ABOVE, Replay.FROM)) | {"gemma3": (Replay.FROM,)}
@@ -313,3 +329,54 @@ def test_a_mask_is_not_changed_beyond_a_sliding_window(tmp_path: Path) -> None:
     assert pad(model, [short]).visible is not None
     with pytest.raises(UnsupportedModelError, match="no further back than 8 tokens"):
         pad(model, [long])
+
+
+def measured(model: Model, work: Path) -> list[float]:
+    """Keys, a value, an edit's vectors, perplexity and scores of a model, as numbers."""
+    study = prepare_study(
+        model,
+        layer=1,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(model.site(1).d_mlp),
+        hyperparameters=Hyperparameters(steps=3),
+        texts=SENTENCES[:2],
+        work=work,
+    )
+    ((_, edits),) = study.edits(FACTS[:1], ["rome", "c-rome"])
+    found = [float(x) for edit in edits.values() for x in (*edit.left, *edit.right, *edit.losses)]
+    found += [each.mean for each in study.perplexities(list(edits.values()))]
+    prompts = [with_target(model, fact_prompt(model, FACTS[0]), FACTS[0].target_new)]
+    for scores in score_edits(model, prompts, list(edits.values())):
+        found += [score.nll for score in scores]
+    return found
+
+
+def test_no_fast_path_is_taken_where_all_are_off_and_the_numbers_are_the_same(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arch in DECODERS:
+        model = tiny(arch)
+        fast = measured(model, tmp_path / arch)
+        identity = model.identity()
+        with monkeypatch.context() as patch:
+            patch.setenv("FIRSTTOK_PLAIN", "1")
+            for module, name in FAST:
+                patch.setattr(import_module(f"firsttok.models.{module}"), name, refuse)
+            assert model.replay is Replay.WHOLE
+            assert model.identity() != identity
+            plain = measured(model, tmp_path / arch)
+        assert plain == pytest.approx(fast, rel=1e-3, abs=1e-5)
+        assert model.identity() == identity
+
+
+FAST = [
+    *(("tail", name) for name in ("run_packed", "_mlp_only_at")),
+    *(("fused", name) for name in ("run_packed", "linear", "linear_into")),
+    ("replay", "_seen_packed"),
+    ("replay", "_prefix_pass"),
+    ("products", "_product"),
+]
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a fast path was taken")

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.models.kernels import rms_norm
+from firsttok.models.products import runs_plain
 
 __all__ = ["has_plain_arguments", "hooks_of", "is_fusible", "is_watched", "plain_norm"]
 
@@ -31,6 +32,8 @@ def is_fusible(blocks: Sequence[Any]) -> bool:
 
     Hooks would be given tokens without their rows, so with one in place nothing is fused.
     """
+    if runs_plain():
+        return False
     return all(_is_plain_attention(getattr(block, "attn", None)) for block in blocks) and not any(
         map(is_watched, blocks)
     )

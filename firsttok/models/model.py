@@ -24,6 +24,7 @@ from firsttok.models.fingerprint import config_hash, tokenizer_hash
 from firsttok.models.forward import call_arguments
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.interventions import intervene
+from firsttok.models.products import runs_plain
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
 from firsttok.models.tail import Replay
@@ -141,11 +142,11 @@ class Model(Shown):
     @property
     def replay(self) -> Replay:
         """How much has to run again after a change at one layer, found by trial on first use."""
-        found = self.weights.findings
-        if "replay" not in found:
+        found, name = self.weights.findings, "plain replay" if runs_plain() else "replay"
+        if name not in found:
             with self.running() as bridge, undisturbed(bridge):
-                found["replay"] = find_replay(self)
-        return found["replay"]
+                found[name] = find_replay(self)
+        return found[name]
 
     @property
     def runs_packed(self) -> bool:
@@ -282,8 +283,11 @@ class Model(Shown):
             interventions = described(self.interventions)
         except TypeError:
             interventions = [repr(change) for change in self.interventions]
-        leading = list(self.leading_ids)
-        return content_hash([self.base_identity(below), leading, str(self.dtype), interventions])
+        decisive = [list(self.leading_ids), str(self.dtype), interventions]
+        # What the plain paths compute is kept beside what the fast ones do, so that one checks the
+        # other.
+        decisive += ["plain"] if runs_plain() else []
+        return content_hash([self.base_identity(below), *decisive])
 
     def base_identity(self, below: int | None = None) -> str:
         """As :meth:`identity`, without what views share: no BOS, no interventions, no type."""

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from firsttok.models.products import runs_plain
+
 __all__ = ["skip_idle_hooks"]
 
 _METHOD = "_hf_autograd_forward_with_hooks"
@@ -29,7 +31,7 @@ def skip_idle_hooks(bridge: Any) -> None:
 def _once(norm: Any, plain: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
         points = (norm.hook_scale, norm.hook_normalized)
-        if any(point.fwd_hooks or point.bwd_hooks for point in points):
+        if runs_plain() or any(point.fwd_hooks or point.bwd_hooks for point in points):
             return plain(hidden)
         output: Tensor = norm.original_component(hidden)
         return output.to(hidden.dtype)

@@ -5,6 +5,7 @@ even if they have AVX-512. oneDNN, in the same builds, asks the processor itself
 """
 
 import contextlib
+import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["fast_products", "linear", "linear_into"]
+__all__ = ["fast_products", "linear", "linear_into", "runs_plain"]
 
 _LEAST = 2**22
 """Multiplications below which setting up a product by oneDNN costs more than it saves.
@@ -165,8 +166,16 @@ def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
+def runs_plain() -> bool:
+    """Whether ``FIRSTTOK_PLAIN=1`` turns every fast path off: products, packing, replays, norms.
+
+    What they compute is what the plain model does, up to rounding; this is how to check it.
+    """
+    return os.environ.get("FIRSTTOK_PLAIN", "0") not in ("", "0")
+
+
 def _is_on() -> bool:
-    return torch.backends.mkldnn.enabled and _is_faster()
+    return not runs_plain() and torch.backends.mkldnn.enabled and _is_faster()
 
 
 @cache

@@ -14,7 +14,7 @@ from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import pack_call
 from firsttok.models.fusibility import is_fusible
-from firsttok.models.products import fast_products
+from firsttok.models.products import fast_products, runs_plain
 from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.tensors import TokenBatch
 
@@ -112,7 +112,7 @@ def find_replay(model: "Model") -> Replay:
 
     A model that none of the shortcuts is right for runs whole, with a warning that says so.
     """
-    if not model.can_be_edited:
+    if not model.can_be_edited or runs_plain():
         return Replay.WHOLE
     vocabulary = int(model.weights.bridge.cfg.d_vocab)
     tokens = (torch.arange(12, device=model.device).view(2, 6) * 7 + 11) % vocabulary
