@@ -27,7 +27,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("", "bash")
 
-RUN = {"tokens", "data list", "data synthesize", "results", "sweep status", "edit", "show"}
+RUN = {
+    *("tokens", "data list", "data synthesize", "results", "sweep status", "edit", "show"),
+    *("export", "audit"),
+}
 """Commands of firsttok that are run as they are written; all others are parsed only."""
 PARSED = {
     "data pull": "fetches from its makers' address",

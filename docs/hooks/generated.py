@@ -31,7 +31,7 @@ PARTS = {
     "Edits": ("editing",),
     "Evaluation": ("evaluation", "efficacy"),
     "Studies, cases, screening": ("study", "cases", "screening"),
-    "Exploring": ("exploration", "inspection", "token_strips", "display", "svg"),
+    "Exploring": ("exploration", "auditing", "inspection", "token_strips", "display", "svg"),
     "Probes": ("probes", "probing"),
     "Sweeps": ("sweep",),
     "Claims and report": ("claims", "report"),
