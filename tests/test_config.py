@@ -81,7 +81,7 @@ def test_all_commands_with_a_model_take_a_configuration() -> None:
         if any("--model" in action.option_strings for action in parser._actions)
     }
     # Two take the label of a folder of results, and open no model; an edit brings its settings.
-    assert takers - {"report", "results", "show"} == set(COMMANDS)
+    assert takers - {"report", "results", "show", "export"} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,7 +1,6 @@
 """Measurements against plain ones: whole passes of one text at a time."""
 
 import math
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def test_a_last_token_is_run_only_where_others_see_it(
     run = sum(int(group.tail.batch.attention_mask.sum()) for group in prepared.groups)
     ids = [text_prompt(model.with_bos(BosPolicy.WITHOUT), text).token_ids for text in SENTENCES]
     assert run == sum(map(len, ids)) - (len(ids) if change is None else 0)
-    nothing = replace(strong_edit(tiny("llama")), right=torch.zeros(model.site(1).d_model))
+    nothing = strong_edit(tiny("llama")).scaled(0.0)
     (found,) = prepared.measure_edits(model, [nothing])
     assert found.per_sentence == pytest.approx(perplexity(model, SENTENCES).per_sentence, rel=1e-5)
 
@@ -176,7 +175,7 @@ def test_prepared_texts_refuse_an_edited_layer_and_an_edit_of_another(tiny: Tiny
     edit = strong_edit(model, layer=1)
     with edit.applied(model), pytest.raises(EditMismatchError, match="undo that edit"):
         prepared.measure_edits(model, [edit])
-    with pytest.raises(BadInputError, match="layer 2 cannot be measured"):
+    with pytest.raises(BadInputError, match="prepared for the output of layer 1"):
         prepared.measure_edits(model, [strong_edit(model, layer=2)])
     assert prepared.measure_edits(model, []) == []
 

@@ -25,7 +25,7 @@ from firsttok.tensors import KeyVector, ValueVector, WeightInOut
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AppliedEdit", "Delta", "Edit", "Editor", "load_edit"]
+__all__ = ["AppliedEdit", "Delta", "Edit", "Editor", "load_edit", "shown_components"]
 
 _OBJECTS = ("contexts", "editor", "hyperparameters", "method", "model", "second_moment", "versions")
 """Parts of the provenance that are read again, each an object if it is there."""
@@ -376,7 +376,8 @@ class Edit(Shown):
     @property
     def _maker(self) -> str | None:
         own = self.provenance.get("method") or self.provenance.get("editor") or {}
-        return own.get("name")
+        name = own.get("name")
+        return None if name is None else str(name)
 
     def panel(self) -> Panel:
         """The components of the edit, and how its value was found."""
@@ -791,7 +792,7 @@ def _numbers(given: Any) -> dict[str, float]:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(name)
-    return numbers
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def _checked_provenance(given: Any) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def compute_edits(
     return edit_each(model, facts, editors, on_step=on_step)
 
 
+@taken
 def edit_each(
     model: Model,
     facts: Sequence[Fact],

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from firsttok.arguments import taken
 from firsttok.errors import UnsupportedModelError
 from firsttok.models.model import Model
 
@@ -62,6 +63,7 @@ def _parameters(model: Model) -> dict[str, Tensor]:
     return found
 
 
+@taken
 def plain_model(model: Model) -> "PreTrainedModel":
     """Return the Hugging Face model on the same tensors, the edits of a view in its weights.
 
