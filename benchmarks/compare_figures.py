@@ -52,7 +52,7 @@ def _differences(one: Any, two: Any, place: str) -> Iterator[tuple[float, float,
         allowed = _OF_DESTROYED if largest > COLLAPSE_THRESHOLD else _CLOSE
         yield (abs(one - two) / largest if largest else 0.0), allowed, place
     elif one != two:
-        yield math.inf, _CLOSE, f"{place}: {one!r} and {two!r}"
+        yield math.inf, _CLOSE, f"{place}: {str(one)[:20]!r} and {str(two)[:20]!r}"
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
