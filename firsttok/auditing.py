@@ -208,10 +208,8 @@ def audit(
                 continue
             seen.add(pair)
             found.append(_changed(before, weight, places.get(weight), tensor, two[weight]))
-        changes = [
-            _with_overlap(before, each, one[each.name], two[each.name], sentences, text_bos)
-            for each in found
-        ]
+        overlaps = _overlaps(before, found, one, two, sentences, text_bos)
+        changes = [replace(each, overlap=overlaps.get(each.name)) for each in found]
         bar.advance(task, 2)
         measured: list[Perplexity | None] = []
         for model in (before, other):
@@ -294,45 +292,53 @@ def _resolution(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
 
 
-def _with_overlap(
+def _overlaps(
     model: Model,
-    change: ChangedWeight,
-    one: Tensor,
-    two: Tensor,
+    changes: Sequence[ChangedWeight],
+    one: dict[str, Tensor],
+    two: dict[str, Tensor],
     texts: Sequence[str],
     bos: BosPolicy,
-) -> ChangedWeight:
-    """The change with what keys meet it, if it is of an MLP's last matrix in a decoder."""
-    place = change.place
-    if place is None or place.port != "out" or not model.can_be_edited or change.left is None:
-        return change
-    if not change.left.shape[1]:
-        return change
-    site = model.weights.sites[place]
-    delta = (two.to(model.wide_dtype) - one.to(model.wide_dtype)).to(model.device)
-    delta = delta if site.in_out else delta.T
-    first_left = change.left[:, 0].to(delta)
+) -> dict[str, Overlap]:
+    """What keys meet each change of an MLP's last matrix, in one pass over the sentences."""
     view = model.with_bos(bos)
+    met = [
+        (each, model.weights.sites[each.place], each.left[:, 0])
+        for each in changes
+        if each.place is not None
+        and each.place.port == "out"
+        and each.left is not None
+        and each.rank
+    ]
+    if not met or not model.can_be_edited:
+        return {}
+    hooks = [hook for _, site, _ in met for hook in (site.key_hook, site.residual_hook)]
+    stop = max(site.layer for _, site, _ in met) + 1
+    found: dict[str, list[list[Tensor]]] = {each.name: [[], [], [], []] for each, _, _ in met}
     prompts = [text_prompt(view, text) for text in texts]
-    cosines: tuple[list[Tensor], list[Tensor]] = ([], [])
-    moved: tuple[list[Tensor], list[Tensor]] = ([], [])
     for group in batches(prompts, max_tokens=_MAX_TOKENS):
         batch = pad(view, [prompts[index] for index in group])
-        hooks = [site.key_hook, site.residual_hook]
-        seen = capture(view, batch, hooks, stop_at_layer=place.layer + 1)
-        keys, states = (seen[name].to(delta) for name in hooks)
+        seen = capture(view, batch, hooks, stop_at_layer=stop)
         real = batch.attention_mask.bool()
         first = torch.zeros_like(real)
         first[torch.arange(len(real)), batch.starts] = True
-        for index, where in enumerate((first, real & ~first)):
-            chosen = keys[where]
-            cosines[index].append((chosen @ first_left).abs() / chosen.norm(dim=1))
-            moved[index].append((chosen @ delta).norm(dim=1) / states[where].norm(dim=1))
-    means = [float(torch.cat(each).mean()) for each in (*cosines, *moved)]
-    overlap = Overlap(
-        first_cosine=means[0], later_cosine=means[1], first_moved=means[2], later_moved=means[3]
-    )
-    return replace(change, overlap=overlap)
+        for each, site, vector in met:
+            delta = two[each.name].to(model.wide_dtype) - one[each.name].to(model.wide_dtype)
+            delta = delta if site.in_out else delta.T
+            keys, states = (seen[hook].to(delta) for hook in (site.key_hook, site.residual_hook))
+            for index, where in enumerate((first, real & ~first)):
+                chosen = keys[where]
+                along = (chosen @ vector.to(delta)).abs() / chosen.norm(dim=1)
+                moved = (chosen @ delta).norm(dim=1) / states[where].norm(dim=1)
+                found[each.name][index].append(along)
+                found[each.name][2 + index].append(moved)
+    means = {name: [float(torch.cat(x).mean()) for x in each] for name, each in found.items()}
+    return {
+        name: Overlap(
+            first_cosine=each[0], later_cosine=each[1], first_moved=each[2], later_moved=each[3]
+        )
+        for name, each in means.items()
+    }
 
 
 def _overlap_line(change: ChangedWeight) -> list[Any]:

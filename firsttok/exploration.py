@@ -18,7 +18,7 @@ from firsttok.editing import (
     Edit,
     Editor,
     Method,
-    find_methods,
+    find_editors,
     shown_components,
 )
 from firsttok.errors import BadInputError, UnsupportedModelError
@@ -239,7 +239,7 @@ def what_if(
     Raises:
         FirsttokError: If the model cannot be edited, or the fact has no subject token of its own.
     """
-    chosen = _chosen([method])
+    chosen = find_editors([method])
     if len(chosen) != 1:
         raise BadInputError(f"{method} holds {len(chosen)} methods; give ft.compare_methods those")
     with own_bar(progress) as bar:
@@ -271,7 +271,7 @@ def compare_methods(
         FirsttokError: As for :func:`what_if`.
     """
     given = tuple(methods)
-    chosen = _chosen(given)
+    chosen = find_editors(given)
     if not chosen or len(chosen) < len(given):
         names = ", ".join(each if isinstance(each, str) else each.name for each in given)
         raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
@@ -300,14 +300,6 @@ def observe(model: Model, fact: Fact, measured: Perplexity, *, contexts: Context
         top_predictions=tuple(top_predictions(model, fact.prompt)),
         continuation=continuation(model, fact.prompt),
     )
-
-
-def _chosen(given: Iterable[Method | Editor | str]) -> tuple[Method | Editor, ...]:
-    """Methods and editors in order, each once."""
-    found: list[Method | Editor] = []
-    for each in given:
-        found += find_methods(each) if isinstance(each, Method | str) else [each]
-    return tuple(dict.fromkeys(found))
 
 
 def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study:

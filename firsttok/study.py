@@ -14,12 +14,14 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing import (
+    ROME,
     Edit,
     Editor,
     Method,
     RomeEditor,
     ValueStore,
     edit_each,
+    find_editors,
     find_methods,
 )
 from firsttok.errors import BadInputError
@@ -303,22 +305,19 @@ class Study(Shown):
         Raises:
             BadInputError: If no method goes by a name.
         """
-        found: dict[Any, Editor] = {}
-        for given in methods:
-            if not isinstance(given, Method | str):
-                found[given] = given
-                continue
-            for method in find_methods(given):
-                found[method] = RomeEditor(
-                    method=method,
-                    contexts=self.contexts,
-                    second_moment=self.second_moment,
-                    layer=self.layer,
-                    hyperparameters=self.hyperparameters,
-                    key_source=self.key_source,
-                    store=self.store,
-                )
-        return tuple(found.values())
+        rome = RomeEditor(
+            method=ROME,
+            contexts=self.contexts,
+            second_moment=self.second_moment,
+            layer=self.layer,
+            hyperparameters=self.hyperparameters,
+            key_source=self.key_source,
+            store=self.store,
+        )
+        chosen = find_editors(methods)
+        return tuple(
+            replace(rome, method=each) if isinstance(each, Method) else each for each in chosen
+        )
 
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the numbers of this study."""

@@ -9,7 +9,8 @@ from jaxtyping import TypeCheckError
 from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
 
 from firsttok.editing import ROME, Slot, Value, optimise_values, solve_update
-from firsttok.editing.edit import Delta, Edit
+from firsttok.editing.delta import Delta
+from firsttok.editing.edit import Edit
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import FactKeys, Keys
 from firsttok.models import Model, Place, Tail, capture_tail

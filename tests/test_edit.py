@@ -222,7 +222,7 @@ LEFT, RIGHT = "layer1.out.left", "layer1.out.right"
 
 
 def spoil(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Write an edit's file anew with other content."""
+    """Write an edit's file again with other content."""
     merged = {**load_file(path), **tensors}
     save_file(
         {name: tensor for name, tensor in merged.items() if tensor is not None}, path, metadata

@@ -11,9 +11,11 @@ from tiny import (
     BARE_ONLY,
     FACTS,
     TinyFactory,
+    _wide,
     build,
     load_tiny,
     same_weights,
+    tokenizer,
     weights,
 )
 
@@ -293,3 +295,23 @@ def test_export_and_audit_on_the_command_line(
         said = capsys.readouterr().err
         assert message in said
         assert "Traceback" not in said
+
+
+def test_a_matrix_that_the_checkpoint_holds_within_another_cannot_be_edited(
+    tmp_path: Path,
+) -> None:
+    """Phi-3 keeps both in one, which TransformerLens splits: an export would miss the edit."""
+    config = transformers.Phi3Config(
+        **_wide(), rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    )
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer(begin=False).save_pretrained(tmp_path)
+    model = load_tiny(tmp_path)
+    for port in ("in", "gate"):
+        with pytest.raises(FirsttokError, match=f"no matrix '{port}' of its own; take 'out'"):
+            model.site(1, port=port)
+    out = ft.export_model(model, tmp_path / "out", edits=[edit_of(model)])
+    found = plain_logits(reloaded(out), model)
+    torch.testing.assert_close(
+        found, own_logits(model.edited(edit_of(model))), rtol=1e-5, atol=1e-5
+    )

@@ -1,13 +1,7 @@
 """ROME-family edits: which key goes into which slot, the value, the closed form, the patch."""
 
-from firsttok.editing.edit import (
-    AppliedEdit,
-    Delta,
-    Edit,
-    Editor,
-    load_edit,
-    shown_components,
-)
+from firsttok.editing.delta import Delta
+from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
 from firsttok.editing.edits import RomeEditor, compute_edit, compute_edits, edit_each
 from firsttok.editing.exports import check_export, export_model
 from firsttok.editing.methods import (
@@ -21,7 +15,13 @@ from firsttok.editing.methods import (
     Slot,
     find_method,
 )
-from firsttok.editing.own_methods import check_methods, find_methods, load_methods
+from firsttok.editing.own_methods import (
+    check_methods,
+    find_editors,
+    find_methods,
+    load_methods,
+)
+from firsttok.editing.saved_edits import load_edit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
@@ -48,6 +48,7 @@ __all__ = [
     "compute_edits",
     "edit_each",
     "export_model",
+    "find_editors",
     "find_method",
     "find_methods",
     "load_edit",

@@ -11,24 +11,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.arguments import take_fields, taken, whole_number
+from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
 from firsttok.data.schemas import fact_from
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
+from firsttok.editing.delta import Delta
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
-from firsttok.models import PORTS, EditSite, Model, Place, Standing, WeightEdit
-from firsttok.models.fingerprint import hash_weights, tensor_hash
+from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
+from firsttok.models.fingerprint import hash_weights
 from firsttok.provenance import versions
-from firsttok.storage import content_hash, read_safetensors, write_tensors
-from firsttok.tensors import KeyVector, ValueVector, WeightInOut
+from firsttok.storage import content_hash, write_tensors
+from firsttok.tensors import KeyVector, ValueVector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AppliedEdit", "Delta", "Edit", "Editor", "load_edit", "shown_components"]
+__all__ = ["AppliedEdit", "Edit", "Editor", "shown_components"]
 
-_OBJECTS = ("contexts", "editor", "hyperparameters", "method", "model", "second_moment", "versions")
-"""Parts of the provenance that are read again, each an object if it is there."""
 _LABELS = {
     "numerator": "numerator ||v* - W k||",
     "denominator": "denominator u . k",
@@ -56,107 +55,6 @@ class AppliedEdit:
             EditMismatchError: If something else changed the weight since.
         """
         self.undo()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Delta:
-    """A change of one weight, ``W + left @ right``, laid out ``[d_in, d_out]``.
-
-    Raises:
-        BadInputError: If the shapes of the factors do not fit, or a number is not finite.
-    """
-
-    place: Place
-    """The edit site."""
-    left: Float[Tensor, "d_in rank"]
-    """The left factor; the whole change ``[d_in, d_out]`` where there is no right one."""
-    right: Float[Tensor, "rank d_out"] | None = None
-    """The right factor; None for a dense change."""
-
-    def __post_init__(self) -> None:
-        """Check the factors."""
-        factors = [self.left] if self.right is None else [self.left, self.right]
-        for factor in factors:
-            if factor.ndim != 2 or not factor.is_floating_point():
-                raise BadInputError(
-                    f"a change of {self.place} needs matrices of real numbers, not a tensor of "
-                    f"shape {list(factor.shape)} and type {str(factor.dtype)[6:]}"
-                )
-            if not bool(torch.isfinite(factor).all()):
-                raise NonFiniteError(
-                    f"the change of {self.place} holds NaN or infinity; compute the edit again"
-                )
-        if self.right is not None and self.left.shape[1] != self.right.shape[0]:
-            raise BadInputError(
-                f"the factors of a change of {self.place} have ranks {self.left.shape[1]} and "
-                f"{self.right.shape[0]}; give them the same"
-            )
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``d_in`` and ``d_out``."""
-        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Columns of the left factor, an upper bound of the change's rank."""
-        return min(self.shape) if self.right is None else self.left.shape[1]
-
-    @property
-    def matrix(self) -> WeightInOut:
-        """The dense change."""
-        return self.left if self.right is None else self.left @ self.right
-
-    @property
-    def norm(self) -> float:
-        """Frobenius norm; from the factors' Gram matrices, so that no dense matrix is made."""
-        if self.right is None:
-            return float(self.left.double().norm())
-        left, right = self.left.double(), self.right.double()
-        if self.rank == 1:
-            return float(left.norm() * right.norm())
-        return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
-
-    @property
-    def content_hash(self) -> str:
-        """SHA-256 of what it does: its place and its factors."""
-        place, factors = self.place, [self.left, self.right]
-        if place.port == "out" and self.right is not None and self.rank == 1:
-            # As edits of firsttok 1 are named in what was computed on them.
-            left, right = tensor_hash(self.left[:, 0]), tensor_hash(self.right[0])
-            return content_hash([place.stack, place.layer, left, right])
-        return content_hash([*place, *(None if f is None else tensor_hash(f) for f in factors)])
-
-    def change(self, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """What the weight's output gains, ``(x left) right``, in the wider of both types."""
-        wide = inputs.to(torch.promote_types(inputs.dtype, self.left.dtype))
-        gained = wide @ self.left.to(wide)
-        return gained if self.right is None else gained @ self.right.to(wide)
-
-    def __mul__(self, factor: float) -> "Delta":
-        """The change, scaled."""
-        if self.right is None:
-            return replace(self, left=factor * self.left)
-        return replace(self, right=factor * self.right)
-
-    def __add__(self, other: "Delta") -> "Delta":
-        """Both changes of one weight; factors stay factors.
-
-        Raises:
-            BadInputError: If they are of different weights.
-        """
-        if self.place != other.place or self.shape != other.shape:
-            raise BadInputError(
-                f"changes of {self.place} {list(self.shape)} and {other.place} "
-                f"{list(other.shape)} are not of one weight; put them into one edit"
-            )
-        if self.right is None or other.right is None:
-            return Delta(place=self.place, left=self.matrix + other.matrix)
-        return Delta(
-            place=self.place,
-            left=torch.cat([self.left, other.left], dim=1),
-            right=torch.cat([self.right, other.right]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -574,8 +472,7 @@ class Edit(Shown):
         if not anyway:
             self._check_state(made, model)
         for delta in self.deltas:
-            stack, layer, port = delta.place
-            shape = tuple(model.site(layer, stack=stack, port=port).matrix.shape)
+            shape = tuple(model.site_at(delta.place).matrix.shape)
             if shape != delta.shape:
                 raise EditMismatchError(
                     f"the edit has shape {list(delta.shape)}, but {delta.place} of {model.name} "
@@ -724,91 +621,3 @@ class Editor(Protocol):
             facts: The facts.
         """
         ...
-
-
-@taken
-def load_edit(path: str | Path) -> Edit:
-    """Read an edit written by :meth:`Edit.save`, or a rank-one edit of firsttok 1.
-
-    Applying it checks the model.
-
-    Raises:
-        BadInputError: If the file is missing, truncated or no edit.
-        NonFiniteError: If a factor holds NaN or infinity.
-    """
-    path = Path(path)
-    tensors, metadata = read_safetensors(path, "an edit")
-    try:
-        record = json.loads(metadata["firsttok_edit"])
-        provenance = _checked_provenance(record["provenance"])
-        if "layer" in record:
-            layer = whole_number(record["layer"], "layer", least=0)
-            place = Place(str(record["stack"]), layer)
-            factors = {place: {"left": tensors["left"][:, None], "right": tensors["right"][None]}}
-        else:
-            factors = _factors_of(tensors)
-        if any(set(each) not in ({"dense"}, {"left", "right"}) for each in factors.values()):
-            raise ValueError("factors")
-        deltas = [
-            Delta(place=place, left=each.get("dense", each.get("left")), right=each.get("right"))  # pyright: ignore[reportArgumentType]
-            for place, each in factors.items()
-        ]
-        return Edit(
-            deltas=tuple(deltas),
-            components=_numbers(record["report" if "layer" in record else "components"]),
-            losses=tuple(record["losses"]),
-            provenance=provenance,
-        )
-    except NonFiniteError:
-        raise NonFiniteError(f"{path} holds NaN or infinity; compute the edit again") from None
-    except (
-        AttributeError,
-        BadInputError,
-        IndexError,
-        KeyError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ):
-        raise BadInputError(f"{path} is no edit saved by firsttok; save one with --save") from None
-
-
-def _factors_of(tensors: Mapping[str, Tensor]) -> dict[Place, dict[str, Tensor]]:
-    found: dict[Place, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        *stack, layer, port, part = name.split(".")
-        if port not in PORTS or part not in ("left", "right", "dense"):
-            raise ValueError(name)
-        number = int(layer.removeprefix("layer"))
-        place = Place(".".join(stack) or "blocks", whole_number(number, "layer", least=0), port)
-        found.setdefault(place, {})[part] = tensor
-    return dict(sorted(found.items()))
-
-
-def _numbers(given: Any) -> dict[str, float]:
-    if not isinstance(given, dict):
-        raise TypeError("components")
-    numbers: dict[str, Any] = given
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(name)
-    return {name: float(value) for name, value in numbers.items()}
-
-
-def _checked_provenance(given: Any) -> dict[str, Any]:
-    """What a file says of an edit, where what is read again has the shape that is expected."""
-    provenance: dict[str, Any] = dict(given)
-    if "fact" in provenance:
-        # A rank-one edit of firsttok 1 has one.
-        provenance["facts"] = [provenance.pop("fact")]
-    objects = [provenance.get(name, {}) for name in _OBJECTS]
-    objects += [objects[_OBJECTS.index("model")].get("changed", {})]
-    for fact in provenance.get("facts", []):
-        rewrite = fact.get("requested_rewrite", {})
-        objects += [fact, rewrite, rewrite.get("target_new", {})]
-    if not all(isinstance(each, dict) for each in objects):
-        raise TypeError("provenance")
-    for below in provenance.get("model", {}).get("edits", []):
-        if not (isinstance(below["hash"], str) and isinstance(below["title"], str)):
-            raise TypeError("edits")
-    return provenance

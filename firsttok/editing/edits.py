@@ -10,7 +10,8 @@ import torch
 from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing.edit import Delta, Edit, Editor
+from firsttok.editing.delta import Delta
+from firsttok.editing.edit import Edit, Editor
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
 from firsttok.editing.store import ValueStore

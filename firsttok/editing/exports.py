@@ -13,11 +13,12 @@ from firsttok.editing.edit import Edit
 from firsttok.errors import BadInputError, CacheError, NonFiniteError
 from firsttok.models import EXPORT_RECORD, Model, plain_model, quiet_libraries
 from firsttok.models.fingerprint import tensor_hash
+from firsttok.models.loading import DTYPES
 from firsttok.storage import write_record
 
 __all__ = ["check_export", "export_model"]
 
-_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TYPES = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
 
 
 def check_export(out: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from firsttok.arguments import taken
+from firsttok.editing.edit import Editor
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
 from firsttok.storage import read_toml
 
-__all__ = ["check_methods", "find_methods", "load_methods"]
+__all__ = ["check_methods", "find_editors", "find_methods", "load_methods"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {
@@ -49,6 +50,25 @@ def find_methods(given: Method | str | Iterable[Method | str]) -> tuple[Method, 
     methods = tuple(dict.fromkeys(found))
     check_methods(methods)
     return methods
+
+
+def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Editor, ...]:
+    """As :func:`find_methods`, where editors may stand among the methods.
+
+    Args:
+        given: Methods, what names them, and editors.
+
+    Raises:
+        BadInputError: If a method is unknown or malformed.
+    """
+    found: dict[Any, Method | Editor] = {}
+    for each in given:
+        if isinstance(each, Method | str):
+            found |= {method: method for method in find_methods(each)}
+        else:
+            # A user's class may have no hash.
+            found[id(each)] = each
+    return tuple(found.values())
 
 
 @taken

@@ -41,10 +41,11 @@ class HashedWeights:
         """Return tensors that are as they were hashed, by their names in the checkpoint.
 
         Args:
-            tensors: The tensors of the model, in whatever module they are by now.
+            tensors: The tensors of the model, in whatever module they are by now. A name whose
+                tensor is not among them, since a bridge took it apart, is left out.
         """
         known = {_place(tensor): tensor for tensor in tensors}
-        return {name: known[place] for name, place in self.places.items()}
+        return {name: known[place] for name, place in self.places.items() if place in known}
 
 
 def hash_weights(model: "nn.Module") -> HashedWeights:

@@ -30,7 +30,7 @@ from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.plain import EXPORT_RECORD
 from firsttok.models.sites import find_inner_sites, find_sites
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
-from firsttok.models.weights import Weights
+from firsttok.models.weights import Weights, checkpoint_tensors
 from firsttok.option_values import check_device_name
 from firsttok.storage import read_record
 
@@ -102,6 +102,7 @@ def load(
             hashes = hashed.result()
         bridge = _bridge(hf_model, lens_tokenizer, name)
         sites = find_sites(bridge)
+        inner = find_inner_sites(bridge, sites, checkpoint_tensors(bridge, hashes).values())
         numbered = sites[0].stack == "blocks"
         first_position = find_first_position(bridge) if numbered else 0
     layers = sum(site.stack == sites[0].stack for site in sites)
@@ -114,7 +115,7 @@ def load(
     return Model(
         name=name,
         source=location.source,
-        weights=Weights(bridge, (*sites, *find_inner_sites(bridge, sites)), hashes),
+        weights=Weights(bridge, (*sites, *inner), hashes),
         baseline=Baseline.of(bridge),
         tokenizer=tokenizer,
         sites=sites,

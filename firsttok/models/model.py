@@ -210,11 +210,23 @@ class Model(Shown):
             UnsupportedModelError: If its MLP has no such matrix; or if TransformerLens has changed
                 the weights since they were loaded.
         """
-        refuse_processed(self.weights.bridge, self.name)
         layer = self.default_layer if layer is None else whole_number(layer, "layer")
         stack = self.sites[0].stack if stack is None else stack
-        sites = self.weights.sites
-        if (place := Place(stack, layer, port)) in sites:
+        return self.site_at(Place(stack, layer, port))
+
+    def site_at(self, place: Place) -> EditSite:
+        """As :meth:`site`, of a place.
+
+        Args:
+            place: The place.
+
+        Raises:
+            LayerOutOfRangeError: As for :meth:`site`.
+            UnsupportedModelError: As for :meth:`site`.
+        """
+        refuse_processed(self.weights.bridge, self.name)
+        sites, (_, layer, port) = self.weights.sites, place
+        if place in sites:
             return self._own_site(sites[place])
         if place._replace(port="out") in sites:
             has = [name for name in PORTS if place._replace(port=name) in sites]

@@ -28,8 +28,14 @@ def checkpoint_of(model: Model) -> dict[str, Tensor]:
         model: The model, or a view of it; interventions are no part of a checkpoint.
 
     Raises:
-        UnsupportedModelError: If something was changed that a checkpoint does not hold.
+        UnsupportedModelError: If something was changed that a checkpoint does not hold, or the
+            bridge holds a tensor of the checkpoint in pieces only.
     """
+    if model.weights.taken_apart:
+        raise UnsupportedModelError(
+            f"TransformerLens keeps {model.weights.taken_apart[0]} of {model.name} in pieces only, "
+            "so that firsttok has no checkpoint of it; export from another architecture"
+        )
     lost = model.weights.lost()
     if lost:
         raise UnsupportedModelError(
@@ -45,8 +51,7 @@ def checkpoint_of(model: Model) -> dict[str, Tensor]:
         if place is None:
             found[name] = tensor.detach()
         else:
-            stack, layer, port = place
-            found[name] = model.site(layer, stack=stack, port=port).weight.detach()
+            found[name] = model.site_at(place).weight.detach()
     return found
 
 

@@ -1,7 +1,7 @@
 """Edit sites: the weights of every MLP; the one that maps a key to a value is checked on a pass."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,7 +122,7 @@ def find_sites(bridge: "TransformerBridge") -> tuple[EditSite, ...]:
 
 
 def find_inner_sites(
-    bridge: "TransformerBridge", sites: Sequence[EditSite]
+    bridge: "TransformerBridge", sites: Sequence[EditSite], tensors: Iterable[Tensor]
 ) -> tuple[EditSite, ...]:
     """Find the matrices that stand before the key, ``in`` and ``gate``, where there are such.
 
@@ -132,8 +132,9 @@ def find_inner_sites(
     Args:
         bridge: The bridge.
         sites: The sites of :func:`find_sites`.
+        tensors: The tensors that the checkpoint holds as they are.
     """
-    own = {id(parameter) for parameter in bridge.original_model.parameters()}
+    own = set(map(id, tensors))
     found: list[EditSite] = []
     for site in sites:
         mlp: Any = getattr(bridge, site.stack)[site.layer].mlp

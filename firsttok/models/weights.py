@@ -22,7 +22,14 @@ from firsttok.models.sites import EditSite, Place
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ContentCache", "Standing", "WeightEdit", "Weights", "same_edits"]
+__all__ = [
+    "ContentCache",
+    "Standing",
+    "WeightEdit",
+    "Weights",
+    "checkpoint_tensors",
+    "same_edits",
+]
 
 ContentCache = dict[Place, tuple[Any, Tensor]]
 """Contents of edited weights: by site, what tells that it still holds, and the content."""
@@ -141,11 +148,10 @@ class Weights:
         """What was found out about the model once, by what was asked."""
         self.sites: Mapping[Place, EditSite] = {site.place: site for site in sites}
         """The edit sites by place."""
-        module: Any = bridge.original_model
-        self.checkpoint: Mapping[str, Tensor] = hashed.named(
-            module.state_dict(keep_vars=True).values()
-        )
+        self.checkpoint: Mapping[str, Tensor] = checkpoint_tensors(bridge, hashed)
         """The live tensors by their names in the checkpoint; tied ones go by several."""
+        self.taken_apart: tuple[str, ...] = tuple(sorted(hashed.places.keys() - self.checkpoint))
+        """Names in the checkpoint whose tensors the bridge holds in pieces only."""
         self._known = {known.name: known for known in _known_tensors(bridge, sites, hashed)}
         owners = {id(known.tensor): known for known in self._known.values()}
         self._owners = {place: owners[id(site.weight)] for place, site in self.sites.items()}
@@ -411,6 +417,17 @@ class Standing(Generic[_Yielded]):
 
 
 _ENTER = Standing.__enter__.__code__
+
+
+def checkpoint_tensors(bridge: "TransformerBridge", hashed: HashedWeights) -> dict[str, Tensor]:
+    """Return the live tensors of a model by their names in its checkpoint.
+
+    Args:
+        bridge: The bridge of a model that was just loaded.
+        hashed: Hashes of its weights, from before the bridge was made.
+    """
+    module: Any = bridge.original_model
+    return hashed.named(module.state_dict(keep_vars=True).values())
 
 
 def same_edits(some: Sequence[WeightEdit], others: Sequence[WeightEdit]) -> bool:
