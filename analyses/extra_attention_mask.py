@@ -8,7 +8,6 @@ model with a k^u taken from either?
 
 import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,6 +18,7 @@ from firsttok.cases import first_token_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import measure_facts
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import (
@@ -32,7 +32,6 @@ from firsttok.probes import (
 )
 from firsttok.prompts import text_prompt
 from firsttok.script_options import ScriptOptions, parse_script
-from firsttok.study import measure_facts
 from firsttok.tensors import Intervention
 
 PLACES = (0, 3)
@@ -87,7 +86,7 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
                 "key_from": source.name,
                 "original_perplexity": study.original_perplexity.mean,
             }
-            | asdict(row)
+            | dict(row)
             for row in measure_facts(changed, facts, [ROME], progress=progress, label=source.name)
         ]
     return rows

@@ -24,8 +24,8 @@ from firsttok.cases import choose_cases
 from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
-from firsttok.efficacy import measure_accuracy
 from firsttok.errors import BadInputError
+from firsttok.measuring import measure_facts
 from firsttok.output import pick, publish
 from firsttok.plots import effect_map, figure, save_figure, strip_plot
 from firsttok.probes import (
@@ -45,7 +45,6 @@ from firsttok.probes import (
 )
 from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.second_moment import SecondMoment, compute_second_moment
-from firsttok.study import measure_facts
 
 METHODS = (ROME, C_ROME)
 NEIGHBOURS = 2
@@ -181,19 +180,22 @@ def measure_edits(
         moment = moment_at(options, layer, progress)
         study = options.study.varied(layer=layer, second_moment=moment)
         label = f"editing layer {layer}"
-        measured = measure_facts(study, facts, METHODS, progress=progress, label=label)
-        accuracies = measure_accuracy(
+        measured = measure_facts(
             study,
             facts,
             METHODS,
-            prefix_of=lambda _: "{}",
+            metrics=["perplexity", "accuracy"],
             progress=progress,
-            label=f"efficacy, layer {layer}",
+            label=label,
         )
-        for row, accuracy in zip(measured, accuracies, strict=True):
-            own = {"part": "edit", "layer": layer, "efficacy": accuracy.efficacy}
-            own["cases"] = "collapse" if row.case_id in listed else "normal"
-            rows.append(own | asdict(row))
+        rows += [
+            {
+                "part": "edit",
+                "cases": "collapse" if row.case_id in listed else "normal",
+                **row,
+            }
+            for row in measured
+        ]
     return rows
 
 

@@ -6,7 +6,6 @@ crossings gives a k^u, and ROME edits the model with it.
 
 import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,11 +17,11 @@ from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import measure_facts
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
 from firsttok.probes import IDENTITY_CELLS, distinct_with_space, identity_prompt, token_states
 from firsttok.script_options import ScriptOptions, parse_script
-from firsttok.study import measure_facts
 
 
 def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
@@ -55,7 +54,7 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
                 "cosine_with_mean": row.key_cosine,
                 "original_perplexity": study.original_perplexity.mean,
             }
-            | asdict(row)
+            | dict(row)
             for index, row in enumerate(edited)
         ]
     return rows

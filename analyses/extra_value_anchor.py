@@ -8,6 +8,8 @@ prefixes of another seed, which the edit has not seen.
 
 import argparse
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
@@ -16,65 +18,77 @@ from rich.progress import Progress
 from firsttok.cases import choose_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.contexts import ContextSet
-from firsttok.editing import C_ROME, FC_ROME, compute_edits
+from firsttok.data import Fact
+from firsttok.editing import C_ROME, FC_ROME, Edit
 from firsttok.evaluation import target_probabilities
+from firsttok.measuring import measure_facts
 from firsttok.output import pick, publish
 from firsttok.plots import figure, save_figure
 from firsttok.script_options import ScriptOptions, parse_script
-from firsttok.study import measure_facts
+from firsttok.study import Study
 
 METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
-KINDS = ("editing_prefixes", "held_out_prefixes", "bare")
+KINDS: tuple[str, ...] = ("editing_prefixes", "held_out_prefixes", "bare")
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Mean probability of the new target behind each kind of prompt."""
+
+    tests: dict[str, ContextSet]
+    """Contexts of each kind."""
+
+    name = "probabilities"
+    columns = dict.fromkeys(KINDS, float)
+
+    def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+        """Measure each edit; see :class:`~firsttok.metrics.Metric`."""
+        rows: list[dict[str, Any]] = []
+        for edit in edits:
+            with edit.applied(study.model) as view:
+                found = {
+                    kind: mean(target_probabilities(view, fact, contexts))
+                    for kind, contexts in self.tests.items()
+                }
+            rows.append(found)
+        return rows
 
 
 def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
-    study = options.study
     facts = choose_cases(options.halved()).collapse
-    rows: list[dict[str, Any]] = []
     unseen = options.sample_contexts(HELD_OUT_SEED)
+    labels = {method.name: method.label for method in METHODS}
+    rows: list[dict[str, Any]] = []
     for seed in range(options.seed, options.seed + SEEDS):
         contexts = options.sample_contexts(seed)
-        seeded = study.varied(contexts=contexts)
+        probabilities = Probabilities(
+            {
+                "editing_prefixes": ContextSet(templates=contexts.prefixed),
+                "held_out_prefixes": ContextSet(templates=unseen.prefixed),
+                "bare": ContextSet(templates=("{}",)),
+            }
+        )
         measured = measure_facts(
-            seeded, facts, METHODS, progress=progress, label=f"context seed {seed}"
-        )
-        perplexities = {(row.case_id, row.method): row.perplexity for row in measured}
-        edits_of = compute_edits(
-            study.model,
+            options.study.varied(contexts=contexts),
             facts,
-            methods=METHODS,
-            contexts=contexts,
-            second_moment=study.second_moment,
-            layer=study.layer,
-            hyperparameters=study.hyperparameters,
-            store=seeded.store,
+            METHODS,
+            metrics=["perplexity", probabilities],
+            progress=progress,
+            label=f"context seed {seed}",
         )
-        tests = {
-            "editing_prefixes": ContextSet(templates=contexts.prefixed),
-            "held_out_prefixes": ContextSet(templates=unseen.prefixed),
-            "bare": ContextSet(templates=("{}",)),
-        }
-        task = progress.add_task(f"probabilities, seed {seed}", total=len(facts))
-        for fact, edits in edits_of:
-            for method in METHODS:
-                with edits[method.name].applied(study.model):
-                    probabilities = {
-                        kind: mean(target_probabilities(study.model, fact, tests[kind]))
-                        for kind in KINDS
-                    }
-                rows.append(
-                    {
-                        "seed": seed,
-                        "case_id": fact.case_id,
-                        "subject": fact.subject,
-                        "method": method.label,
-                        **probabilities,
-                        "perplexity": perplexities[fact.case_id, method.name],
-                    }
-                )
-            progress.advance(task)
+        rows += [
+            {
+                "seed": seed,
+                "case_id": row.case_id,
+                "subject": row.subject,
+                "method": labels[row.method],
+                **{kind: row[kind] for kind in KINDS},
+                "perplexity": row.perplexity,
+            }
+            for row in measured
+        ]
     return rows
 
 

@@ -17,7 +17,6 @@ import torch
 
 from firsttok.cases import all_listed_cases
 from firsttok.console import exit_on_error, progress_bar, show
-from firsttok.efficacy import draw_prefix
 from firsttok.keys import keys_at
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
@@ -45,7 +44,7 @@ def read(options: ScriptOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any
     """Keys of each group, and what they were read from."""
     study = options.study
     chosen = all_listed_cases(options)
-    prefixes = [draw_prefix(study, fact, seed=options.seed) for fact in chosen.collapse]
+    prefixes = [study.contexts.draw_prefix(fact, seed=options.seed) for fact in chosen.collapse]
     bare = {
         COLLAPSE: [fact_prompt(study.model, fact) for fact in chosen.collapse],
         NORMAL: [fact_prompt(study.model, fact) for fact in chosen.normal],

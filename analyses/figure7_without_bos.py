@@ -17,13 +17,13 @@ from firsttok.cases import choose_cases, collapse_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import measure_facts
 from firsttok.models import BosPolicy
 from firsttok.output import pick, publish
 from firsttok.plots import PALETTE, figure, save_figure
 from firsttok.probes import bos_study, token_states
 from firsttok.prompts import fact_prompt, positions
 from firsttok.script_options import ScriptOptions, parse_script
-from firsttok.study import measure_facts
 
 POLICIES = (BosPolicy.WITHOUT, BosPolicy.WITH)
 

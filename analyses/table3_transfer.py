@@ -6,7 +6,7 @@ other models are those of --others that can be had; by default gemma3-270m, if i
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,12 +19,13 @@ from firsttok.data import Fact, paper_values
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.inputs import open_study
+from firsttok.measuring import measure_facts
 from firsttok.models import BosPolicy, is_pulled
 from firsttok.options import folder_name
 from firsttok.output import pick, publish
 from firsttok.plots import figure, plain, save_figure
 from firsttok.script_options import ScriptOptions, parse_script
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 
 DEFAULT_OTHERS = ("gemma3-270m",)
 
@@ -45,7 +46,7 @@ def measure(
             "text_bos": study.text_bos.value,
             "original_perplexity": study.original_perplexity.mean,
         }
-        | asdict(row)
+        | dict(row)
         for row in rows
     ]
 

@@ -6,7 +6,6 @@ because it edits with prefixed keys and is tested with unprefixed ones (Section 
 
 import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from firsttok.cases import collapse_cases
@@ -25,10 +24,8 @@ def main() -> None:
     with progress_bar() as progress:
         options = parse_script(parser, progress)
         facts = collapse_cases(options, progress=progress)
-        measured = measure_accuracy(
-            options.study, facts, METHODS, prefix_of=lambda _: "{}", progress=progress
-        )
-    rows = [{"cases": "collapse"} | asdict(row) for row in measured]
+        measured = measure_accuracy(options.study, facts, METHODS, progress=progress)
+    rows = [{"cases": "collapse"} | row for row in measured]
     name = options.study.model.label
     lines = [
         accuracy_line(f"{name}, {method.label}", rows, method=method.label) for method in METHODS

@@ -6,14 +6,13 @@ on collapse cases nearly always; generalization improves little (Section 4).
 
 import argparse
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from firsttok.cases import choose_cases, collapse_cases
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import paper_values
 from firsttok.editing import C_ROME, FC_ROME
-from firsttok.efficacy import accuracy_line, draw_prefix, measure_accuracy
+from firsttok.efficacy import accuracy_line, measure_accuracy
 from firsttok.output import publish
 from firsttok.plots import accuracy_bars, figure, save_figure
 from firsttok.script_options import parse_script
@@ -33,16 +32,15 @@ def main() -> None:
             "normal": choose_cases(options).normal,
         }
         rows = [
-            {"cases": cases} | asdict(row)
+            {"cases": cases} | row
             for cases in GROUPS
             for row in measure_accuracy(
                 study,
                 facts[cases],
                 METHODS,
                 # As in the paper, which prefixes the prompts of collapse cases and no others.
-                prefix_of=lambda fact, prefixed=cases == "collapse": (
-                    draw_prefix(study, fact, seed=options.seed) if prefixed else "{}"
-                ),
+                prefixed=cases == "collapse",
+                seed=options.seed,
                 progress=progress,
                 label=cases,
             )

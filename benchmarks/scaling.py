@@ -20,10 +20,11 @@ from setting import Amounts, Setting
 from firsttok.console import exit_on_error, progress_bar
 from firsttok.data import builtin_sentences
 from firsttok.editing import ROME
+from firsttok.measuring import Plan
 from firsttok.output import print_table
 from firsttok.storage import write_json
 from firsttok.study import Study
-from firsttok.sweep import Plan, chunks_of
+from firsttok.sweep import chunks_of
 from firsttok.sweep.cluster import RayEngine, Recipe, connected
 
 PLAN = Plan(methods=(ROME,), metrics=("perplexity",))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firsttok.auditing import Audit, audit
-    from firsttok.cases import scan
     from firsttok.contexts import ContextSet, load_contexts, sample_contexts
     from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
     from firsttok.editing import (
@@ -49,12 +48,15 @@ if TYPE_CHECKING:
     from firsttok.hyperparameters import Hyperparameters
     from firsttok.inspection import Inspection, inspect_model
     from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at
+    from firsttok.measuring import measure_facts
+    from firsttok.metrics import Metric
     from firsttok.models import BosPolicy, EditSite, Model, load, plain_model
     from firsttok.probing import PROBES, Probe, ProbeResult, probe
     from firsttok.prompts import fact_prompt, text_prompt
+    from firsttok.rows import Row
     from firsttok.screening import screen
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
-    from firsttok.study import Study, measure_facts
+    from firsttok.study import Study
     from firsttok.sweep import read_run, sweep_facts
     from firsttok.synthetic import synthetic_facts
     from firsttok.token_strips import TokenStrip, show_tokens, tokens
@@ -63,7 +65,6 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "auditing": ("Audit", "audit"),
-    "cases": ("scan",),
     "contexts": ("ContextSet", "load_contexts", "sample_contexts"),
     "data": ("Fact", "builtin_facts", "builtin_sentences", "load_facts", "load_texts"),
     "editing": (
@@ -98,12 +99,15 @@ _MODULES = {
     "hyperparameters": ("Hyperparameters",),
     "inspection": ("Inspection", "inspect_model"),
     "keys": ("IntervenedKeys", "Keys", "capture_keys", "fact_keys", "keys_at"),
+    "measuring": ("measure_facts",),
+    "metrics": ("Metric",),
     "models": ("BosPolicy", "EditSite", "Model", "load", "plain_model"),
     "probing": ("PROBES", "Probe", "ProbeResult", "probe"),
     "prompts": ("fact_prompt", "text_prompt"),
+    "rows": ("Row",),
     "screening": ("screen",),
     "second_moment": ("SecondMoment", "compute_second_moment", "load_second_moment"),
-    "study": ("Study", "measure_facts"),
+    "study": ("Study",),
     "sweep": ("read_run", "sweep_facts"),
     "synthetic": ("synthetic_facts",),
     "token_strips": ("TokenStrip", "show_tokens", "tokens"),
@@ -130,11 +134,13 @@ __all__ = [
     "IntervenedKeys",
     "Keys",
     "Method",
+    "Metric",
     "Model",
     "Perplexity",
     "Probe",
     "ProbeResult",
     "RomeEditor",
+    "Row",
     "SecondMoment",
     "Slot",
     "Study",
@@ -172,7 +178,6 @@ __all__ = [
     "probe",
     "read_run",
     "sample_contexts",
-    "scan",
     "screen",
     "show_tokens",
     "sweep_facts",

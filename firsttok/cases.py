@@ -3,24 +3,25 @@
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from rich.progress import Progress
 
-from firsttok.arguments import taken
 from firsttok.data import SKIP_HINT, Fact, LeftOut
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import measure_facts
 from firsttok.prompts import fact_prompt
+from firsttok.rows import COLUMNS, Row
 from firsttok.script_options import ScriptOptions
-from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_against
+from firsttok.sieve import FailedFact, reason_against
 from firsttok.storage import content_hash, read_json, write_record
-from firsttok.study import CaseRow, Study, measure_facts
+from firsttok.study import Study
 
 __all__ = [
     "CaseSelection",
@@ -32,7 +33,6 @@ __all__ = [
     "load_scan",
     "measure_selection",
     "save_scan",
-    "scan",
     "second_token_cases",
     "select_cases",
     "spread_evenly",
@@ -55,53 +55,11 @@ class CaseSelection:
     """Whether the list was made on another model, so that nothing need collapse here."""
 
 
-@taken
-def scan(
-    study: Study,
-    facts: Sequence[Fact],
-    *,
-    progress: Progress | None = None,
-    on_failure: Callable[[FailedFact], None] | None = None,
-) -> list[CaseRow]:
-    """Edit every fact with ROME and measure; collapse cases are found, not assumed.
-
-    Args:
-        study: The study.
-        facts: The facts.
-        progress: Where to show progress.
-        on_failure: Told of each fact whose edit fails, such as one whose update is not finite; it
-            has no row then. None to raise what went wrong.
-
-    Raises:
-        BadInputError: If there are no facts, or none of them has a row.
-        NonFiniteError: If an update is not finite, and ``on_failure`` is None.
-    """
-
-    def edit(some: Sequence[Fact]) -> list[CaseRow]:
-        # What is done in parts after a failure was there before for the most part.
-        shown = progress if len(some) == len(facts) else None
-        return measure_facts(study, some, [ROME], progress=shown, label="scanning")
-
-    if on_failure is None:
-        return edit(facts)
-    rows: list[CaseRow] = []
-    failed: FailedFact | None = None
-    for _, found in each_or_reason(facts, edit) if facts else ():
-        if isinstance(found, FailedFact):
-            failed = found
-            on_failure(found)
-        else:
-            rows.append(found)
-    if not rows:
-        raise nothing_done("edit", failed)
-    return rows
-
-
 def save_scan(
     path: Path,
     study: Study,
     facts: Iterable[Fact],
-    rows: Sequence[CaseRow],
+    rows: Sequence[Row],
     *,
     failed: Sequence[FailedFact] = (),
     left_out: Sequence[LeftOut] = (),
@@ -145,14 +103,14 @@ def save_scan(
             }
             | ({"failed": len(failed)} if failed else {}),
             "collapse": [row.case_id for row in collapsed],
-            "rows": [_without_nan(asdict(row)) for row in rows],
+            "rows": [_without_nan(row) for row in rows],
         }
         | ({"failed": [fact.as_dict() for fact in failed]} if failed else {})
         | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
     )
 
 
-def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
+def load_scan(path: str | Path) -> tuple[tuple[Row, ...], dict[str, Any]]:
     """Read every scanned row of a list, and the provenance that they share.
 
     Raises:
@@ -162,7 +120,7 @@ def load_scan(path: str | Path) -> tuple[tuple[CaseRow, ...], dict[str, Any]]:
     content = read_json(path, "collapse cases")
     try:
         record = cast(dict[str, Any], content)
-        rows = tuple(CaseRow(**_with_nan(row)) for row in record["rows"])
+        rows = tuple(_scanned(row) for row in record["rows"])
         return rows, {**record["provenance"], "model": {**record["provenance"]["model"]}}
     except (BadInputError, KeyError, TypeError, ValueError):
         raise BadInputError(f"{path} is no list written by firsttok scan; make it again") from None
@@ -174,8 +132,13 @@ def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **odd}
 
 
-def _with_nan(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, **{name: float(row[name]) for name in _PERPLEXITIES}}
+def _scanned(record: Mapping[str, Any]) -> Row:
+    """A row of a list; columns that a rule reads are there and of their kinds."""
+    row = {**record, **{name: float(record[name]) for name in _PERPLEXITIES}}
+    for name in ("case_id", "subject", "prompt", "method", "denominator", "collapsed"):
+        if not isinstance(row[name], COLUMNS[name]):
+            raise TypeError(f"{name} is {row[name]!r}")
+    return Row(row)
 
 
 def load_collapse_ids(path: str | Path, facts: Sequence[Fact]) -> list[int]:
@@ -387,13 +350,13 @@ def measure_selection(
     listed = {fact.case_id for fact in selection.collapse}
     kept = _verified(selection, rows)
     return [
-        {"cases": "collapse" if row.case_id in listed else "normal", **asdict(row)}
+        {"cases": "collapse" if row.case_id in listed else "normal", **row}
         for row in rows
         if row.case_id not in listed or row.case_id in kept
     ]
 
 
-def _verified(selection: CaseSelection, rows: Sequence[CaseRow]) -> set[int]:
+def _verified(selection: CaseSelection, rows: Sequence[Row]) -> set[int]:
     """Case ids of the listed facts that ROME collapses, or all of a borrowed list."""
     listed = {fact.case_id: fact.subject for fact in selection.collapse}
     collapsed = {row.case_id for row in rows if row.method == ROME.name and row.collapsed}

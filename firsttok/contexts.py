@@ -1,6 +1,7 @@
 """The prefixes x_i that simulate different contexts (Equation 1), sampled once and saved."""
 
 import logging
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from rich.progress import Progress
 
 from firsttok.arguments import take_fields, taken
+from firsttok.data import Fact
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, DamagedFileError
 from firsttok.models import Model, logits
@@ -65,6 +67,24 @@ class ContextSet(Shown):
     def prefixed(self) -> tuple[str, ...]:
         """The templates that really put something before the prompt."""
         return tuple(template for template in self.templates if not template.startswith("{}"))
+
+    def draw_prefix(self, fact: Fact, *, seed: int) -> str:
+        """Draw one of the prefixes used for editing, as Section 4 does at test time (Table 5).
+
+        The draw depends on seed and fact alone, so that every method is tested behind the same one.
+
+        Args:
+            fact: The fact.
+            seed: The seed.
+
+        Raises:
+            BadInputError: If no template has a prefix.
+        """
+        if not self.prefixed:
+            raise BadInputError(
+                "no context has a prefix that could be put before the prompt; give one"
+            )
+        return random.Random(f"{seed} {fact.content_hash}").choice(self.prefixed)  # noqa: S311
 
     @property
     def first_prefix(self) -> str:

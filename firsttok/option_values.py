@@ -70,11 +70,12 @@ def check_options(args: argparse.Namespace) -> None:
             raise BadInputError(f"{_option(name)} is {given[name]}; give at least 1")
     if "seed" in given:
         seed_number(given["seed"], "--seed")
-    if given.get("layer", 0) < 0:
-        raise BadInputError(
-            f"--layer is {given['layer']}, but a model has no layer {given['layer']}; count them "
-            "from 0"
-        )
+    layers = given.get("layer", 0)
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if layer < 0:
+            raise BadInputError(
+                f"--layer is {layer}, but a model has no layer {layer}; count them from 0"
+            )
     for name in ("sql_seconds", "threshold"):
         if not 0 < given.get(name, 1.0) < math.inf:
             raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")

@@ -46,16 +46,19 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
 
     Args:
         parser: Where to.
-        several: Whether ``--model`` takes a list of names.
+        several: Whether ``--model`` and ``--layer`` take several.
     """
     add_config_option(parser)
     group = parser.add_argument_group("model")
     named = "name of the catalog (firsttok models list), hub id[@commit] or folder"
     if several:
         group.add_argument("--model", nargs="+", default=["smollm2-135m"], help=f"each a {named}")
+        group.add_argument(
+            "--layer", nargs="+", type=int, help="layers to edit, from 0 (default: the model's)"
+        )
     else:
         group.add_argument("--model", default="smollm2-135m", help=named)
-    group.add_argument("--layer", type=int, help="layer to edit, from 0 (default: the model's)")
+        group.add_argument("--layer", type=int, help="layer to edit, from 0 (default: the model's)")
     group.add_argument(
         "--bos",
         choices=["as_tokenizer", "with", "without"],

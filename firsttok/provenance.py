@@ -18,7 +18,7 @@ __all__ = ["described", "versions"]
 
 _PACKAGES = ("firsttok", "torch", "transformers", "transformer-lens", "numpy")
 _DEEPEST = 16
-_LIBRARIES = ("torch", "transformers", "transformer_lens", "builtins", "functools")
+_LIBRARIES = ("torch", "transformers", "transformer_lens", "builtins", "functools", "_io")
 """Packages whose objects hold more than their fields say."""
 _WRAPPED = ("__func__", "fget", "func")
 """Where a method, a property and a cached property have their function."""

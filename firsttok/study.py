@@ -3,11 +3,9 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.progress import Progress
 
 from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
@@ -22,7 +20,6 @@ from firsttok.editing import (
     ValueStore,
     edit_each,
     find_editors,
-    find_methods,
 )
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
@@ -35,70 +32,17 @@ from firsttok.evaluation import (
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, KeySource
 from firsttok.models import BosPolicy, Model
-from firsttok.prompts import fact_prompt
-from firsttok.provenance import described, versions
+from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import content_hash, read_record, write_record
 
-__all__ = ["CaseRow", "Study", "case_row", "measure_facts"]
+__all__ = ["Study"]
 
 logger = logging.getLogger(__name__)
 
 _Measured = TypeVar("_Measured")
 _MEMORIES = 12
 """Measurements of the unedited model that are kept in memory."""
-_FORMAT = 2
-"""Goes up when rows are measured otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaseRow:
-    """One fact edited by one method, with the components of the update and what it did."""
-
-    case_id: int
-    """Number of the fact in its set."""
-    subject: str
-    """The fact's subject."""
-    prompt: str
-    """The fact's prompt."""
-    target_new: str
-    """The fact's new target."""
-    method: str
-    """Name of the method."""
-    first_token: bool
-    """Whether the looked-up token is the very first of the sequence (BOS counts as a token)."""
-    one_token: bool
-    """Whether the subject is a single token."""
-    numerator: float
-    """As :func:`~firsttok.editing.solve_update` has it, like all up to ``key_norm_ratio``."""
-    denominator: float
-    """Signed."""
-    raw_numerator: float
-    """Numerator without normalisation."""
-    raw_denominator: float
-    """Denominator without normalisation."""
-    delta_norm: float
-    """Frobenius norm of the update."""
-    mean_delta: float
-    """Frobenius norm over number of elements."""
-    key_cosine: float
-    """Cosine of k_bar and k^u."""
-    key_norm_ratio: float
-    """``||k^u|| / ||k_bar||``."""
-    steps: int
-    """Loss evaluations of the value optimisation."""
-    final_loss: float
-    """Loss of the last one."""
-    perplexity: float
-    """Mean perplexity of the edited model."""
-    corpus_perplexity: float
-    """Corpus-level perplexity of the edited model."""
-    collapsed: bool
-    """Whether the mean perplexity is above the threshold."""
-
-    def __post_init__(self) -> None:
-        """Check what a file may hold."""
-        take_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -121,8 +65,8 @@ class Study(Shown):
     """Settings of the value optimisation."""
     texts: tuple[str, ...]
     """Sentences of the perplexity."""
-    work: Path
-    """Folder of finished parts, from which an interrupted run goes on."""
+    work: Path | None = None
+    """Folder of finished parts, from which an interrupted run goes on; None to keep none."""
     key_source: KeySource = ORDINARY_KEYS
     """Where the keys of every edit come from."""
     judge: Model | None = None
@@ -210,7 +154,7 @@ class Study(Shown):
         It is kept by the identity of the view it is measured on. While something disturbs the model
         (``Model.disturbance``) nothing is read or left.
         """
-        if self.evaluated.disturbance is not None:
+        if self.work is None or self.evaluated.disturbance is not None:
             return
         key = self._measured_on([])
         if ("perplexity", key) in self.memo:
@@ -242,9 +186,9 @@ class Study(Shown):
             )
 
     @property
-    def store(self) -> ValueStore:
+    def store(self) -> ValueStore | None:
         """Where optimised values are kept."""
-        return ValueStore(self.work / "values")
+        return None if self.work is None else ValueStore(self.work / "values")
 
     def varied(self, **changes: Any) -> "Study":
         """Return the study with some fields changed; what was measured and still holds goes along.
@@ -351,150 +295,3 @@ class Study(Shown):
         }
         usual = [ORDINARY_KEYS.name, [], [], BosPolicy.WITHOUT.value]
         return {} if list(stages.values()) == usual else {"stages": stages}
-
-
-@taken
-def measure_facts(
-    study: Study,
-    facts: Sequence[Fact],
-    methods: Sequence[Method | str],
-    *,
-    progress: Progress | None = None,
-    label: str = "editing",
-) -> list[CaseRow]:
-    """Edit every fact by every method and measure the perplexity after each edit.
-
-    Finished rows are kept in the study's work folder, and an interrupted run goes on from there.
-
-    Returns:
-        The rows, fact by fact, the methods in order.
-
-    Raises:
-        BadInputError: If there are no facts, or two of them have one number.
-    """
-    if not facts:
-        raise BadInputError("there are no facts to edit; give at least one")
-    chosen = find_methods(methods)
-    numbered = {fact.case_id: fact for fact in facts}
-    for fact in facts:
-        if numbered[fact.case_id] != fact:
-            raise BadInputError(
-                f"two facts have the case_id {fact.case_id}, {fact.prompt!r} and "
-                f"{numbered[fact.case_id].prompt!r}; number each once"
-            )
-    task = None if progress is None else progress.add_task(label, total=len(facts))
-    slots = len({method.anchor for method in chosen})
-
-    def on_step(count: int) -> None:
-        if progress is not None and task is not None:
-            progress.advance(task, count / (slots * study.hyperparameters.steps + 3))
-
-    settings = _row_settings(study)
-
-    def path_of(fact: Fact, method: Method) -> Path | None:
-        if settings is None:
-            return None
-        return study.work / "rows" / f"{_row_hash(settings, fact, method)[:24]}.json"
-
-    paths = {
-        (fact.case_id, method.name): path_of(fact, method) for fact in facts for method in chosen
-    }
-    known = {
-        key: row for key, path in paths.items() if path and (row := _read_row(path)) is not None
-    }
-    open_facts = [
-        fact for fact in facts if any((fact.case_id, method.name) not in known for method in chosen)
-    ]
-    done = len(facts) - len(open_facts)
-    for fact, edits in study.edits(open_facts, chosen, on_step=on_step):
-        missing = [method for method in chosen if (fact.case_id, method.name) not in known]
-        measured = study.perplexities([edits[method.name] for method in missing])
-        # An edit that was put into the model meanwhile would be filed under the model without.
-        same = _row_settings(study) == settings
-        for method, found in zip(missing, measured, strict=True):
-            row = CaseRow(**case_row(study, fact, method, edits[method.name], found))
-            path = paths[fact.case_id, method.name]
-            # JSON has no other numbers; such a row is measured again in the next run.
-            finite = math.isfinite(row.perplexity) and math.isfinite(row.corpus_perplexity)
-            if path and same and finite:
-                write_record(path, asdict(row))
-            known[fact.case_id, method.name] = row
-        done += 1
-        if progress is not None and task is not None:
-            progress.update(task, completed=done)
-    if progress is not None and task is not None:
-        progress.update(task, completed=len(facts))
-    return [known[fact.case_id, method.name] for fact in facts for method in chosen]
-
-
-def case_row(
-    study: Study,
-    fact: Fact,
-    method: Method,
-    edit: Edit,
-    measured: Perplexity | None,
-) -> dict[str, Any]:
-    """The columns of :class:`CaseRow`, those of the perplexity only if it was measured.
-
-    Args:
-        study: The study.
-        fact: The fact.
-        method: The method.
-        edit: The method's edit.
-        measured: Perplexity under the edit.
-    """
-    prompt = fact_prompt(study.model, fact)
-    columns = {
-        "case_id": fact.case_id,
-        "subject": fact.subject,
-        "prompt": fact.prompt,
-        "target_new": fact.target_new,
-        "method": method.name,
-        "first_token": prompt.subject_position == 0,
-        "one_token": prompt.subject_length == 1,
-        "steps": len(edit.losses),
-        "final_loss": edit.losses[-1],
-        **edit.report,
-    }
-    if measured is None:
-        return columns
-    return columns | {
-        "perplexity": measured.mean,
-        "corpus_perplexity": measured.corpus,
-        "collapsed": measured.collapsed,
-    }
-
-
-def _row_settings(study: Study) -> list[Any] | None:
-    """What decides the rows of a study besides fact and method; None if they may not be kept."""
-    views = (study.model,) if study.judge is None else (study.model, study.judge)
-    try:
-        source = described(study.key_source)
-    except TypeError:
-        return None
-    if any(view.disturbance is not None for view in views):
-        return None
-    identities = [view.identity() for view in views]
-    settings = [
-        *(identities if study.judge is not None else identities * 2),
-        source,
-        study.layer,
-        study.contexts.content_hash,
-        study.second_moment.content_hash,
-        study.hyperparameters.as_dict(),
-        list(study.texts),
-        study.text_bos.value,
-    ]
-    return [_FORMAT, content_hash(settings)]
-
-
-def _row_hash(settings: list[Any], fact: Fact, method: Method) -> str:
-    return content_hash([settings, fact.as_record(), list(method.slots.values())])
-
-
-def _read_row(path: Path) -> CaseRow | None:
-    try:
-        record = read_record(path, "a finished row")
-        return CaseRow(**{field.name: record[field.name] for field in fields(CaseRow)})
-    except (BadInputError, KeyError, TypeError, ValueError):
-        return None

@@ -110,9 +110,9 @@ SAME: dict[str, Callable[[Given], tuple[Any, Any]]] = {
         rows(ft.measure_facts(g.study, FACT, "rome")),
         rows(ft.measure_facts(g.study, (FACT,), [ft.ROME])),
     ),
-    "a scan of one fact": lambda g: (
-        rows(ft.scan(g.study, FACT)),
-        rows(ft.scan(g.study, [FACT])),
+    "a metric by its name alone": lambda g: (
+        rows(ft.measure_facts(g.study, FACT, ft.ROME, metrics="perplexity")),
+        rows(ft.measure_facts(g.study, [FACT], [ft.ROME], metrics=["perplexity"])),
     ),
     "a screening of one fact": lambda g: (
         rows(list(ft.screen(g.study, FACT))),

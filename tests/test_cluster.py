@@ -15,10 +15,12 @@ from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.errors import BadInputError, WorkerError
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.measuring import Plan
 from firsttok.models import BosPolicy
+from firsttok.rows import FAILED, Row, read_rows, shard_paths
 from firsttok.second_moment import compute_second_moment
 from firsttok.study import Study
-from firsttok.sweep import FAILED, LocalEngine, Plan, SweepRow, read_shard, shard_paths, sweep
+from firsttok.sweep import LocalEngine, sweep
 from firsttok.sweep.cluster import LIVES, RayEngine, Recipe, connected
 
 pytestmark = [
@@ -55,14 +57,14 @@ def facts(count: int) -> list[Fact]:
     ]
 
 
-def rows_in(folder: Path) -> list[SweepRow]:
-    return [row for path in shard_paths(folder) for row in read_shard(path)]
+def rows_in(folder: Path) -> list[Row]:
+    return [row for path in shard_paths(folder) for row in read_rows(path)]
 
 
-def equal(one: Sequence[SweepRow], other: Sequence[SweepRow]) -> None:
+def equal(one: Sequence[Row], other: Sequence[Row]) -> None:
     assert len(one) == len(other)
     for row, expected in zip(one, other, strict=True):
-        for name, value in vars(expected).items():
+        for name, value in expected.items():
             wanted = pytest.approx(value, rel=1e-5, abs=1e-9) if isinstance(value, float) else value
             assert getattr(row, name) == wanted, (row.case_id, name)
 

@@ -23,7 +23,7 @@ from firsttok.cases import load_scan
 from firsttok.cli import main
 from firsttok.contexts import load_contexts
 from firsttok.errors import BadInputError, FirsttokError
-from firsttok.study import CaseRow
+from firsttok.rows import FACT, METRIC_COLUMNS, REPORT
 from firsttok.sweep import read_run
 from firsttok.sweep.query import select
 
@@ -169,9 +169,8 @@ def test_vectors_of_whole_numbers_are_no_edit(kind: torch.dtype, tmp_path: Path)
 
 
 def test_a_list_of_cases_and_contexts_with_odd_content_are_read_or_refused(tmp_path: Path) -> None:
-    row = dict.fromkeys(CaseRow.__dataclass_fields__, 1.0) | {"case_id": 1, "steps": 1}
-    row |= dict.fromkeys(("subject", "prompt", "target_new", "method"), "a")
-    row |= dict.fromkeys(("first_token", "one_token", "collapsed"), True)
+    columns = {**FACT, **REPORT, **METRIC_COLUMNS["perplexity"]}
+    row = {name: {str: "a", bool: True}.get(kind, 1) for name, kind in columns.items()}
     scanned = {"rows": [row], "provenance": {"model": {"fingerprint": "f"}}, "collapse": [1]}
     saved = {"templates": ["{}"], "seed": 1, "model_fingerprint": "f", "leading_ids": [1]}
     path = tmp_path / "file.json"

@@ -24,12 +24,13 @@ from firsttok.errors import BadInputError, EditMismatchError, ViewError
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import IntervenedKeys, capture_keys, keys_at
+from firsttok.measuring import measure_facts
 from firsttok.models import BosPolicy, Model
 from firsttok.probes import SECOND2FIRST, SeesItself
 from firsttok.prompts import pad, text_prompt
 from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment, compute_second_moment
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 from firsttok.sweep import sweep_facts
 from firsttok.tensors import TokenBatch
 

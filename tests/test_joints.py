@@ -12,7 +12,6 @@ import pytest
 from text_models import ADDED, byte_level, sentence_piece, spoken, unigram
 from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory
 
-from firsttok.cases import scan
 from firsttok.cli import main
 from firsttok.data import JOINS, STRADDLES, Fact, builtin_facts, check_facts, load_facts, text_joint
 from firsttok.data.joints import Join
@@ -22,13 +21,13 @@ from firsttok.errors import FactFormatError, TargetTokenError
 from firsttok.evaluation import counterfact_scores, score_targets, target_probabilities
 from firsttok.exploration import observe
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.measuring import Plan, measure_chunk, measure_facts
 from firsttok.models import Model
 from firsttok.options import add_prompt_options
 from firsttok.probes import answered_facts
 from firsttok.prompts import fact_prompt, joined_target, text_prompt, with_target
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
-from firsttok.sweep import Plan, measure_chunk
 from firsttok.token_strips import tokens
 
 SPACE = [
@@ -202,11 +201,9 @@ def numbers(study: Study, fact: Fact) -> dict[str, Any]:
         "observed": observe(
             model, fact, study.original_perplexity, contexts=CONTEXTS
         ).target_probability,
-        "accuracies": [
-            asdict(row) for row in measure_accuracy(study, [fact], [ROME], prefix_of=lambda _: "{}")
-        ],
-        "rows": [{name: asdict(row)[name] for name in wanted} for row in rows],
-        "scan": scan(study, [fact])[0].final_loss,
+        "accuracies": measure_accuracy(study, [fact], [ROME]),
+        "rows": [{name: row[name] for name in wanted} for row in rows],
+        "scan": measure_facts(study, [fact], [ROME])[0].final_loss,
     }
 
 

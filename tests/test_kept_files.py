@@ -21,7 +21,9 @@ from firsttok.data.downloads import _read_state
 from firsttok.data.pulls import _read_record
 from firsttok.editing import ROME, ValueStore, compute_edit, load_edit
 from firsttok.errors import BadInputError, CacheError, DamagedFileError, FirsttokError
+from firsttok.measuring import measure_facts
 from firsttok.models import Model
+from firsttok.rows import Row, Shard, read_rows, write_rows
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.storage import (
     read_json,
@@ -32,25 +34,29 @@ from firsttok.storage import (
     write_record,
     write_tensors,
 )
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 from firsttok.sweep.manifest import read_manifest
-from firsttok.sweep.rows import SweepRow
-from firsttok.sweep.shards import Shard, read_shard, write_shard
 
 FLIPS = int(os.environ.get("FIRSTTOK_FLIPS", "300"))
 """Single-bit flips of each file; 1500 for the long run."""
 SHARD_ROWS = [
-    SweepRow(
-        model="tiny",
-        case_id=number,
-        method="rome",
-        status="done",
-        subject=f"subject {number}",
-        prompt="{} is",
-        target_new="Berlin",
-        target_true="London",
-        perplexity=70.5 + number,
-        collapsed=number % 2 == 0,
+    Row(
+        {
+            "model": "tiny",
+            "case_id": number,
+            "layer": 2,
+            "method": "rome",
+            "status": "done",
+            "reason": None,
+            "subject": f"subject {number}",
+            "prompt": "{} is",
+            "target_new": "Berlin",
+            "target_true": "London",
+            "first_token": True,
+            "one_token": True,
+            "perplexity": 70.5 + number,
+            "collapsed": number % 2 == 0,
+        }
     )
     for number in range(40)
 ]
@@ -104,12 +110,12 @@ def kept(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     sample_contexts(model, path=folder / "contexts.json")
     save_scan(folder / "collapse_cases.json", study, NUMBERED[:2], rows)
     write_record(folder / "facts.json.pulled.json", {"name": "facts", "sha256": "0" * 64})
-    manifest = {"format": 1, "metrics": ["perplexity"], "seed": 0, "chunk": 2, "methods": {}}
+    manifest = {"format": 2, "metrics": ["perplexity"], "seed": 0, "chunk": 2, "methods": {}}
     manifest |= {"facts": {"hash": "abc", "count": 2}, "models": {"llama": {"layer": 2}}}
     write_record(folder / "manifest.json", manifest)
     begun = {"url": "http://localhost/facts.json", "validator": "one", "size": 7}
     write_record(folder / "facts.json.part.json", begun)
-    write_shard(folder, 3, SHARD_ROWS, 1.5)
+    write_rows(folder / "chunk-000003.parquet", SHARD_ROWS, seconds=1.5)
     return {
         "edit": folder / "edit.safetensors",
         "cached second moment": cached,
@@ -167,14 +173,14 @@ def readers(tiny: TinyFactory) -> dict[str, Read]:
         "cached second moment": lambda path: read_tensors(path, "a second moment"),
         "partial second moment": lambda path: read_tensors(path, "a partial second moment"),
         "value": read_value,
-        "row": lambda path: read_record(path, "a finished row"),
+        "row": read_rows,
         "perplexity": lambda path: read_record(path, "a kept perplexity"),
         "contexts": load_contexts,
         "collapse cases": load_scan,
         "manifest": lambda path: read_manifest(path.parent),
         "pull": read_pull,
         "download": read_begun,
-        "shard": read_shard,
+        "shard": read_rows,
     }
 
 
@@ -231,7 +237,7 @@ def test_a_shard_with_any_flipped_bit_is_not_finished(
         flipped = bytearray(whole)
         flipped[byte] ^= 16
         path.write_bytes(flipped)
-        for read in (Shard.at, read_shard):
+        for read in (Shard.at, read_rows):
             with pytest.raises(BadInputError, match="does its chunk again"):
                 read(path)
 

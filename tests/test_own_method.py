@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -19,12 +19,13 @@ from firsttok.cli import main
 from firsttok.data import Fact
 from firsttok.editing import METHODS, SLOTS, Edit, Method, Slot, find_methods, load_methods
 from firsttok.errors import BadInputError
+from firsttok.measuring import Plan
 from firsttok.models import Model
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.report import build_report, render_html, result_folders, write_reports
+from firsttok.rows import read_rows
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
-from firsttok.sweep import Plan
 
 OWN = Method(
     name="half",
@@ -159,8 +160,8 @@ def test_a_sweep_from_python_is_measured_like_facts(study: Study, tmp_path: Path
     plain = ft.measure_facts(study, facts, [ft.ROME, OWN])
     assert len(rows) == len(plain) == 2 * len(FACTS)
     for expected in plain:
-        found = asdict(rows[expected.case_id, expected.method])
-        for name, value in asdict(expected).items():
+        found = rows[expected.case_id, expected.method]
+        for name, value in expected.items():
             assert found[name] == (
                 pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
             )
@@ -342,3 +343,89 @@ def test_two_editors_of_one_name_are_refused(tiny: TinyFactory, tmp_path: Path) 
         study.edits(FACTS[:1], [Nudge(), Nudge(layers=(1,))])
     with pytest.raises(BadInputError, match="writes one fact at a time, not 2"):
         study.editors(["rome"])[0].edit(study.model, FACTS[:2])
+
+
+class WordCount:
+    """How many words follow the prompt, and the first of them."""
+
+    name = "words"
+    columns = {"word_count": int, "first_word": str}  # noqa: RUF012
+
+    def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
+        said = [ft.continuation(study.model.edited(edit), fact.prompt).split() for edit in edits]
+        return [{"word_count": len(words), "first_word": (*words, None)[0]} for words in said]
+
+
+def test_an_editor_and_a_metric_of_ones_own_are_measured_and_swept(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    study = study_of(tiny("llama"), tmp_path)
+    facts = [replace(fact, case_id=index) for index, fact in enumerate(FACTS[:3])]
+    methods, metrics = ["rome", Nudge()], ["perplexity", WordCount()]
+    rows = ft.measure_facts(study, facts, methods, metrics=metrics)
+    assert [(row.case_id, row.method) for row in rows] == [
+        (fact.case_id, name) for fact in facts for name in ("rome", "nudge")
+    ]
+    edits = dict(study.edits(facts, methods))
+    for row, fact in zip(rows[1::2], facts, strict=True):
+        edit = edits[fact]["nudge"]
+        with edit.applied(study.model) as view:
+            words = ft.continuation(view, fact.prompt).split()
+        assert row.word_count == len(words)
+        assert row.delta_norm == pytest.approx(edit.report["delta_norm"], rel=1e-6)
+        assert row.perplexity == pytest.approx(study.perplexities([edit])[0].mean, rel=1e-6)
+        assert row.get("denominator") is None
+    assert ft.measure_facts(study, facts, methods, metrics=metrics) == rows
+    run = ft.sweep_facts(tmp_path / "run", study, facts, methods, metrics=metrics, chunk=2)
+    for row, swept in zip(rows, run.rows, strict=True):
+        assert (swept.first_word, swept.word_count) == (row.first_word, row.word_count)
+        assert swept.perplexity == pytest.approx(row.perplexity, rel=1e-4)
+    assert run.sql("SELECT count(word_count) FROM rows").iloc[0, 0] == len(rows)
+    assert "nudge" in repr(run)
+    with pytest.raises(BadInputError, match=r"methods\.nudge\.editor"):
+        ft.sweep_facts(run.folder, study, facts, ["rome", Nudge(layers=(1,))], metrics=metrics)
+
+
+class Clash(WordCount):
+    name = "clash"
+    columns = {"perplexity": float}  # noqa: RUF012
+
+
+class Unnamed(WordCount):
+    columns = {"word_count": int}  # noqa: RUF012
+
+
+class Odd(WordCount):
+    columns = {"word_count": list}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["words"], "no metric is called 'words'; take perplexity"),
+        ([], "there is no metric; give at least one"),
+        ([Clash()], "has a column 'perplexity', which 'perplexity' has already"),
+        ([Odd()], "take str, int, float or bool"),
+        ([WordCount(), Unnamed()], "two metrics are called 'words'"),
+        ([Unnamed()], "fills 'first_word', which is not among its columns"),
+    ],
+)
+def test_a_metric_that_rows_cannot_hold_is_refused(
+    metrics: list[Any], message: str, study: Study
+) -> None:
+    with pytest.raises(BadInputError, match=re.escape(message)):
+        ft.measure_facts(study, FACTS[:1], ["rome"], metrics=metrics)
+
+
+def test_what_cannot_be_described_is_measured_and_not_kept(study: Study, tmp_path: Path) -> None:
+    class Open(WordCount):
+        def __init__(self) -> None:
+            self.file = (tmp_path / "log").open("w")
+
+    for _ in range(2):
+        (row,) = ft.measure_facts(study, FACTS[:1], ["rome"], metrics=["perplexity", Open()])
+        assert row.word_count >= 0
+    (kept,) = (tmp_path / "work" / "rows").glob("*.parquet")
+    assert "word_count" not in read_rows(kept)[0]
+    with pytest.raises(BadInputError, match="'words' cannot be told from another one"):
+        ft.sweep_facts(tmp_path / "run", study, FACTS[:1], ["rome"], metrics=[Open()])

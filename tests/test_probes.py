@@ -26,6 +26,7 @@ from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, IntervenedKeys, capture_keys, fact_keys, keys_at
+from firsttok.measuring import measure_facts
 from firsttok.models import BosPolicy, Model, capture, logits
 from firsttok.probes import (
     FIRST2SECOND,
@@ -47,7 +48,7 @@ from firsttok.probes import (
 )
 from firsttok.prompts import Prompt, fact_prompt, join_prompts, pad, positions, text_prompt
 from firsttok.second_moment import SecondMoment, compute_second_moment
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 from firsttok.tensors import Intervention, TokenBatch
 
 ROTARY = ("gptj", "llama", "mistral")

@@ -6,7 +6,6 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from firsttok import rows as stored
 from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS
 from firsttok.efficacy import accuracy_line
 from firsttok.errors import BadInputError
-from firsttok.sweep import shards
+from firsttok.rows import DONE, FAILED, Row, table_of, write_rows
 from firsttok.sweep.groups import COLUMNS, method_label
 from firsttok.sweep.results import RunResults, read_run
-from firsttok.sweep.rows import DONE, FAILED, SweepRow, table_of
 from firsttok.sweep.tables import ResultTable
 
 NAMES = ("rome", "c-rome", "p-rome", "fc-rome")
@@ -33,7 +32,7 @@ SCORES = ("es", "em", "ps", "pm", "ns", "nm")
 ORIGINAL = 72.17
 
 
-def row_of(model: str, case: int, method: str, **columns: Any) -> SweepRow:
+def row_of(model: str, case: int, method: str, **columns: Any) -> Row:
     """A row with numbers from a seed; the first cases' ROME edits collapse the model."""
     draw = random.Random(f"{model} {case} {method}")
     collapsed = method == "rome" and case % 3 == 0
@@ -57,8 +56,10 @@ def row_of(model: str, case: int, method: str, **columns: Any) -> SweepRow:
     record: dict[str, Any] = {
         "model": model,
         "case_id": case,
+        "layer": 1,
         "method": method,
         "status": DONE,
+        "reason": None,
         "subject": f"Subject {case}",
         "prompt": f"Subject {case} is",
         "target_new": "Berlin",
@@ -66,20 +67,20 @@ def row_of(model: str, case: int, method: str, **columns: Any) -> SweepRow:
         **values,
         **columns,
     }
-    return SweepRow(**record)
+    return Row(record)
 
 
-def failure(row: SweepRow, reason: str) -> SweepRow:
+def failure(row: Row, reason: str) -> Row:
     """The same row if it could not be done."""
-    kept = ("model", "case_id", "method", "subject", "prompt", "target_new", "target_true")
-    return SweepRow(**{name: getattr(row, name) for name in kept}, status=FAILED, reason=reason)
+    kept = ("model", "case_id", "layer", "method", "subject", "prompt", "target_new", "target_true")
+    return Row({name: row[name] for name in kept} | {"status": FAILED, "reason": reason})
 
 
-REST: dict[str, Any] = {"format": 1, "metrics": ["perplexity"], "seed": 0, "chunk": 5}
+REST: dict[str, Any] = {"format": 2, "metrics": ["perplexity"], "seed": 0, "chunk": 5}
 """What a manifest holds besides."""
 
 
-def save(folder: Path, rows: Sequence[SweepRow], *, chunk: int = 5, **manifest: Any) -> Path:
+def save(folder: Path, rows: Sequence[Row], *, chunk: int = 5, **manifest: Any) -> Path:
     """Write a run as a sweep does."""
     models = list(dict.fromkeys(row.model for row in rows)) or ["tiny"]
     content = {
@@ -99,13 +100,13 @@ def save(folder: Path, rows: Sequence[SweepRow], *, chunk: int = 5, **manifest: 
         for index in range(0, len(cases), chunk):
             chosen = set(cases[index : index + chunk])
             kept = [row for row in own if row.case_id in chosen]
-            shards.write_shard(place, index // chunk, kept, 1.0)
+            write_rows(stored.shard_path(place, index // chunk), kept, seconds=1.0)
     return folder
 
 
 def grid(
     models: Sequence[str] = ("tiny",), methods: Sequence[str] = NAMES, cases: int = 17
-) -> list[SweepRow]:
+) -> list[Row]:
     """Every case by every method."""
     return [row_of(m, case, name) for m in models for case in range(cases) for name in methods]
 
@@ -130,12 +131,12 @@ def plain_mean(values: Sequence[float | None], scale: float = 1.0) -> Any:
     return pytest.approx(scale * sum(known) / len(known), rel=1e-12) if known else None
 
 
-def group(rows: Sequence[SweepRow], cases: str, method: str, model: str) -> list[SweepRow]:
+def group(rows: Sequence[Row], cases: str, method: str, model: str) -> list[Row]:
     """The definition, word by word."""
-    chosen: list[SweepRow] = []
+    chosen: list[Row] = []
     for row in rows:
         judges = [
-            other.collapsed
+            other.get("collapsed")
             for other in rows
             if (other.model, other.case_id, other.method) == (row.model, row.case_id, "rome")
         ]
@@ -147,10 +148,10 @@ def group(rows: Sequence[SweepRow], cases: str, method: str, model: str) -> list
     return chosen
 
 
-def mixed() -> list[SweepRow]:
+def mixed() -> list[Row]:
     """Two models; failed rows, missing metrics, a case without a ROME row."""
     rows = grid(("tiny", "org/other"))
-    changed: list[SweepRow] = []
+    changed: list[Row] = []
     for row in rows:
         if row.model == "tiny" and row.case_id == 3:
             changed.append(failure(row, "subject 'A' straddles \"b's\""))
@@ -162,7 +163,7 @@ def mixed() -> list[SweepRow]:
             continue
         elif row.case_id == 9:
             changed.append(
-                replace(row, generalization=None, locality=None, ps=None, ns=None, entropy=None)
+                Row({**row, **dict.fromkeys(("generalization", "locality", "ps", "ns", "entropy"))})
             )
         else:
             changed.append(row)
@@ -172,11 +173,13 @@ def mixed() -> list[SweepRow]:
 @pytest.mark.parametrize("make", [grid, mixed])
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_every_cell_is_the_plain_arithmetic(
-    make: Callable[[], list[SweepRow]], chunk: int, tmp_path: Path
+    make: Callable[[], list[Row]], chunk: int, tmp_path: Path
 ) -> None:
     rows = make()
     results = read_run(save(tmp_path / "run", rows, chunk=chunk))
-    assert sorted(results.rows, key=str) == sorted(rows, key=str)
+    # A column that was not measured is there, and empty.
+    whole = [Row({**dict.fromkeys(stored.COLUMNS), **row}) for row in rows]
+    assert sorted(results.rows, key=str) == sorted(whole, key=str)
     for model in results.models:
         groups = ["collapse", "normal"]
         if model == "tiny" and make is mixed:
@@ -318,7 +321,7 @@ def test_the_printed_scores_are_harmonic_means() -> None:
 def test_labels_are_those_of_the_methods() -> None:
     assert [method_label(method.name) for method in METHODS] == [m.label for m in METHODS]
     assert method_label("my-own") == "my-own"
-    assert set(COLUMNS) <= {field.name for field in fields(SweepRow)}
+    assert set(COLUMNS) <= set(stored.COLUMNS)
 
 
 def test_only_rome_and_no_collapse_case(tmp_path: Path) -> None:
@@ -392,13 +395,13 @@ def test_a_frame_in_one_call(tmp_path: Path) -> None:
     rows = mixed()
     results = read_run(save(tmp_path / "run", rows))
     frame = results.frame()
-    assert list(frame.columns) == [field.name for field in fields(SweepRow)]
+    assert list(frame.columns) == list(stored.COLUMNS)
     assert len(frame) == len(rows)
     assert frame["case_id"].dtype == frame["steps"].dtype == pd.Int64Dtype()
     # A failed row's missing truth value does not stop the selection.
     collapsed = frame[frame["collapsed"]]
-    assert len(collapsed) == sum(row.collapsed is True for row in rows)
-    expected = [row.perplexity for row in rows if row.method == "p-rome" and row.perplexity]
+    assert len(collapsed) == sum(row.get("collapsed") is True for row in rows)
+    expected = [row.perplexity for row in rows if row.method == "p-rome" and row.get("perplexity")]
     assert frame[frame["method"] == "p-rome"]["perplexity"].mean() == plain_mean(expected)
 
 
@@ -430,7 +433,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture
     assert results.sql("SELECT count(*) AS n FROM rows")["n"].tolist() == [0]
     assert main(["results", str(run), "--csv", str(tmp_path / "rows.csv")]) == 0
     assert "tiny: 0 of 20 rows (0 %), 0 of them failed; 20 still to do" in capsys.readouterr().out
-    assert (tmp_path / "rows.csv").read_text("utf-8").startswith("model,case_id,method")
+    assert (tmp_path / "rows.csv").read_text("utf-8").startswith("model,case_id,layer,method")
     save(run, [], models={}, methods={})
     assert main(["results", str(run)]) == 0
     assert "no model has begun" in capsys.readouterr().out
@@ -442,7 +445,7 @@ def test_a_label_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         row_of(label, 0, "rome"),
         failure(row_of(label, 1, "rome"), "[bold]no[/bold] [/nonsense] key"),
     ]
-    run = save(tmp_path / "run", [replace(row, model=label) for row in rows])
+    run = save(tmp_path / "run", [Row({**row, "model": label}) for row in rows])
     assert main(["results", str(run)]) == 0
     printed = capsys.readouterr().out
     assert label in printed
@@ -526,7 +529,7 @@ def test_a_query_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("SELECT case_id FROM rows WHERE false", []),
         ("WITH r AS (FROM rows) SELECT max(case_id) FROM r;", [[16]]),
         ("SELECT steps FROM rows WHERE status = 'failed' LIMIT 1", [[None]]),
-        ("SELECT count(*) FROM (DESCRIBE rows)", [[len(fields(SweepRow))]]),
+        ("SELECT count(*) FROM (DESCRIBE rows)", [[len(stored.COLUMNS)]]),
     ],
 )
 def test_answers_of_all_kinds_are_json(
@@ -620,7 +623,7 @@ def test_names_of_folders_mean_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [replace(row, model=name) for row in grid(cases=3)]
+    rows = [Row({**row, "model": name}) for row in grid(cases=3)]
     run = save(tmp_path / name, rows)
     results = read_run(run)
     assert results.models == (name,)
@@ -633,7 +636,7 @@ def test_figures_are_drawn_where_there_is_an_entropy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [
-        replace(row, entropy=None) if row.model == "tiny" else row
+        Row({**row, "entropy": None}) if row.model == "tiny" else row
         for row in grid(("tiny", "org/other.5b", "org/other.7b"), ("rome", "c-rome"))
     ]
     run = save(tmp_path / "run", rows)
@@ -687,7 +690,7 @@ def write_table(path: Path, table: Any) -> None:
     """A whole file of any table, with its checksum."""
     written = io.BytesIO()
     pq.write_table(table, written)
-    path.write_bytes(shards._with_digest(written.getvalue(), path.name))
+    path.write_bytes(stored._with_digest(written.getvalue(), path.name))
 
 
 def without_checksum(run: Path) -> None:
@@ -705,7 +708,7 @@ def twice(run: Path) -> None:
 def other_columns(run: Path) -> None:
     path = run / "rows" / "tiny" / "chunk-000001.parquet"
     table: Any = pq.ParquetFile(path).read()
-    write_table(path, table.drop_columns(["entropy"]))
+    write_table(path, table.drop_columns(["subject"]))
 
 
 def stranger(run: Path) -> None:

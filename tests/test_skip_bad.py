@@ -19,23 +19,24 @@ from firsttok.cases import (
     load_collapse_ids,
     load_scan,
     save_scan,
-    scan,
     second_token_cases,
 )
 from firsttok.cli import main
 from firsttok.data import Fact, check_facts, load_facts
-from firsttok.editing import Edit
+from firsttok.editing import ROME, Edit
 from firsttok.errors import BadInputError, CacheError, FactFormatError
 from firsttok.evaluation import Perplexity, PreparedTexts
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.measuring import measure_facts
 from firsttok.models import Model, load
 from firsttok.prompts import fact_prompt
+from firsttok.rows import FAILED, Row
 from firsttok.script_options import ScriptOptions
 from firsttok.second_moment import SecondMoment
 from firsttok.sieve import FailedFact, each_or_reason, reason_against, usable_facts
 from firsttok.storage import write_json
 from firsttok.study import Study
-from firsttok.sweep import FAILED, read_run
+from firsttok.sweep import read_run
 
 GOOD = [replace(fact, case_id=20 + index).as_record() for index, fact in enumerate(FACTS)]
 STRADDLES = Fact(subject="Arth", template="{}ur left", target_new="it", case_id=30).as_record()
@@ -341,8 +342,11 @@ def test_scripts_choose_among_the_facts_that_can_be_edited(
     )
     write_json(tmp_path / "facts.json", [*GOOD, STRADDLES, *SAME])
     facts = load_facts(tmp_path / "facts.json")
-    rows = [replace(row, collapsed=row.case_id != 24) for row in scan(study, facts[:5])]
-    listed = [*rows, replace(rows[0], case_id=32, collapsed=True)]
+    rows = [
+        Row({**row, "collapsed": row.case_id != 24})
+        for row in measure_facts(study, facts[:5], [ROME])
+    ]
+    listed = [*rows, Row({**rows[0], "case_id": 32, "collapsed": True})]
     save_scan(tmp_path / "cases.json", study, facts, listed)
     chosen: dict[bool, ScriptOptions] = {
         skip: ScriptOptions(

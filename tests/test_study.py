@@ -1,6 +1,7 @@
 """Many facts: resumed after an interruption, scanned, chosen, verified."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import torch
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
 from firsttok import study as study_module
-from firsttok.cases import load_collapse_ids, measure_selection, save_scan, scan, select_cases
-from firsttok.editing import C_ROME, METHODS, ROME, compute_edit
+from firsttok.cases import load_collapse_ids, measure_selection, save_scan, select_cases
+from firsttok.data import Fact
+from firsttok.editing import C_ROME, METHODS, ROME, Edit, compute_edit
 from firsttok.errors import BadInputError
 from firsttok.evaluation import perplexity
+from firsttok.measuring import measure_facts
+from firsttok.metrics import AccuracyMetric, PerplexityMetric
 from firsttok.models import BosPolicy
 from firsttok.probes import SECOND2FIRST, SeesAll
 from firsttok.second_moment import SecondMoment
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 
 NUMBERED = tuple(replace(fact, case_id=index) for index, fact in enumerate(FACTS))
 
@@ -63,35 +67,62 @@ def test_an_interrupted_run_goes_on_and_repeats_nothing(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = measure_facts(replace(study, work=tmp_path / "other"), NUMBERED, METHODS)
-    real = study_module.case_row
-    computed: list[tuple[int, str]] = []
+    real = PerplexityMetric.measure
+    computed: list[int] = []
 
-    def interrupted(*args: object) -> dict[str, Any]:
-        if len(computed) == 7:
+    def interrupted(metric: PerplexityMetric, study: Study, fact: Fact, edits: Any) -> Any:
+        if len(computed) == 3:
             raise KeyboardInterrupt
-        row: dict[str, Any] = real(*args)  # type: ignore[arg-type]
-        computed.append((row["case_id"], row["method"]))
-        return row
+        computed.append(fact.case_id)
+        return real(metric, study, fact, edits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "case_row", interrupted)
+        patch.setattr(PerplexityMetric, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             measure_facts(study, NUMBERED, METHODS)
-    first = list(computed)
-    assert len(first) == 7
+    assert computed == [fact.case_id for fact in NUMBERED[:3]]
 
-    def counted(*args: object) -> dict[str, Any]:
-        row: dict[str, Any] = real(*args)  # type: ignore[arg-type]
-        computed.append((row["case_id"], row["method"]))
-        return row
+    def counted(metric: PerplexityMetric, study: Study, fact: Fact, edits: Any) -> Any:
+        computed.append(fact.case_id)
+        return real(metric, study, fact, edits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_module, "case_row", counted)
+        patch.setattr(PerplexityMetric, "measure", counted)
         rows = measure_facts(study, NUMBERED, METHODS)
-    assert len(computed) == len(set(computed)) == len(NUMBERED) * len(METHODS)
+    assert computed == [fact.case_id for fact in NUMBERED]
     assert [row.case_id for row in rows] == [row.case_id for row in undisturbed]
     for row, other in zip(rows, undisturbed, strict=True):
         assert row.perplexity == pytest.approx(other.perplexity, rel=1e-3)
+
+
+def test_what_is_missing_is_measured_and_nothing_else(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_facts(study, NUMBERED[:2], [ROME])
+    measured: list[tuple[str, int, list[str]]] = []
+
+    def told(kind: type[Any]) -> None:
+        real = kind.measure
+
+        def measure(metric: Any, study: Study, fact: Fact, edits: Sequence[Edit]) -> Any:
+            names = [edit.provenance["method"]["name"] for edit in edits]
+            measured.append((metric.name, fact.case_id, names))
+            return real(metric, study, fact, edits)
+
+        monkeypatch.setattr(kind, "measure", measure)
+
+    told(PerplexityMetric)
+    told(AccuracyMetric)
+    rows = measure_facts(study, NUMBERED[:3], [ROME, C_ROME], metrics=["perplexity", "accuracy"])
+    both = ["rome", "c-rome"]
+    assert measured == [
+        *(("accuracy", 0, ["rome"]), ("perplexity", 0, ["c-rome"]), ("accuracy", 0, ["c-rome"])),
+        *(("accuracy", 1, ["rome"]), ("perplexity", 1, ["c-rome"]), ("accuracy", 1, ["c-rome"])),
+        *(("perplexity", 2, both), ("accuracy", 2, both)),
+    ]
+    assert {tuple(row) for row in rows} == {tuple(rows[0])}
+    again = measure_facts(study, NUMBERED[:3], [ROME, C_ROME], metrics=["perplexity", "accuracy"])
+    assert again == rows
 
 
 def test_finished_values_are_not_optimised_again(
@@ -108,11 +139,11 @@ def test_finished_values_are_not_optimised_again(
     assert measure_facts(study, NUMBERED, [ROME]) == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[1]"])
-def test_a_damaged_row_is_measured_again(study: Study, content: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"PAR1"])
+def test_a_damaged_row_is_measured_again(study: Study, content: bytes) -> None:
     rows = measure_facts(study, NUMBERED[:1], [ROME])
-    (path,) = (study.work / "rows").iterdir()
-    path.write_text(content, "utf-8")
+    (path,) = (study.work / "rows").glob("*.parquet")
+    path.write_bytes(content)
     again = measure_facts(study, NUMBERED[:1], [ROME])
     assert again == rows
 
@@ -126,9 +157,9 @@ def test_changed_settings_are_measured_anew(study: Study) -> None:
         replace(study, contexts=replace(CONTEXTS, templates=CONTEXTS.templates[:2])),
         replace(study, second_moment=replace(study.second_moment, corpus_hash="other")),
     ):
-        before = len(list((study.work / "rows").iterdir()))
+        before = len(list((study.work / "rows").glob("*.parquet")))
         measure_facts(changed, NUMBERED[:1], [ROME])
-        assert len(list((study.work / "rows").iterdir())) == before + 1
+        assert len(list((study.work / "rows").glob("*.parquet"))) == before + 1
 
 
 def test_the_model_is_untouched(study: Study) -> None:
@@ -139,11 +170,11 @@ def test_the_model_is_untouched(study: Study) -> None:
 
 def test_scan_flags_and_list(study: Study, tmp_path: Path) -> None:
     bare = replace(study, model=study.model.with_bos(BosPolicy.WITHOUT))
-    rows = scan(bare, NUMBERED)
+    rows = measure_facts(bare, NUMBERED, [ROME])
     flags = {row.subject: (row.first_token, row.one_token) for row in rows}
     assert flags["England"] == (True, True)
     assert flags["Eiffel Tower"][0] is False
-    assert not any(row.first_token for row in scan(study, NUMBERED))
+    assert not any(row.first_token for row in measure_facts(study, NUMBERED, [ROME]))
     path = tmp_path / "cases.json"
     save_scan(path, bare, NUMBERED, rows)
     record = json.loads(path.read_text("utf-8"))
@@ -179,13 +210,17 @@ def test_selection_is_seeded_spread_and_disjoint() -> None:
 def test_a_listed_case_that_does_not_collapse_is_left_out(
     study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = study_module.case_row
+    real = PerplexityMetric.measure
 
-    def decided(*args: object) -> dict[str, Any]:
-        row: dict[str, Any] = real(*args)  # type: ignore[arg-type]
-        return row | {"collapsed": row["case_id"] == 0 and row["method"] == "rome"}
+    def decided(metric: PerplexityMetric, study: Study, fact: Fact, edits: Any) -> Any:
+        found = real(metric, study, fact, edits)
+        rome = [edit.provenance["method"]["name"] == "rome" for edit in edits]
+        return [
+            row | {"collapsed": fact.case_id == 0 and own}
+            for row, own in zip(found, rome, strict=True)
+        ]
 
-    monkeypatch.setattr(study_module, "case_row", decided)
+    monkeypatch.setattr(PerplexityMetric, "measure", decided)
     selection = select_cases(NUMBERED, [0, 1], collapse=2, normal=1, seed=0)
     records = measure_selection(study, selection, [ROME, C_ROME])
     assert {r["case_id"] for r in records if r["cases"] == "collapse"} == {0}

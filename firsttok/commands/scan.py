@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
-from firsttok.cases import save_scan, scan
+from firsttok.cases import save_scan
 from firsttok.console import progress_bar, show
+from firsttok.editing import ROME
 from firsttok.inputs import fact_file, open_study_of
+from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
 from firsttok.output import print_table
 from firsttok.sieve import FailedFact, warn_of_failures
@@ -25,7 +27,14 @@ def run(args: argparse.Namespace) -> None:
     with progress_bar() as progress:
         study, usable = open_study_of(args, facts, out, progress)
         study.warn_if_collapsed()
-        rows = scan(study, tuple(usable), progress=progress, on_failure=failed.append)
+        rows = measure_facts(
+            study,
+            tuple(usable),
+            [ROME],
+            progress=progress,
+            label="scanning",
+            on_failure=failed.append,
+        )
     path = out / "collapse_cases.json"
     save_scan(path, study, facts, rows, failed=failed, left_out=usable.left_out)
     groups = {

@@ -9,19 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from firsttok.cases import load_scan, scan
+from firsttok.cases import load_scan
 from firsttok.console import progress_bar, show
 from firsttok.data import FactFile, resolve_facts, write_facts
 from firsttok.data.records import plain_suffix
+from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study_of
+from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
 from firsttok.output import publish
 from firsttok.plots import figure, save_figure, screen_curves
+from firsttok.rows import Row
 from firsttok.screening import RATIO, Calibration, ScreenRow, calibrate, screen
 from firsttok.sieve import FailedFact, warn_of_failures
 from firsttok.storage import write_json
-from firsttok.study import CaseRow, Study
+from firsttok.study import Study
 
 __all__ = ["run"]
 
@@ -52,9 +55,10 @@ def run(args: argparse.Namespace) -> None:
             # In a folder of its own, where nothing is found finished, so that the time is true.
             with tempfile.TemporaryDirectory() as work:
                 start = time.perf_counter()
-                known = scan(
+                known = measure_facts(
                     study.varied(work=Path(work)),
                     tuple(usable),
+                    [ROME],
                     progress=progress,
                     on_failure=failed.append,
                 )
@@ -115,7 +119,7 @@ def _facts(args: argparse.Namespace) -> FactFile:
     return fact_file(args)
 
 
-def _edited(args: argparse.Namespace, study: Study, out: Path) -> Sequence[CaseRow]:
+def _edited(args: argparse.Namespace, study: Study, out: Path) -> Sequence[Row]:
     """Facts that were edited on this model with these settings; none if nothing says."""
     path = Path(args.scan) if args.scan else out / "collapse_cases.json"
     if args.measure or not path.is_file():

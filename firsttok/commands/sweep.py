@@ -15,25 +15,22 @@ from firsttok.data import FactFile
 from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study
+from firsttok.measuring import Plan
 from firsttok.models.location import check_name
 from firsttok.options import folder_name
 from firsttok.output import print_table
+from firsttok.rows import FAILED, Shard, read_rows, shard_paths
 from firsttok.study import Study
 from firsttok.sweep import (
-    FAILED,
     Engine,
     LocalEngine,
-    Plan,
-    Shard,
     Share,
     check_run,
     join_run,
     model_entry,
     model_folder,
     read_manifest,
-    read_shard,
     run_entry,
-    shard_paths,
     sweep,
 )
 
@@ -100,14 +97,16 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
     check_run(folder, entry)
     with progress_bar() as progress:
         for name in args.model:
-            _sweep_model(args, name, folder, entry, facts, plan, share, progress)
-            gc.collect()
+            for layer in dict.fromkeys(args.layer or [None]):
+                _sweep_model(args, name, layer, folder, entry, facts, plan, share, progress)
+                gc.collect()
     _status(folder)
 
 
 def _sweep_model(
     args: argparse.Namespace,
     name: str,
+    layer: int | None,
     folder: Path,
     entry: Mapping[str, Any],
     facts: FactFile,
@@ -115,11 +114,15 @@ def _sweep_model(
     share: Share,
     progress: Progress,
 ) -> None:
-    chosen = argparse.Namespace(**{**vars(args), "model": name})
+    chosen = argparse.Namespace(**{**vars(args), "model": name, "layer": layer})
     own = folder / "models" / folder_name(name)
     study = open_study(chosen, own, progress, leave_in=own)
+    for other in args.layer or ():
+        # Before the hours that the first one takes.
+        study.model.site(other)
     study.warn_if_collapsed()
-    label = study.model.label
+    several = len(set(args.layer or ())) > 1
+    label = f"{study.model.label}-layer{layer}" if several else study.model.label
     join_run(folder, entry, label, model_entry(study))
     with ExitStack() as stack:
         if args.engine == "ray":
@@ -170,7 +173,7 @@ def _status(folder: Path) -> None:
         shards = [Shard.at(path) for path in shard_paths(model_folder(folder, label))]
         rows = sum(shard.rows for shard in shards)
         seconds = sum(shard.seconds for shard in shards)
-        lost = [row for s in shards for row in read_shard(s.path) if row.status == FAILED]
+        lost = [row for s in shards for row in read_rows(s.path) if row.status == FAILED]
         reasons.update(row.reason or "" for row in lost)
         done = rows // methods if methods else 0
         size = manifest["chunk"]

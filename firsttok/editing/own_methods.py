@@ -59,7 +59,7 @@ def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Edito
         given: Methods, what names them, and editors.
 
     Raises:
-        BadInputError: If a method is unknown or malformed.
+        BadInputError: If a method is unknown or malformed, or two different ones go by one name.
     """
     found: dict[Any, Method | Editor] = {}
     for each in given:
@@ -68,6 +68,7 @@ def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Edito
         else:
             # A user's class may have no hash.
             found[id(each)] = each
+    check_methods(found.values())
     return tuple(found.values())
 
 
@@ -86,25 +87,27 @@ def load_methods(path: str | Path) -> tuple[Method, ...]:
     return methods
 
 
-def check_methods(methods: Iterable[Method]) -> None:
-    """Refuse methods that results could not tell apart.
+def check_methods(methods: Iterable[Method | Editor]) -> None:
+    """Refuse methods and editors that results could not tell apart.
 
     Raises:
         BadInputError: If two go by one name, or one by the name of a built-in method that it is
             not.
     """
-    seen: dict[str, Method] = {}
+    seen: dict[str, Method | Editor] = {}
     labels = {known.label.lower(): known.name for known in METHODS}
     for method in methods:
         name = method.name.lower()
         builtin = next((known for known in METHODS if known.name == name), None)
-        if name == "r-rome" or (builtin is not None and builtin.slots != method.slots):
+        slots = method.slots if isinstance(method, Method) else None
+        if name == "r-rome" or (builtin is not None and builtin.slots != slots):
             raise BadInputError(
                 f"a method of your own cannot be called {method.name!r}, which is a built-in one "
                 "with other slots; give it another name"
             )
         if name in seen:
-            raise BadInputError(f"two methods are called {method.name!r}; give each its own name")
+            kind = "methods" if slots is not None else "editors"
+            raise BadInputError(f"two {kind} are called {method.name!r}; give each its own name")
         seen[name] = method
         owner = labels.setdefault(method.label.lower(), name)
         if owner != name:

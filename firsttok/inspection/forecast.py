@@ -15,9 +15,10 @@ from firsttok.display import Note, Panel, Shown, Table
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import measure_facts
 from firsttok.screening import RATIO, ScreenRow, screen
 from firsttok.sieve import reason_against
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 
 __all__ = ["CALIBRATED", "DOZEN", "FactForecast", "Forecast", "choose_facts", "forecast"]
 

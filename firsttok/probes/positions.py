@@ -1,7 +1,7 @@
 """Position swaps: Second2First and First2Second (Appendix A.4, Tables 6 and 7)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,9 +11,10 @@ from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact, PaperValue
 from firsttok.editing import ROME
 from firsttok.keys import IntervenedKeys, keys_at
+from firsttok.measuring import measure_facts
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, pad
-from firsttok.study import Study, measure_facts
+from firsttok.study import Study
 from firsttok.tensors import KeyMatrix, TokenBatch
 
 __all__ = [
@@ -161,7 +162,7 @@ def measure_stages(
         changed = swapped_study(study, swap, stage)
         original = changed.original_perplexity.mean
         rows += [
-            {"stage": stage, "original_perplexity": original} | asdict(row)
+            {"stage": stage, "original_perplexity": original, **row}
             for row in measure_facts(
                 changed, facts, [ROME], progress=progress, label=f"{swap.name}: {stage}"
             )

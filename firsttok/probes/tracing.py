@@ -293,8 +293,8 @@ def trace_facts(
 
 
 def _path(study: Study, fact: Fact, corruption: Corruption, window: int) -> Path | None:
-    """Where a trace is kept; None while something disturbs the model."""
-    if study.model.disturbance is not None:
+    """Where a trace is kept; None without a folder, or while something disturbs the model."""
+    if study.work is None or study.model.disturbance is not None:
         return None
     key = [
         study.model.identity(),

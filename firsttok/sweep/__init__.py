@@ -11,56 +11,40 @@ if TYPE_CHECKING:
     from firsttok.sweep.engine import Chunk, DoneChunk, Engine, LocalEngine
     from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.manifest import check_run, join_run, model_entry, read_manifest, run_entry
-    from firsttok.sweep.measuring import METRICS, Plan, measure_chunk
     from firsttok.sweep.results import RunResults, read_run
-    from firsttok.sweep.rows import DONE, FAILED, SweepRow
     from firsttok.sweep.runner import CHUNK, Share, chunks_of, model_folder, sweep
-    from firsttok.sweep.shards import Shard, read_shard, shard_paths, write_shard
 
 _MODULES = {
     "cluster": ("RayEngine", "Recipe", "connected"),
     "engine": ("Chunk", "DoneChunk", "Engine", "LocalEngine"),
     "local_run": ("sweep_facts",),
     "manifest": ("check_run", "join_run", "model_entry", "read_manifest", "run_entry"),
-    "measuring": ("METRICS", "Plan", "measure_chunk"),
     "results": ("RunResults", "read_run"),
-    "rows": ("DONE", "FAILED", "SweepRow"),
     "runner": ("CHUNK", "Share", "chunks_of", "model_folder", "sweep"),
-    "shards": ("Shard", "read_shard", "shard_paths", "write_shard"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CHUNK",
-    "DONE",
-    "FAILED",
-    "METRICS",
     "Chunk",
     "DoneChunk",
     "Engine",
     "LocalEngine",
-    "Plan",
     "RayEngine",
     "Recipe",
     "RunResults",
-    "Shard",
     "Share",
-    "SweepRow",
     "check_run",
     "chunks_of",
     "connected",
     "join_run",
-    "measure_chunk",
     "model_entry",
     "model_folder",
     "read_manifest",
     "read_run",
-    "read_shard",
     "run_entry",
-    "shard_paths",
     "sweep",
     "sweep_facts",
-    "write_shard",
 ]
 
 

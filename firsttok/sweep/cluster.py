@@ -9,19 +9,18 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from firsttok.contexts import ContextSet
 from firsttok.errors import BadInputError, WorkerError
 from firsttok.hyperparameters import Hyperparameters
+from firsttok.measuring import Plan, measure_chunk
 from firsttok.models import BosPolicy, Model, load
+from firsttok.rows import failed_row
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
 from firsttok.sweep.engine import Chunk, DoneChunk
-from firsttok.sweep.measuring import Plan, measure_chunk
-from firsttok.sweep.rows import failed_row
 
 __all__ = ["RayEngine", "Recipe", "check_cluster", "connected"]
 
@@ -102,7 +101,6 @@ class Recipe:
             layer=self.layer,
             hyperparameters=self.hyperparameters,
             texts=self.texts,
-            work=Path(),
             text_bos=self.text_bos,
         )
 
@@ -333,7 +331,7 @@ class RayEngine:
     def _given_up(self, chunk: Chunk) -> DoneChunk:
         reason = f"its worker was lost {LIVES} times"
         rows = [
-            failed_row(self.label, fact, method.name, reason)
+            failed_row(self.label, self.recipe.layer, fact, method.name, reason)
             for fact in chunk.facts
             if fact.case_id not in chunk.done
             for method in self.plan.methods

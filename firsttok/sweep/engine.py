@@ -6,9 +6,9 @@ from time import perf_counter
 from typing import Protocol, runtime_checkable
 
 from firsttok.data import Fact
+from firsttok.measuring import Plan, measure_each
+from firsttok.rows import Row
 from firsttok.study import Study
-from firsttok.sweep.measuring import Plan, measure_each
-from firsttok.sweep.rows import SweepRow
 
 __all__ = ["Chunk", "DoneChunk", "Engine", "LocalEngine"]
 
@@ -36,7 +36,7 @@ class DoneChunk:
 
     index: int
     """Number of the chunk in the run."""
-    rows: tuple[SweepRow, ...]
+    rows: tuple[Row, ...]
     """One row per fact and method."""
     seconds: float
     """Time they took where they were done."""
@@ -71,9 +71,7 @@ class LocalEngine:
         self, chunks: Iterable[Chunk], *, on_facts: Callable[[float], None]
     ) -> Iterator[DoneChunk]:
         """Do the chunks in order, and give back every fact as soon as it is measured."""
-        slots = len({method.anchor for method in self.plan.methods})
-        # Three steps' time, about, goes into measuring a fact.
-        steps = slots * self.study.hyperparameters.steps + 3
+        steps = self.plan.steps(self.study)
         for chunk in chunks:
             reached = _Reached(facts=chunk.missing, steps=steps, report=on_facts)
             start = perf_counter()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from firsttok.sweep.rows import DONE, FAILED
+from firsttok.rows import DONE, FAILED
 
 __all__ = ["COLUMNS", "GROUPS", "GroupedRows", "Record", "group_cases", "mean_of", "method_label"]
 
@@ -16,7 +16,7 @@ COLUMNS = (
     *("es", "em", "ps", "pm", "ns", "nm", "entropy"),
     *("generated_exact", "generated_first_words"),
 )
-"""Columns of :class:`~firsttok.sweep.rows.SweepRow` that the tables need."""
+"""Columns of a :class:`~firsttok.rows.Row` that the tables need."""
 GROUPS = ("collapse", "normal", "not judged")
 """Groups of cases; see :func:`group_cases`."""
 # As firsttok.editing.METHODS has them. To import that takes seconds, and a table needs no model.

@@ -9,12 +9,13 @@ from rich.progress import Progress
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
-from firsttok.editing import Method, find_methods
+from firsttok.editing import Editor, Method, find_editors
 from firsttok.errors import BadInputError
+from firsttok.measuring import Plan
+from firsttok.metrics import METRICS, Metric
 from firsttok.study import Study
 from firsttok.sweep.engine import LocalEngine
 from firsttok.sweep.manifest import check_run, join_run, model_entry, run_entry
-from firsttok.sweep.measuring import METRICS, Plan
 from firsttok.sweep.results import RunResults, read_run
 from firsttok.sweep.runner import CHUNK, model_folder, sweep
 
@@ -26,25 +27,28 @@ def sweep_facts(
     folder: str | Path,
     study: Study,
     facts: Sequence[Fact],
-    methods: Sequence[Method | str],
+    methods: Sequence[Method | str | Editor],
     *,
-    metrics: Sequence[str] = METRICS[:3],
+    metrics: Sequence[Metric | str] = METRICS[:3],
     seed: int = 0,
+    label: str | None = None,
     chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> RunResults:
     """Edit and measure every fact by every method, as ``firsttok sweep`` does, in this process.
 
     The run lies in the folder: it goes on where it was interrupted, other models may join it, and
-    the command takes it up, too. Methods may be your own.
+    the command takes it up, too. Methods, editors and metrics may be your own.
 
     Args:
         folder: The run's folder, begun or resumed.
         study: The model and its settings; its work folder is not used.
         facts: The facts; if none has a number of its own they are numbered in order.
-        methods: The methods, or their names as ``--method`` takes them.
-        metrics: What is measured; see :data:`~firsttok.sweep.METRICS`.
+        methods: The methods, their names as ``--method`` takes them, or editors.
+        metrics: What is measured: metrics, or names of :data:`~firsttok.metrics.METRICS`.
         seed: Seed of Table 5's prefixes and of the generations.
+        label: What the run calls the model; None for its own name. A study of another layer or view
+            of a model that takes part already needs another label.
         chunk: Facts that are done together.
         progress: Where to show progress.
 
@@ -56,8 +60,8 @@ def sweep_facts(
     if chunk < 1:
         raise BadInputError(f"chunk is {chunk}; give at least 1")
     numbered = _numbered(facts)
-    plan = Plan(methods=find_methods(methods), metrics=tuple(metrics), seed=seed)
-    run, label = Path(folder), study.model.label
+    plan = Plan(methods=find_editors(methods), metrics=tuple(metrics), seed=seed)
+    run, label = Path(folder), label or study.model.label
     entry = run_entry(
         # As a file of these facts has it, so that the command goes on with the run.
         facts_hash=hashlib.sha256(

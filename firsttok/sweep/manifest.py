@@ -11,13 +11,13 @@ from firsttok.storage import locked, read_json, write_record
 
 if TYPE_CHECKING:
     from firsttok.data import LeftOut
+    from firsttok.measuring import Plan
     from firsttok.study import Study
-    from firsttok.sweep.measuring import Plan
 
 __all__ = ["check_run", "join_run", "model_entry", "read_manifest", "run_entry"]
 
 _NAME = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "models": lambda found: _is_table(found, dict),
     "facts": lambda found: _is_table(found, object),
@@ -55,13 +55,14 @@ def run_entry(
         plan: Methods and metrics.
         chunk: Facts in a chunk.
         left_out: Records of the file that could not be read, by reason; told, not compared.
+
+    Raises:
+        BadInputError: If an editor or a metric of the user's cannot be described.
     """
     return {
         "format": _FORMAT,
         "facts": {"hash": facts_hash, "count": facts},
-        "methods": {method.name: method.slots for method in plan.methods},
-        "metrics": list(plan.metrics),
-        "seed": plan.seed,
+        **plan.described(),
         "chunk": chunk,
         "told": {
             "facts": facts_name,

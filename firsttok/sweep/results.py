@@ -12,12 +12,11 @@ from firsttok.arguments import taken
 from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name
+from firsttok.rows import DONE, FAILED, Row, read_table, row_schema
 from firsttok.storage import content_hash
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import SECONDS, frame_of, select
-from firsttok.sweep.rows import DONE, FAILED, SweepRow, row_schema, rows_of
-from firsttok.sweep.shards import read_table
 from firsttok.sweep.tables import ResultTable, method_summary, model_tables
 
 if TYPE_CHECKING:
@@ -63,7 +62,8 @@ class RunResults(Shown):
     manifest: Mapping[str, Any]
     """What the run is made of: models, facts, methods and settings."""
     table: "pa.Table"
-    """All rows, in the columns of :func:`~firsttok.sweep.rows.row_schema`."""
+    """All rows: the columns of :data:`~firsttok.rows.COLUMNS`, measured or not, then those of a
+    user's editors and metrics."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -84,9 +84,9 @@ class RunResults(Shown):
         return {name: label for name, label in known.items() if isinstance(label, str)}
 
     @cached_property
-    def rows(self) -> tuple[SweepRow, ...]:
+    def rows(self) -> tuple[Row, ...]:
         """All rows as objects, made on first use."""
-        return tuple(rows_of(self.table))
+        return tuple(Row(record) for record in self.table.to_pylist())
 
     def frame(self) -> "pd.DataFrame":
         """All rows as a data frame; whole numbers and truth values may be missing (pandas.NA)."""
@@ -253,7 +253,16 @@ def read_run(path: str | Path) -> RunResults:
     # The model is read from the rows, so that a folder's name means nothing.
     files = sorted((folder / "rows").rglob("chunk-*.parquet"))
     shards = [read_table(file) for file in files]
-    table = pa.concat_tables([row_schema().empty_table(), *shards])
+    try:
+        # A column of a user's may hold whole numbers in one file and others in another.
+        table = pa.concat_tables(
+            [row_schema().empty_table(), *shards], promote_options="permissive"
+        )
+    except pa.ArrowException as error:
+        raise BadInputError(
+            f"files of the run in {folder} hold different kinds of values ({error}); begin another "
+            "run"
+        ) from None
     for column, known in (
         ("model", list(manifest["models"])),
         ("method", list(manifest["methods"])),

@@ -13,9 +13,8 @@ from rich.progress import Progress
 from firsttok.data import Fact
 from firsttok.errors import BadInputError, CacheError
 from firsttok.options import folder_name
+from firsttok.rows import FAILED, Row, Shard, read_rows, shard_path, write_rows
 from firsttok.sweep.engine import Chunk, DoneChunk, Engine
-from firsttok.sweep.rows import FAILED, SweepRow
-from firsttok.sweep.shards import Shard, read_shard, shard_path, write_shard
 
 __all__ = ["CHUNK", "Share", "chunks_of", "model_folder", "sweep"]
 
@@ -130,7 +129,7 @@ def sweep(
         share: Which part is done here; everything if None.
         retry_failed: Do failed cases again.
         progress: Where to show progress.
-        label: What the progress bar says.
+        label: What the rows and the progress bar call the model.
         total: Number of facts, for the estimate.
 
     Returns:
@@ -169,7 +168,7 @@ def sweep(
     try:
         for part in engine.run(open_chunks(), on_facts=advance):
             chunk = begun[part.index]
-            now += chunk.add(part)
+            now += chunk.add(part, label)
             touched.add(part.index)
             if not chunk.missing:
                 chunk.write(folder)
@@ -195,7 +194,7 @@ class _Begun:
 
     index: int
     order: tuple[int, ...]
-    rows: dict[int, list[SweepRow]]
+    rows: dict[int, list[Row]]
     """Rows by case id."""
     seconds: float
     missing: int = 0
@@ -206,12 +205,12 @@ class _Begun:
     def at(folder: Path, chunk: Chunk, *, retry_failed: bool) -> "_Begun":
         """What is kept of a chunk; nothing, with a warning, of a damaged file."""
         order = tuple(fact.case_id for fact in chunk.facts)
-        rows: dict[int, list[SweepRow]] = {}
+        rows: dict[int, list[Row]] = {}
         seconds = 0.0
         path = shard_path(folder, chunk.index)
         if path.is_file():
             try:
-                kept, seconds = read_shard(path), Shard.at(path).seconds
+                kept, seconds = read_rows(path), Shard.at(path).seconds
             except BadInputError as error:
                 logger.warning("%s", error)
                 kept = []
@@ -225,11 +224,11 @@ class _Begun:
         rows = {case_id: found for case_id, found in rows.items() if case_id not in again}
         return _Begun(index=chunk.index, order=order, rows=rows, seconds=seconds)
 
-    def add(self, part: DoneChunk) -> int:
+    def add(self, part: DoneChunk, label: str) -> int:
         """Take up the rows of some facts; returns how many facts."""
-        new: dict[int, list[SweepRow]] = {}
+        new: dict[int, list[Row]] = {}
         for row in part.rows:
-            new.setdefault(row.case_id, []).append(row)
+            new.setdefault(row.case_id, []).append(Row({**row, "model": label}))
         self.rows |= new
         self.seconds += part.seconds
         self.missing -= len(new)
@@ -239,5 +238,5 @@ class _Begun:
     def write(self, folder: Path) -> None:
         """Write all rows that are there, in the order of the facts."""
         rows = [row for case_id in self.order for row in self.rows.get(case_id, ())]
-        write_shard(folder, self.index, rows, self.seconds)
+        write_rows(shard_path(folder, self.index), rows, seconds=self.seconds)
         self.written, self.unwritten = monotonic(), False

@@ -1,0 +1,480 @@
+"""Facts edited and measured: the one loop of scripts, commands and sweeps."""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from rich.progress import Progress
+
+from firsttok.arguments import take_fields, taken
+from firsttok.data import Fact
+from firsttok.editing import Edit, Editor, Method, find_editors
+from firsttok.errors import BadInputError
+from firsttok.metrics import METRICS, AccuracyMetric, Metric, ScoresMetric, find_metrics
+from firsttok.prompts import fact_prompt
+from firsttok.provenance import described
+from firsttok.rows import COLUMNS, DONE, FACT, Row, failed_row, read_rows, write_rows
+from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_against
+from firsttok.storage import content_hash, locked
+from firsttok.study import Study
+
+__all__ = ["TOGETHER", "Plan", "measure_chunk", "measure_each", "measure_facts"]
+
+logger = logging.getLogger(__name__)
+
+TOGETHER = 8
+"""Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
+is killed loses no more than these; on a GPU, which is fast, those of its chunk.
+"""
+_FORMAT = 3
+"""Goes up when rows are measured otherwise."""
+_PERIOD = 1.0
+"""Seconds after which new rows are written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is done with every fact.
+
+    Raises:
+        BadInputError: If there is no method, results could not tell two apart, or a metric is
+            unknown.
+    """
+
+    methods: tuple[Method | Editor, ...]
+    """The methods or editors, each a row."""
+    metrics: tuple[Metric | str, ...] = ("perplexity", "accuracy", "scores")
+    """What is measured: metrics, or names of :data:`~firsttok.metrics.METRICS`."""
+    seed: int = 0
+    """Seed of Table 5's prefixes and of the generations."""
+
+    def __post_init__(self) -> None:
+        """Check the methods and metrics."""
+        take_fields(self)
+        if not self.methods:
+            raise BadInputError("a sweep needs at least one method; give one")
+        find_editors(self.methods)
+        if not self.measures:
+            raise BadInputError(f"there is no metric; give at least one of {', '.join(METRICS)}")
+
+    @cached_property
+    def measures(self) -> tuple[Metric, ...]:
+        """The metrics themselves."""
+        return find_metrics(self.metrics, seed=self.seed)
+
+    def steps(self, study: Study) -> int:
+        """Optimisation steps that a fact takes; measuring it takes the time of three, about."""
+        anchors = {each.anchor for each in self.methods if isinstance(each, Method)}
+        return len(anchors) * study.hyperparameters.steps + 3
+
+    def described(self) -> dict[str, Any]:
+        """Methods and metrics as JSON, with all that decides what they do.
+
+        Raises:
+            BadInputError: If an editor or a metric of the user's cannot be described.
+        """
+        own = [each for each in self.metrics if not isinstance(each, str)]
+        return {
+            "methods": {each.name: _slots(each) for each in self.methods},
+            "metrics": [metric.name for metric in self.measures],
+            "seed": self.seed,
+        } | ({"own_metrics": {each.name: _hash(each) for each in own}} if own else {})
+
+
+def measure_chunk(
+    study: Study,
+    facts: Sequence[Fact],
+    plan: Plan,
+    *,
+    done: Collection[int] = (),
+    on_step: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """Edit the facts of a chunk and measure every edit; arguments as of :func:`measure_each`.
+
+    Returns:
+        One row per fact and method, fact by fact, of the facts that are not done.
+
+    Raises:
+        CacheError: If a disk is full or cannot be written to; that is no fault of a case.
+    """
+    found = measure_each(study, facts, plan, done=done, on_step=on_step)
+    return [row for rows in found for row in rows]
+
+
+def measure_each(
+    study: Study,
+    facts: Sequence[Fact],
+    plan: Plan,
+    *,
+    done: Collection[int] = (),
+    on_step: Callable[[int], None] | None = None,
+) -> Iterator[list[Row]]:
+    """Edit the facts of a chunk, and give the rows of each as soon as it is measured.
+
+    The values of a few facts are optimised together (:data:`TOGETHER`), always of the same ones,
+    and no finished part is read from the study's work folder. So a chunk's numbers depend on its
+    facts alone, and not on which of them were done before. Facts that cannot be edited, as their
+    tokens tell, and those that fail become rows with the reason.
+
+    Args:
+        study: The study.
+        facts: The chunk.
+        plan: Methods and metrics.
+        done: Case ids of facts that are not measured, since their rows are there.
+        on_step: Called with the number of facts that took one optimisation step.
+
+    Yields:
+        For each other fact, in order, a row per method.
+
+    Raises:
+        CacheError: If a disk is full or cannot be written to; that is no fault of a case.
+    """
+    study = study.varied(work=None)
+
+    def together(some: Sequence[Fact]) -> Iterator[list[Row]]:
+        for fact, edits in study.edits(some, plan.methods, on_step=on_step):
+            if fact.case_id in done:
+                yield []
+            else:
+                yield _measured(study, fact, list(edits.values()), plan.methods, plan.measures)
+
+    size = TOGETHER if study.model.device.type == "cpu" else max(1, len(facts))
+    for start in range(0, len(facts), size):
+        part = facts[start : start + size]
+        if all(fact.case_id in done for fact in part):
+            continue
+        reasons = {fact.case_id: _unusable(study, fact, plan) for fact in part}
+        found = each_or_reason([f for f in part if reasons[f.case_id] is None], together)
+        for fact in part:
+            reason, rows = reasons[fact.case_id], list[Row]()
+            if reason is None:
+                _, outcome = next(found)
+                if isinstance(outcome, FailedFact):
+                    reason = outcome.reason
+                else:
+                    rows = outcome
+            if reason is not None:
+                label = study.model.label
+                rows = [
+                    failed_row(label, study.layer, fact, each.name, reason) for each in plan.methods
+                ]
+            if fact.case_id not in done:
+                yield rows
+
+
+@taken
+def measure_facts(
+    study: Study,
+    facts: Sequence[Fact],
+    methods: Sequence[Method | str | Editor],
+    *,
+    metrics: Sequence[Metric | str] = ("perplexity",),
+    seed: int = 0,
+    progress: Progress | None = None,
+    label: str = "editing",
+    on_failure: Callable[[FailedFact], None] | None = None,
+) -> list[Row]:
+    """Edit every fact by every method and measure each edit alone.
+
+    Finished rows are kept in the study's work folder, metric by metric, and an interrupted run goes
+    on from there.
+
+    Args:
+        study: The model and its settings.
+        facts: The facts.
+        methods: The methods, their names as ``--method`` takes them, or editors.
+        metrics: What is measured: metrics, or names of :data:`~firsttok.metrics.METRICS`.
+        seed: Seed of Table 5's prefixes and of the generations.
+        progress: Where to show progress.
+        label: What the progress bar says.
+        on_failure: Told of each fact that something goes wrong with, such as one whose update is
+            not finite; it has no row then. None to raise what went wrong.
+
+    Returns:
+        The rows, fact by fact, the methods in order.
+
+    Raises:
+        BadInputError: If there are no facts, two of them have one number, or none has a row.
+    """
+    if not facts:
+        raise nothing_done("edit", None)
+    numbered = {fact.case_id: fact for fact in facts}
+    for fact in facts:
+        if numbered[fact.case_id] != fact:
+            raise BadInputError(
+                f"two facts have the case_id {fact.case_id}, {fact.prompt!r} and "
+                f"{numbered[fact.case_id].prompt!r}; number each once"
+            )
+    plan = Plan(methods=find_editors(methods), metrics=tuple(metrics), seed=seed)
+    task = None if progress is None else progress.add_task(label, total=len(facts))
+
+    def on_step(count: int) -> None:
+        if progress is not None and task is not None:
+            progress.advance(task, count / plan.steps(study))
+
+    kept = _Kept.of(study, plan)
+    known = {fact.case_id: kept.rows(fact) for fact in facts}
+
+    def together(some: Sequence[Fact]) -> Iterator[list[Row]]:
+        for fact, edits in study.edits(some, plan.methods, on_step=on_step):
+            for missing in kept.missing(fact):
+                wanted = [edits[method.name] for method in missing.methods]
+                rows = _measured(study, fact, wanted, missing.methods, missing.metrics)
+                kept.add(fact, missing, rows)
+            yield kept.rows(fact)
+
+    open_facts = [fact for fact in facts if any(True for _ in kept.missing(fact))]
+    done = len(facts) - len(open_facts)
+    failed: FailedFact | None = None
+    try:
+        found: Iterator[tuple[Fact, list[Row] | FailedFact]] = (
+            zip(open_facts, together(open_facts), strict=True)
+            if on_failure is None or not open_facts
+            else each_or_reason(open_facts, together)
+        )
+        for fact, outcome in found:
+            if isinstance(outcome, FailedFact):
+                failed = outcome
+                del known[fact.case_id]
+                if on_failure is not None:
+                    on_failure(outcome)
+            else:
+                known[fact.case_id] = outcome
+                kept.write(at_most_every=_PERIOD)
+            done += 1
+            if progress is not None and task is not None:
+                progress.update(task, completed=done)
+    finally:
+        kept.write()
+    if progress is not None and task is not None:
+        progress.update(task, completed=len(facts))
+    if not known:
+        raise nothing_done("edit", failed)
+    return [row for fact in facts for row in known.get(fact.case_id, ())]
+
+
+def _unusable(study: Study, fact: Fact, plan: Plan) -> str | None:
+    """Why a fact cannot be edited or measured, as far as its tokens tell."""
+    asked: list[tuple[str, str]] = []
+    if any(isinstance(metric, AccuracyMetric | ScoresMetric) for metric in plan.measures):
+        asked += [(text, fact.target_new) for text in fact.paraphrases]
+        asked += fact.answered_neighbours
+    return reason_against(study.model, fact, templates=study.contexts.templates, asked=asked)
+
+
+def _measured(
+    study: Study,
+    fact: Fact,
+    edits: Sequence[Edit],
+    methods: Sequence[Method | Editor],
+    metrics: Sequence[Metric],
+) -> list[Row]:
+    """A row for each edit of a fact."""
+    prompt = fact_prompt(study.model, fact)
+    rows: list[dict[str, Any]] = [
+        {
+            "model": study.model.label,
+            "case_id": fact.case_id,
+            "layer": study.layer,
+            "method": method.name,
+            "status": DONE,
+            "reason": None,
+            "subject": fact.subject,
+            "prompt": fact.prompt,
+            "target_new": fact.target_new,
+            "target_true": fact.target_true,
+            "first_token": prompt.subject_position == 0,
+            "one_token": prompt.subject_length == 1,
+            **edit.report,
+        }
+        | ({"steps": len(edit.losses), "final_loss": edit.losses[-1]} if edit.losses else {})
+        for method, edit in zip(methods, edits, strict=True)
+    ]
+    taken_by = dict.fromkeys(FACT, "every row")
+    taken_by |= {column: metric.name for metric in metrics for column in metric.columns}
+    for method, edit in zip(methods, edits, strict=True):
+        for name in edit.report:
+            if name in taken_by:
+                raise BadInputError(
+                    f"{method.name!r} reports {name!r}, which is a column of {taken_by[name]!r}; "
+                    "give it another name"
+                )
+    for metric in metrics:
+        for row, found in zip(rows, metric.measure(study, fact, edits), strict=True):
+            if extra := set(found) - set(metric.columns):
+                raise BadInputError(
+                    f"the metric {metric.name!r} fills {min(extra)!r}, which is not among its "
+                    "columns; name it there"
+                )
+            for name, kind in metric.columns.items():
+                value = found.get(name)
+                # A number of NumPy or PyTorch becomes a plain one.
+                row[name] = None if value is None else kind(value)
+    return [Row(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """What is not measured of a fact: these methods by these metrics."""
+
+    methods: tuple[Method | Editor, ...]
+    metrics: tuple[Metric, ...]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Kept:
+    """The rows of one call of :func:`measure_facts`, and the files that they are kept in.
+
+    There is a file for each method and metric under one study's settings, whose name is made from
+    all that decides its numbers. So scripts that measure the same find it done.
+    """
+
+    study: Study
+    plan: Plan
+    settings: list[Any] | None
+    """What decides the rows besides method and metric; None if they may not be kept."""
+    held: dict[tuple[str, str], dict[str, Row]]
+    """Rows by method and metric, then by the hash of the fact."""
+    new: dict[tuple[str, str], dict[str, Row]] = field(default_factory=dict)
+    """Those of them that are not written yet."""
+    written: float = field(default_factory=monotonic)
+
+    @staticmethod
+    def of(study: Study, plan: Plan) -> "_Kept":
+        """What an earlier run left; damage counts as not there."""
+        kept = _Kept(study=study, plan=plan, settings=_row_settings(study), held={})
+        for method in plan.methods:
+            for metric in plan.measures:
+                path = kept.path(method, metric)
+                rows = {} if path is None else _rows_by_fact(path)
+                kept.held[method.name, metric.name] = rows
+        return kept
+
+    def path(self, method: Method | Editor, metric: Metric) -> Path | None:
+        """Where the rows of a method and a metric are; None if they are not kept."""
+        if self.settings is None or self.study.work is None:
+            return None
+        try:
+            parts = [method.name, _slots(method), described(metric)]
+        except (BadInputError, TypeError):
+            return None
+        name = content_hash([self.settings, *parts])[:24]
+        return self.study.work / "rows" / f"{name}.parquet"
+
+    def missing(self, fact: Fact) -> Iterator[_Missing]:
+        """What is to be measured of a fact, methods that lack the same metrics together."""
+        key = fact.content_hash
+        lacking: dict[tuple[str, ...], list[Method | Editor]] = {}
+        for method in self.plan.methods:
+            names = tuple(
+                metric.name
+                for metric in self.plan.measures
+                if key not in self.held[method.name, metric.name]
+            )
+            if names:
+                lacking.setdefault(names, []).append(method)
+        for names, methods in lacking.items():
+            yield _Missing(
+                tuple(methods), tuple(each for each in self.plan.measures if each.name in names)
+            )
+
+    def rows(self, fact: Fact) -> list[Row]:
+        """The rows of a fact, as far as they are whole."""
+        key = fact.content_hash
+        # A file has no column in which every cell is empty.
+        empty = [name for metric in self.plan.measures for name in metric.columns]
+        rows: list[Row] = []
+        for method in self.plan.methods:
+            parts = [self.held[method.name, metric.name].get(key) for metric in self.plan.measures]
+            if all(part is not None for part in parts):
+                whole = {name: value for part in parts if part for name, value in part.items()}
+                order = dict.fromkeys(
+                    [*(name for name in COLUMNS if name in whole), *whole, *empty]
+                )
+                rows.append(Row({name: whole.get(name) for name in order}))
+        return rows
+
+    def add(self, fact: Fact, missing: _Missing, rows: Sequence[Row]) -> None:
+        """Take up new rows."""
+        # An edit that was put into the model meanwhile would be filed under the model without.
+        same = self.settings is not None and _row_settings(self.study) == self.settings
+        others = {name for metric in missing.metrics for name in metric.columns}
+        for method, row in zip(missing.methods, rows, strict=True):
+            for metric in missing.metrics:
+                leave = others - set(metric.columns)
+                part = Row({name: value for name, value in row.items() if name not in leave})
+                self.held[method.name, metric.name][fact.content_hash] = part
+                if same:
+                    new = self.new.setdefault((method.name, metric.name), {})
+                    new[fact.content_hash] = part
+
+    def write(self, *, at_most_every: float = 0.0) -> None:
+        """Write what is new, beside what another process wrote meanwhile."""
+        if not self.new or monotonic() - self.written < at_most_every:
+            return
+        for method in self.plan.methods:
+            for metric in self.plan.measures:
+                new = self.new.pop((method.name, metric.name), None)
+                path = self.path(method, metric)
+                if not new or path is None:
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with locked(path):
+                    rows = _rows_by_fact(path) | new
+                    write_rows(path, ({**row, "fact": key} for key, row in rows.items()))
+        self.written = monotonic()
+
+
+def _rows_by_fact(path: Path) -> dict[str, Row]:
+    """Kept rows by the hash of their fact; none if there is no sound file."""
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            row["fact"]: Row({name: value for name, value in row.items() if name != "fact"})
+            for row in read_rows(path)
+        }
+    except (BadInputError, KeyError):
+        return {}
+
+
+def _row_settings(study: Study) -> list[Any] | None:
+    """What decides the rows of a study besides fact, method and metric; None without that."""
+    views = (study.model,) if study.judge is None else (study.model, study.judge)
+    try:
+        source = described(study.key_source)
+    except TypeError:
+        return None
+    if any(view.disturbance is not None for view in views):
+        return None
+    identities = [view.identity() for view in views]
+    settings = [
+        *(identities if study.judge is not None else identities * 2),
+        source,
+        study.layer,
+        study.contexts.content_hash,
+        study.second_moment.content_hash,
+        study.hyperparameters.as_dict(),
+        list(study.texts),
+        study.text_bos.value,
+    ]
+    return [_FORMAT, content_hash(settings)]
+
+
+def _slots(method: Method | Editor) -> Mapping[str, str]:
+    """What decides what a method does: its slots, or the hash of an editor's code and settings."""
+    return method.slots if isinstance(method, Method) else {"editor": _hash(method)}
+
+
+def _hash(thing: Editor | Metric) -> str:
+    try:
+        return content_hash(described(thing))[:24]
+    except TypeError as error:
+        raise BadInputError(
+            f"{thing.name!r} cannot be told from another one ({error}); let it hold numbers, texts "
+            "and tensors only, as a frozen dataclass does"
+        ) from None
