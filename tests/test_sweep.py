@@ -31,7 +31,7 @@ from firsttok.rows import DONE, FAILED, Row, Shard, read_rows, shard_paths, writ
 from firsttok.second_moment import compute_second_moment
 from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
-from firsttok.sweep import Chunk, DoneChunk, LocalEngine, Share, chunks_of, sweep
+from firsttok.sweep import Chunk, DoneChunk, LocalEngine, Share, chunks_of, read_run, sweep
 
 METHODS = (ROME, C_ROME, FC_ROME)
 PLAN = Plan(methods=METHODS)
@@ -406,6 +406,29 @@ def test_a_run_goes_on_and_tells_how_far_it_is(
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))
     assert manifest["facts"]["count"] == 5
     assert set(manifest["models"]["model"]["versions"]) >= {"torch", "firsttok"}
+
+
+def test_several_layers_take_part_side_by_side(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = ["--limit", "2", "--metrics", "perplexity"]
+    assert main([*command, *metrics]) == 0
+    (alone,) = read_run(tmp_path / "run").models
+    run = tmp_path / "layers"
+    several = [str(run) if word == str(tmp_path / "run") else word for word in command]
+    assert main([*several, "0", *metrics]) == 0
+    found = read_run(run)
+    assert found.models == (f"{alone}-layer1", f"{alone}-layer0")
+    expected = {(row.case_id, row.method): row for row in read_run(tmp_path / "run").rows}
+    for row in found.of(f"{alone}-layer1").rows:
+        same_case = expected[row.case_id, row.method]
+        assert {**row, "model": alone} == dict(same_case)
+    assert {(row.model, row.layer) for row in found.rows} == {
+        (f"{alone}-layer{layer}", layer) for layer in (0, 1)
+    }
+    assert "layer0" in capsys.readouterr().out
+    assert main([*several, "9", *metrics]) == 2
+    assert "layer 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
