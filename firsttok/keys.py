@@ -21,7 +21,6 @@ from firsttok.prompts import (
     is_changed,
     pad,
     positions,
-    sees_later,
 )
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
@@ -171,7 +170,7 @@ def keys_at(
     values = torch.empty(
         len(sites), len(prompts), sites[0].d_mlp, dtype=model.wide_dtype, device=model.device
     )
-    causal = model.can_be_edited and not sees_later(model)
+    causal = model.can_be_edited and not model.sees_later
     # In a decoder, nothing behind the token that is read changes its key.
     read = [position + 1 for position in at] if causal else None
     for group in batches(prompts, max_tokens=max_tokens, lengths=read):
@@ -257,7 +256,7 @@ def _behind_beginnings(
         for t in range(templates)
     ]
     cut = max(shared)
-    if len(prompts) == templates or not cut or sees_later(model):
+    if len(prompts) == templates or not cut or model.sees_later:
         return None
     # Nothing behind a read token is run, and beginnings stand below one another.
     aligned = [

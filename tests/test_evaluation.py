@@ -37,7 +37,8 @@ from firsttok.evaluation import (
     top_predictions,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model, Replay, load
+from firsttok.models import BosPolicy, Model, load
+from firsttok.models.tail import Replay
 from firsttok.probes import SeesAll
 from firsttok.prompts import fact_prompt, text_prompt, with_target
 from firsttok.second_moment import SecondMoment

@@ -45,10 +45,10 @@ def test_with_a_hook_in_place_nothing_is_fused(tiny: TinyFactory, name: str) -> 
         shapes.append(activation.shape)
 
     where = batch.attention_mask.bool()
-    expected = capture_tail(model, batch, layer=1).logits(model, where)
+    expected = capture_tail(model, batch, layer=1).logits(model.bridge, where)
     with model.bridge.hooks(fwd_hooks=[(f"blocks.2.{name}", look)]):
         assert not is_fusible(blocks_of(model))
-        found = capture_tail(model, batch, layer=1).logits(model, where)
+        found = capture_tail(model, batch, layer=1).logits(model.bridge, where)
     assert is_fusible(blocks_of(model))
     assert shapes
     assert all(shape[0] == len(batch.tokens) for shape in shapes)
@@ -84,7 +84,7 @@ def test_a_packed_pass_is_the_padded_one(tiny: TinyFactory, arch: str) -> None:
     real = batch.attention_mask.bool()
     assert not bool(real.all())
     blocks = blocks_of(model)
-    hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model, batch))
+    hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model.bridge, batch))
     assert has_plain_arguments(blocks, calls)
     packing = Packing(real)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_gradient_is_the_padded_ones(
         change = torch.zeros_like(tail.residual, requires_grad=True)
         where = batch.attention_mask[:, start:].bool()
         with torch.enable_grad():
-            tail.logits(model, where, change).log_softmax(-1)[:, ::7].sum().backward()
+            tail.logits(model.bridge, where, change).log_softmax(-1)[:, ::7].sum().backward()
         assert change.grad is not None
         return change.grad[where]
 

@@ -35,7 +35,8 @@ from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.exploration import prepare_study
 from firsttok.keys import IntervenedKeys, capture_keys, fact_keys, keys_at
-from firsttok.models import BosPolicy, Change, Model, Trials, capture, changes_of, load, logits
+from firsttok.models import BosPolicy, Model, capture, load, logits, trials
+from firsttok.models.trials import Change, Trials, changes_of
 from firsttok.probes import (
     FIRST2SECOND,
     SECOND2FIRST,
@@ -101,8 +102,8 @@ def untried(view: Model) -> Model:
 
     @dataclass(frozen=True, eq=False)
     class Trusting(Trials):
-        def obstacle(self, model: Model, usual: TokenBatch, changed: TokenBatch) -> None:
-            del model, usual, changed
+        def obstacle(self, bridge: Any, usual: TokenBatch, changed: TokenBatch) -> None:
+            del bridge, usual, changed
 
     return replace(view, trials=Trusting())
 
@@ -239,7 +240,8 @@ def test_a_window_that_no_configuration_names_is_found(
     assert not breaks_the_law(view, short)
     with pytest.raises(UnsupportedModelError, match="no further back than 4 tokens"):
         pad(view, [prompt])
-    monkeypatch.setattr(Model, "attention_window", None)
+    for module in ("interventions", "trials"):
+        monkeypatch.setattr(f"firsttok.models.{module}.attention_window", lambda _: None)
     blind = replace(view, trials=Trials())
     count = len(prompt.token_ids)
     with pytest.raises(UnsupportedModelError, match=rf"computes something else on {count} tokens"):
@@ -275,14 +277,12 @@ def test_a_trial_ends_the_same_in_every_type(arch: str, dtype: str, tiny: TinyFa
 def test_each_kind_of_change_is_tried_once_for_all_views(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from firsttok.models import trials
-
     tried: list[tuple[Change, int]] = []
     usual = trials._tried
 
-    def count(model: Model, change: Change, width: int) -> str | None:
+    def count(bridge: Any, change: Change, width: int) -> str | None:
         tried.append((change, width))
-        return usual(model, change, width)
+        return usual(bridge, change, width)
 
     monkeypatch.setattr(trials, "_tried", count)
     build("llama", tmp_path)

@@ -23,11 +23,12 @@ from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import config_hash, tokenizer_hash
 from firsttok.models.forward import call_arguments
 from firsttok.models.fusibility import is_fusible
-from firsttok.models.interventions import intervene
+from firsttok.models.interventions import intervene, sees_later
 from firsttok.models.products import runs_plain
 from firsttok.models.replay import find_replay
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
 from firsttok.models.tail import Replay
+from firsttok.models.traits import attention_window, is_decoder, position_embedding
 from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.options import model_label
@@ -135,9 +136,7 @@ class Model(Shown):
     @property
     def can_be_edited(self) -> bool:
         """Whether this is a decoder whose upper layers can be replayed (see ``capture_tail``)."""
-        parts = ("blocks", "ln_final", "unembed")
-        causal = self.weights.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
-        return causal and all(hasattr(self.weights.bridge, part) for part in parts)
+        return is_decoder(self.weights.bridge)
 
     @property
     def replay(self) -> Replay:
@@ -145,7 +144,7 @@ class Model(Shown):
         found, name = self.weights.findings, "plain replay" if runs_plain() else "replay"
         if name not in found:
             with self.running() as bridge, undisturbed(bridge):
-                found[name] = find_replay(self)
+                found[name] = find_replay(bridge)
         return found[name]
 
     @property
@@ -156,15 +155,17 @@ class Model(Shown):
     @property
     def position_embedding(self) -> str:
         """``learned``, ``rotary`` or another name of TransformerLens's configuration."""
-        kind = str(self.weights.bridge.cfg.positional_embedding_type)
-        return "learned" if kind == "standard" else kind
+        return position_embedding(self.weights.bridge)
 
     @property
     def attention_window(self) -> int | None:
         """How far back a token sees at most in some layers (Mistral, Gemma); None without limit."""
-        config: Any = self.weights.bridge.original_model.config
-        window = getattr(config.get_text_config(), "sliding_window", None)
-        return None if window is None else int(window)
+        return attention_window(self.weights.bridge)
+
+    @property
+    def sees_later(self) -> bool:
+        """Whether this view says itself what tokens attend to, so that one may see later ones."""
+        return sees_later(self.weights.bridge, self.interventions)
 
     @property
     def max_tokens(self) -> int:
@@ -404,9 +405,9 @@ class Model(Shown):
         Raises:
             UnsupportedModelError: If the model does not do what an intervention asks for.
         """
-        batch = self._batch(tokens, attention_mask)
+        batch = self.batch(tokens, attention_mask)
         with self.running() as bridge:
-            return bridge.run_with_cache(batch.tokens, **call_arguments(self, batch), **options)
+            return bridge.run_with_cache(batch.tokens, **call_arguments(bridge, batch), **options)
 
     def run_with_hooks(
         self,
@@ -427,13 +428,10 @@ class Model(Shown):
         Raises:
             UnsupportedModelError: If the model does not do what an intervention asks for.
         """
-        batch = self._batch(tokens, attention_mask)
+        batch = self.batch(tokens, attention_mask)
         with self.running() as bridge:
             return bridge.run_with_hooks(
-                batch.tokens,
-                fwd_hooks=list(fwd_hooks),
-                **call_arguments(self, batch),
-                **options,
+                batch.tokens, fwd_hooks=list(fwd_hooks), **call_arguments(bridge, batch), **options
             )
 
     def hooks(
@@ -448,7 +446,18 @@ class Model(Shown):
         """
         return self.weights.bridge.hooks(fwd_hooks=list(fwd_hooks))
 
-    def _batch(self, tokens: Tokens, attention_mask: Tokens | None) -> TokenBatch:
+    def batch(self, tokens: Tokens, attention_mask: Tokens | None = None) -> TokenBatch:
+        """Return padded prompts as this view runs them, its interventions made.
+
+        Args:
+            tokens: Token ids, those of :attr:`leading_ids` included.
+            attention_mask: 1 on real tokens, 0 on padding; None if all are real.
+
+        Raises:
+            BadInputError: If an intervention returns something else than such a batch.
+            UnsupportedModelError: If the model does not do what an intervention asks for, found out
+                by trial on first use (see :class:`firsttok.models.trials.Trials`).
+        """
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
         batch = TokenBatch(
             tokens=tokens.to(self.device),
@@ -456,7 +465,12 @@ class Model(Shown):
             position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self.device),
             starts=mask.argmax(1).to(self.device),
         )
-        return intervene(self, batch) if self.interventions else batch
+        if self.interventions:
+            with self.running() as bridge:
+                batch = intervene(
+                    bridge, batch, self.interventions, trials=self.trials, name=self.name
+                )
+        return replace(batch, position_ids=batch.position_ids + self.first_position)
 
     @taken
     def with_bos(self, bos: BosPolicy) -> "Model":

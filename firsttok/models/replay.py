@@ -3,23 +3,20 @@
 import contextlib
 import logging
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.errors import UnsupportedModelError
 from firsttok.models.blocks import named_arguments, passed_by, stopped_above
 from firsttok.models.forward import call_arguments
 from firsttok.models.fused import pack_call
 from firsttok.models.fusibility import is_fusible
 from firsttok.models.products import fast_products, runs_plain
 from firsttok.models.tail import Replay, Tail, new_cache
+from firsttok.models.traits import KEY, RESIDUAL, is_decoder, some_weight
 from firsttok.tensors import TokenBatch
-
-if TYPE_CHECKING:
-    from firsttok.models.model import Model
 
 __all__ = ["capture_tail", "find_replay", "keys_behind"]
 
@@ -28,51 +25,37 @@ _Past = tuple[tuple[Tensor, Tensor], ...]
 
 
 def capture_tail(
-    model: "Model", batch: TokenBatch, *, layer: int, cut: int = 0, replay: Replay | None = None
+    bridge: Any, batch: TokenBatch, *, layer: int, cut: int = 0, replay: Replay
 ) -> Tail:
     """Run a batch once and keep what is needed to replay it with a change at ``layer``.
 
     Args:
-        model: A decoder.
+        bridge: A decoder's bridge.
         batch: The prompts, padded so that no column before ``cut`` depends on what will change.
         layer: The layer whose MLP's output will be changed.
         cut: The first column to be replayed.
-        replay: What is to be run again; None for the least that is right for this model.
+        replay: What is to be run again.
 
     Raises:
-        UnsupportedModelError: If the model is no decoder with a final norm and an unembedding.
-        LayerOutOfRangeError: If there is no such layer.
         ValueError: If columns are cut off a batch whose tokens may see later ones, or off one of a
             model that runs whole.
     """
-    model.site(layer)
     if cut and batch.visible is not None:
         raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
-    if not model.can_be_edited:
-        raise UnsupportedModelError(
-            f"{model.name} is not a decoder with a final norm and an unembedding; "
-            "only such models can be edited"
-        )
-    mode = model.replay if replay is None else replay
-    with model.running():
-        return _captured(model, batch, layer, cut, mode)
-
-
-def _captured(model: "Model", batch: TokenBatch, layer: int, cut: int, mode: Replay) -> Tail:
-    if mode is Replay.WHOLE:
-        return _whole(model, batch, layer, cut)
-    first = layer + (mode is Replay.ABOVE)
-    arguments = call_arguments(model, batch)
+    if replay is Replay.WHOLE:
+        return _whole(bridge, batch, layer, cut)
+    first = layer + (replay is Replay.ABOVE)
+    arguments = call_arguments(bridge, batch)
     past: _Past = ()
     if cut:
-        past = _prefix_pass(model, batch, cut, blocks=model.n_layers)
+        past = _prefix_pass(bridge, batch, cut, blocks=len(bridge.blocks))
         arguments |= _behind(batch, cut, past)
     found = None
-    if mode is Replay.ABOVE:
-        found = _seen_packed(model, batch, layer, cut, arguments, past)
-    seen, calls = found or _seen_padded(model, batch, layer, cut, arguments, first)
+    if replay is Replay.ABOVE:
+        found = _seen_packed(bridge, batch, layer, cut, arguments, past)
+    seen, calls = found or _seen_padded(bridge, batch, layer, cut, arguments, first)
     return Tail(
-        replay=mode,
+        replay=replay,
         layer=layer,
         cut=cut,
         batch=batch,
@@ -84,49 +67,47 @@ def _captured(model: "Model", batch: TokenBatch, layer: int, cut: int, mode: Rep
 
 
 def keys_behind(
-    model: "Model", batch: TokenBatch, *, layer: int, cut: int
+    bridge: Any, batch: TokenBatch, *, layer: int, cut: int
 ) -> Float[Tensor, "prompt suffix d_mlp"] | None:
     """Keys at a layer in the columns from ``cut`` on, columns before it run once if they are equal.
 
     Args:
-        model: A decoder.
+        bridge: A bridge.
         batch: The prompts, padded so that equal beginnings end at ``cut``.
         layer: The layer.
         cut: The first column whose keys are wanted.
 
     Returns:
-        The keys, of no meaning at padding; None if this model cannot be run in parts like that.
+        The keys, of no meaning at padding; None if this bridge cannot be run in parts like that.
     """
-    bridge: Any = model.weights.bridge
-    if not model.can_be_edited or batch.visible is not None or not is_fusible(list(bridge.blocks)):
+    if not is_decoder(bridge) or batch.visible is not None or not is_fusible(list(bridge.blocks)):
         return None
-    with model.running():
-        past = _prefix_pass(model, batch, cut, blocks=layer + 1)
-        arguments = call_arguments(model, batch) | _behind(batch, cut, past)
-        found = _seen_packed(model, batch, layer, cut, arguments, past)
+    past = _prefix_pass(bridge, batch, cut, blocks=layer + 1)
+    arguments = call_arguments(bridge, batch) | _behind(batch, cut, past)
+    found = _seen_packed(bridge, batch, layer, cut, arguments, past)
     return None if found is None else found[0]["keys"]
 
 
-def find_replay(model: "Model") -> Replay:
-    """Find the least that has to run again on this model, by trial against whole passes.
+def find_replay(bridge: Any) -> Replay:
+    """Find the least that has to run again on a bridge, by trial against whole passes.
 
-    A model that none of the shortcuts is right for runs whole, with a warning that says so.
+    One that none of the shortcuts is right for runs whole, with a warning that says so.
     """
-    if not model.can_be_edited or runs_plain():
+    if runs_plain() or not is_decoder(bridge):
         return Replay.WHOLE
-    vocabulary = int(model.weights.bridge.cfg.d_vocab)
-    tokens = (torch.arange(12, device=model.device).view(2, 6) * 7 + 11) % vocabulary
+    device = some_weight(bridge).device
+    tokens = (torch.arange(12, device=device).view(2, 6) * 7 + 11) % int(bridge.cfg.d_vocab)
     ones = torch.ones_like(tokens)
     batch = TokenBatch(
         tokens=tokens,
         attention_mask=ones,
         position_ids=ones.cumsum(1) - 1,
-        starts=torch.zeros(2, dtype=torch.long, device=model.device),
+        starts=torch.zeros(2, dtype=torch.long, device=device),
     )
     reasons: list[str] = []
     for mode in (Replay.ABOVE, Replay.FROM):
         try:
-            reason = _difference(model, batch, mode)
+            reason = _difference(bridge, batch, mode)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -137,71 +118,67 @@ def find_replay(model: "Model") -> Replay:
     logger.warning(
         "%s cannot be replayed from a layer on (%s), so every step runs the whole model: the "
         "results are the same, only slower",
-        model.label,
+        bridge.cfg.architecture,
         "; ".join(reasons),
     )
     return Replay.WHOLE
 
 
 @torch.no_grad()
-def _difference(model: "Model", batch: TokenBatch, mode: Replay) -> str | None:
+def _difference(bridge: Any, batch: TokenBatch, mode: Replay) -> str | None:
     """In what a replay differs from a whole pass; None if in nothing.
 
     Unchanged, the same blocks run on the same input, so that the logits must be equal but for the
     last bits: a logit cap behind the unembedding shows there. Then a small and a large change,
     since a norm behind the MLP can be mistaken for none at one size only; and some prompts of it.
     """
-    layer, cut = (model.n_layers - 1) // 2, 2
+    layer, cut = (len(bridge.blocks) - 1) // 2, 2
     everywhere = torch.ones_like(batch.tokens, dtype=torch.bool)
-    whole = capture_tail(model, batch, layer=layer, replay=Replay.WHOLE)
-    uncut = capture_tail(model, batch, layer=layer, replay=mode)
-    tail = capture_tail(model, batch, layer=layer, cut=cut, replay=mode)
-    before = whole.logits(model, everywhere).double()
-    low = torch.finfo(model.dtype).bits < 32
-    exact = torch.finfo(model.dtype).eps / 8 if low else 1e-5
-    if not bool((uncut.logits(model, everywhere) - before).norm() <= exact * before.norm()):
+    whole = capture_tail(bridge, batch, layer=layer, replay=Replay.WHOLE)
+    uncut = capture_tail(bridge, batch, layer=layer, replay=mode)
+    tail = capture_tail(bridge, batch, layer=layer, cut=cut, replay=mode)
+    before = whole.logits(bridge, everywhere).double()
+    precision, device = torch.finfo(whole.residual.dtype), batch.device
+    low = precision.bits < 32
+    exact = precision.eps / 8 if low else 1e-5
+    if not bool((uncut.logits(bridge, everywhere) - before).norm() <= exact * before.norm()):
         return "the logits are others"
-    order = torch.tensor([1, 0, 1], device=model.device)
+    order = torch.tensor([1, 0, 1], device=device)
     seen = everywhere[order, cut:]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(whole.residual.shape, generator=generator).to(model.device)
+    noise = torch.randn(whole.residual.shape, generator=generator).to(device)
     noise[:, :cut] = 0
     norms = whole.residual.double().norm(dim=-1)
     scale = float(norms.median() / noise.shape[-1] ** 0.5)
     for size in (scale, 8 * scale):
         change = size * noise
-        expected = whole.logits(model, everywhere, change).double()
-        found = tail.rows(order).logits(model, seen, change[order, cut:]).double()
+        expected = whole.logits(bridge, everywhere, change).double()
+        found = tail.rows(order).logits(bridge, seen, change[order, cut:]).double()
         kept = expected.view(*everywhere.shape, -1)[order, cut:].flatten(0, 1)
         if not bool((found - kept).norm() <= (0.3 if low else 1e-2) * (expected - before).norm()):
             return "a change has another effect"
     return None
 
 
-def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
+def _whole(bridge: Any, batch: TokenBatch, layer: int, cut: int) -> Tail:
     """A tail of a model that has to run whole; its prompts are not cut."""
     if cut:
         raise ValueError("a model that runs whole cannot be cut: cut must be 0")
-    site = model.site(layer)
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any) -> None:
         seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
 
-    names = [site.key_hook, site.residual_hook]
+    hooks = [(name.format(layer), keep) for name in (KEY, RESIDUAL)]
     with torch.no_grad(), fast_products(batch.device):
-        model.weights.bridge.run_with_hooks(
-            batch.tokens,
-            fwd_hooks=[(name, keep) for name in names],
-            **call_arguments(model, batch),
-        )
+        bridge.run_with_hooks(batch.tokens, fwd_hooks=hooks, **call_arguments(bridge, batch))
     return Tail(
         replay=Replay.WHOLE,
         layer=layer,
         cut=0,
         batch=batch,
-        keys=seen[site.key_hook],
-        residual=seen[site.residual_hook],
+        keys=seen[KEY.format(layer)],
+        residual=seen[RESIDUAL.format(layer)],
         arguments=(),
         past=(),
     )
@@ -209,10 +186,9 @@ def _whole(model: "Model", batch: TokenBatch, layer: int, cut: int) -> Tail:
 
 @torch.no_grad()
 def _seen_packed(
-    model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], past: _Past
+    bridge: Any, batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], past: _Past
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
     """Keys, residual stream and arguments, the blocks up to ``layer`` run packed if they can be."""
-    bridge: Any = model.weights.bridge
     columns = slice(cut, None)
     call = pack_call(bridge, batch.tokens[:, columns], batch.attention_mask[:, columns], arguments)
     if call is None:
@@ -222,7 +198,7 @@ def _seen_packed(
     def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
         seen["keys"] = activation[0]
 
-    with bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]):
+    with bridge.hooks(fwd_hooks=[(KEY.format(layer), keep)]):
         seen["residual"] = call.run(layer + 1, past=past)
     unpacked = {name: call.packing.unpack(found) for name, found in seen.items()}
     return unpacked, list(call.arguments[layer + 1 :])
@@ -233,14 +209,14 @@ def _behind(batch: TokenBatch, cut: int, past: _Past) -> dict[str, Any]:
     return {"position_ids": batch.position_ids[:, cut:], "past_key_values": new_cache(past, 0)}
 
 
-def _prefix_pass(model: "Model", batch: TokenBatch, cut: int, *, blocks: int) -> _Past:
+def _prefix_pass(bridge: Any, batch: TokenBatch, cut: int, *, blocks: int) -> _Past:
     """The lowest blocks' keys and values of the columns before ``cut``; equal prefixes run once."""
     parts = (batch.tokens, batch.attention_mask, batch.position_ids)
     columns = torch.cat([part[:, :cut] for part in parts], dim=1)
     distinct, inverse = torch.unique(columns, dim=0, return_inverse=True)
     tokens, mask, position_ids = distinct.split(cut, dim=1)
     arguments: dict[str, Any] = {"attention_mask": mask, "position_ids": position_ids}
-    found = _keys_and_values(model.weights.bridge, tokens, mask, arguments, blocks)
+    found = _keys_and_values(bridge, tokens, mask, arguments, blocks)
     return tuple((keys[inverse], values[inverse]) for keys, values in found)
 
 
@@ -260,12 +236,11 @@ def _keys_and_values(
 
 
 def _seen_padded(
-    model: "Model", batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], first: int
+    bridge: Any, batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], first: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    bridge: Any = model.weights.bridge
     seen: dict[str, Tensor] = {}
     calls: list[dict[str, Any]] = []
-    observed = _observed(model, layer, first, seen, calls)
+    observed = _observed(bridge, layer, first, seen, calls)
     with torch.no_grad(), observed, fast_products(batch.device):
         bridge(batch.tokens[:, cut:], **arguments)
     return seen, calls
@@ -273,7 +248,7 @@ def _seen_padded(
 
 @contextlib.contextmanager
 def _observed(
-    model: "Model",
+    bridge: Any,
     layer: int,
     first: int,
     seen: dict[str, Tensor],
@@ -283,7 +258,6 @@ def _observed(
 
     Those above ``layer`` are passed by: only what they are called with is of interest.
     """
-    bridge: Any = model.weights.bridge
     as_tuple: list[bool] = []
 
     def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -315,5 +289,5 @@ def _observed(
             passed_by(above, calls, lambda hidden: (hidden,) if as_tuple[0] else hidden)
         )
         stack.enter_context(stopped_above(bridge))
-        stack.enter_context(bridge.hooks(fwd_hooks=[(model.site(layer).key_hook, keep)]))
+        stack.enter_context(bridge.hooks(fwd_hooks=[(KEY.format(layer), keep)]))
         yield
