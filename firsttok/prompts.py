@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from firsttok.arguments import taken
-from firsttok.batching import cheapest_split
 from firsttok.data import Fact, Join, Straddle, text_joint
+from firsttok.engine.batching import cheapest_split
+from firsttok.engine.trials import Change, changes_of
 from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
@@ -28,7 +29,6 @@ from firsttok.errors import (
 from firsttok.models import Model, refuse_processed
 from firsttok.models.bos import special_ids
 from firsttok.models.encoding import encode, encode_subject
-from firsttok.models.trials import Change, changes_of
 from firsttok.tensors import TokenBatch
 
 __all__ = [
@@ -255,7 +255,7 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         BadInputError: If there are no prompts, one is longer than the model reads, or an
             intervention of the view returns something else than such a batch.
         UnsupportedModelError: If the view asks for what the model does not do, found out by trial
-            on first use (see :class:`~firsttok.models.trials.Trials`), or if TransformerLens has
+            on first use (see :class:`~firsttok.engine.trials.Trials`), or if TransformerLens has
             changed the weights.
     """
     refuse_processed(model.weights.bridge, model.name)

@@ -11,10 +11,10 @@ from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
 from firsttok.editing import ROME, Slot, Value, optimise_values, solve_update
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit
+from firsttok.engine.tail import Tail
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import FactKeys, Keys
 from firsttok.models import Model, Place, capture_tail
-from firsttok.models.tail import Tail
 from firsttok.prompts import pad
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import TokenBatch

@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import DECODERS, LAYERS, TinyFactory, fact_prompts, relative, sentence_prompts
 
-from firsttok.models import Model, capture, capture_tail, fusibility, logits
-from firsttok.models import tail as tail_module
-from firsttok.models.blocks import block_arguments
-from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, run_packed
-from firsttok.models.fusibility import has_plain_arguments, is_fusible, plain_norm
-from firsttok.models.kernels import rms_norm, rotate
+from firsttok.engine import fusibility
+from firsttok.engine import tail as tail_module
+from firsttok.engine.blocks import block_arguments
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.fused import Packing, run_packed
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible, plain_norm
+from firsttok.engine.kernels import rms_norm, rotate
+from firsttok.models import Model, capture, capture_tail, logits
 from firsttok.prompts import pad, positions
 from firsttok.tensors import TokenBatch
 

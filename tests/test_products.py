@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from firsttok.engine import products
+from firsttok.engine.products import fast_products, linear, linear_into
+from firsttok.engine.tail import Replay
 from firsttok.evaluation import sample_continuations
-from firsttok.models import Model, capture, capture_tail, keys_behind, logits, products
-from firsttok.models.products import fast_products, linear, linear_into
-from firsttok.models.tail import Replay
+from firsttok.models import Model, capture, capture_tail, keys_behind, logits
 from firsttok.prompts import pad
 
 CPU = torch.device("cpu")

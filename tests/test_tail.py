@@ -20,14 +20,14 @@ from tiny import (
     sentence_prompts,
 )
 
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.replay import find_replay
+from firsttok.engine.tail import Replay
 from firsttok.errors import LayerOutOfRangeError, UnsupportedModelError
 from firsttok.evaluation import score_edits
 from firsttok.exploration import prepare_study
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, capture_tail, load, logits
-from firsttok.models.forward import call_arguments
-from firsttok.models.replay import find_replay
-from firsttok.models.tail import Replay
 from firsttok.probes import SeesAll
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, with_target
 from firsttok.second_moment import SecondMoment
@@ -288,7 +288,7 @@ def test_a_full_device_is_not_taken_for_an_odd_model(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("firsttok.models.replay.capture_tail", full)
+    monkeypatch.setattr("firsttok.engine.replay.capture_tail", full)
     with pytest.raises(torch.OutOfMemoryError):
         find_replay(tiny("llama").bridge)
 
@@ -363,7 +363,7 @@ def test_no_fast_path_is_taken_where_all_are_off_and_the_numbers_are_the_same(
         with monkeypatch.context() as patch:
             patch.setenv("FIRSTTOK_PLAIN", "1")
             for module, name in FAST:
-                patch.setattr(import_module(f"firsttok.models.{module}"), name, refuse)
+                patch.setattr(import_module(f"firsttok.engine.{module}"), name, refuse)
             assert model.replay is Replay.WHOLE
             assert model.identity() != identity
             plain = measured(model, tmp_path / arch)

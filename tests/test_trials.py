@@ -31,12 +31,13 @@ from tiny import (
 
 from firsttok.data import Fact
 from firsttok.editing import ROME, compute_edit
+from firsttok.engine import trials
+from firsttok.engine.trials import Change, Trials, changes_of
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.exploration import prepare_study
 from firsttok.keys import IntervenedKeys, capture_keys, fact_keys, keys_at
-from firsttok.models import BosPolicy, Model, capture, load, logits, trials
-from firsttok.models.trials import Change, Trials, changes_of
+from firsttok.models import BosPolicy, Model, capture, load, logits
 from firsttok.probes import (
     FIRST2SECOND,
     SECOND2FIRST,
@@ -241,7 +242,7 @@ def test_a_window_that_no_configuration_names_is_found(
     with pytest.raises(UnsupportedModelError, match="no further back than 4 tokens"):
         pad(view, [prompt])
     for module in ("interventions", "trials"):
-        monkeypatch.setattr(f"firsttok.models.{module}.attention_window", lambda _: None)
+        monkeypatch.setattr(f"firsttok.engine.{module}.attention_window", lambda _: None)
     blind = replace(view, trials=Trials())
     count = len(prompt.token_ids)
     with pytest.raises(UnsupportedModelError, match=rf"computes something else on {count} tokens"):
@@ -256,7 +257,7 @@ def test_repeated_ids_that_cut_attention_are_found(
     """Without a mask, transformers takes repeated ids for sequences packed one behind the other."""
     model = replace(without_bos(tiny, "llama"), trials=Trials())
     monkeypatch.setattr(
-        "firsttok.models.trials.call_arguments",
+        "firsttok.engine.trials.call_arguments",
         lambda _, batch: {"position_ids": batch.position_ids, "use_cache": False},
     )
     with pytest.raises(UnsupportedModelError, match=r"other tokens than before if .* ids repeat"):

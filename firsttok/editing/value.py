@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from firsttok.batching import BATCH_COST, cheapest_split
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.methods import Slot
+from firsttok.engine.batching import BATCH_COST, cheapest_split
+from firsttok.engine.tail import Replay, Tail
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model, capture_tail
-from firsttok.models.tail import Replay, Tail
 from firsttok.prompts import (
     Prompt,
     fact_prompt,

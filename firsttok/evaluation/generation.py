@@ -14,9 +14,9 @@ from torch import Tensor
 
 from firsttok.arguments import taken, whole_number
 from firsttok.data import Fact
+from firsttok.engine.products import fast_products
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
-from firsttok.models.products import fast_products
 from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
 
 __all__ = [

@@ -13,9 +13,9 @@ from firsttok.arguments import taken
 from firsttok.data import builtin_sentences
 from firsttok.display import Panel, Shown, Table
 from firsttok.editing import Edit
+from firsttok.engine.tail import Tail
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.models import BosPolicy, Model, capture_tail, logits
-from firsttok.models.tail import Tail
 from firsttok.prompts import Prompt, batches, pad, text_prompt
 
 __all__ = [

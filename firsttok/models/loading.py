@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from firsttok.arguments import taken
+from firsttok.engine.norms import skip_idle_hooks
+from firsttok.engine.traits import find_first_position
 from firsttok.errors import (
     BadInputError,
     CheckpointError,
@@ -25,10 +27,8 @@ from firsttok.models.fingerprint import hash_weights, tensor_hash
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_file, hub_trouble, locate, reason_of
 from firsttok.models.model import Model
-from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.plain import EXPORT_RECORD
 from firsttok.models.sites import find_inner_sites, find_sites
-from firsttok.models.traits import find_first_position
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights
 from firsttok.models.weights import Weights, checkpoint_tensors
 from firsttok.option_values import check_device_name

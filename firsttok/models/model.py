@@ -10,6 +10,15 @@ from torch import nn
 
 from firsttok.arguments import taken, whole_number
 from firsttok.display import Panel, Shown, Table, short_hash
+from firsttok.engine.blocks import undisturbed
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.fusibility import is_fusible
+from firsttok.engine.interventions import intervene, sees_later
+from firsttok.engine.products import runs_plain
+from firsttok.engine.replay import find_replay
+from firsttok.engine.tail import Replay
+from firsttok.engine.traits import attention_window, is_decoder, position_embedding
+from firsttok.engine.trials import Trials
 from firsttok.errors import (
     BadInputError,
     LayerOutOfRangeError,
@@ -17,19 +26,10 @@ from firsttok.errors import (
     ViewError,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models.blocks import undisturbed
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import config_hash, tokenizer_hash
-from firsttok.models.forward import call_arguments
-from firsttok.models.fusibility import is_fusible
-from firsttok.models.interventions import intervene, sees_later
-from firsttok.models.products import runs_plain
-from firsttok.models.replay import find_replay
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
-from firsttok.models.tail import Replay
-from firsttok.models.traits import attention_window, is_decoder, position_embedding
-from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.options import model_label
 from firsttok.provenance import described
@@ -456,7 +456,7 @@ class Model(Shown):
         Raises:
             BadInputError: If an intervention returns something else than such a batch.
             UnsupportedModelError: If the model does not do what an intervention asks for, found out
-                by trial on first use (see :class:`firsttok.models.trials.Trials`).
+                by trial on first use (see :class:`firsttok.engine.trials.Trials`).
         """
         mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
         batch = TokenBatch(

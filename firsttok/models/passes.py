@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.engine import forward
+from firsttok.engine import replay as replays
+from firsttok.engine.tail import Replay, Tail
 from firsttok.errors import UnsupportedModelError
-from firsttok.models import forward
-from firsttok.models import replay as replays
 from firsttok.models.model import Model
-from firsttok.models.tail import Replay, Tail
 from firsttok.tensors import Logits, TokenBatch
 
 __all__ = ["capture", "capture_tail", "keys_behind", "logits"]
@@ -26,7 +26,7 @@ def logits(model: Model, batch: TokenBatch) -> Logits:
 def capture(
     model: Model, batch: TokenBatch, hook_names: Sequence[str], *, stop_at_layer: int | None
 ) -> dict[str, Tensor]:
-    """Run a view as :func:`firsttok.models.forward.capture` does."""
+    """Run a view as :func:`firsttok.engine.forward.capture` does."""
     with model.running() as bridge:
         return forward.capture(bridge, batch, hook_names, stop_at_layer=stop_at_layer)
 
@@ -34,7 +34,7 @@ def capture(
 def capture_tail(
     model: Model, batch: TokenBatch, *, layer: int, cut: int = 0, replay: Replay | None = None
 ) -> Tail:
-    """Run a view once, as :func:`firsttok.models.replay.capture_tail` does.
+    """Run a view once, as :func:`firsttok.engine.replay.capture_tail` does.
 
     Args:
         model: A decoder.
@@ -61,6 +61,6 @@ def capture_tail(
 def keys_behind(
     model: Model, batch: TokenBatch, *, layer: int, cut: int
 ) -> Float[Tensor, "prompt suffix d_mlp"] | None:
-    """Keys of a view, as :func:`firsttok.models.replay.keys_behind` gives them."""
+    """Keys of a view, as :func:`firsttok.engine.replay.keys_behind` gives them."""
     with model.running() as bridge:
         return replays.keys_behind(bridge, batch, layer=layer, cut=cut)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
+from firsttok.engine.forward import call_arguments, logits
+from firsttok.engine.products import fast_products
+from firsttok.engine.tail import Replay, Tail, new_cache
 from firsttok.errors import (
     BadInputError,
     HyperparameterError,
@@ -25,9 +28,6 @@ from firsttok.errors import (
     UnsupportedModelError,
 )
 from firsttok.models import Model, capture, capture_tail
-from firsttok.models.forward import call_arguments, logits
-from firsttok.models.products import fast_products
-from firsttok.models.tail import Replay, Tail, new_cache
 from firsttok.prompts import Prompt, fact_prompt, pad
 from firsttok.storage import content_hash
 from firsttok.tensors import TokenBatch

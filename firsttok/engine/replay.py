@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.models.blocks import named_arguments, passed_by, stopped_above
-from firsttok.models.forward import call_arguments
-from firsttok.models.fused import pack_call
-from firsttok.models.fusibility import is_fusible
-from firsttok.models.products import fast_products, runs_plain
-from firsttok.models.tail import Replay, Tail, new_cache
-from firsttok.models.traits import KEY, RESIDUAL, is_decoder, some_weight
+from firsttok.engine.blocks import named_arguments, passed_by, stopped_above
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.fused import pack_call
+from firsttok.engine.fusibility import is_fusible
+from firsttok.engine.products import fast_products, runs_plain
+from firsttok.engine.tail import Replay, Tail, new_cache
+from firsttok.engine.traits import KEY, RESIDUAL, is_decoder, some_weight
 from firsttok.tensors import TokenBatch
 
 __all__ = ["capture_tail", "find_replay", "keys_behind"]

@@ -2,7 +2,7 @@
 
 An edit at layer L changes nothing below L but the output of L's own MLP, and a causal model
 changes nothing before the edited token. So only the blocks above run again, on the tokens from the
-edited one on, with the very arguments the model itself passed (see :mod:`firsttok.models.replay`).
+edited one on, with the very arguments the model itself passed (see :mod:`firsttok.engine.replay`).
 """
 
 import contextlib
@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from firsttok.models.blocks import CACHE_NAMES, replaced_forward
-from firsttok.models.forward import logits
-from firsttok.models.fused import Packing, run_packed, unembed
-from firsttok.models.fusibility import has_plain_arguments, is_fusible
-from firsttok.models.products import fast_products
-from firsttok.models.traits import VALUE
+from firsttok.engine.blocks import CACHE_NAMES, replaced_forward
+from firsttok.engine.forward import logits
+from firsttok.engine.fused import Packing, run_packed, unembed
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible
+from firsttok.engine.products import fast_products
+from firsttok.engine.traits import VALUE
 from firsttok.tensors import TokenBatch
 
 __all__ = ["Replay", "Tail", "new_cache"]

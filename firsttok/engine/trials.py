@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.models.blocks import undisturbed
-from firsttok.models.forward import call_arguments
-from firsttok.models.traits import RESIDUAL, attention_window, position_embedding, some_weight
+from firsttok.engine.blocks import undisturbed
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.traits import RESIDUAL, attention_window, position_embedding, some_weight
 from firsttok.tensors import TokenBatch
 
 __all__ = ["Change", "Trials", "changes_of"]

@@ -7,9 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from firsttok.engine.traits import attention_window, is_decoder, some_weight
+from firsttok.engine.trials import Trials
 from firsttok.errors import BadInputError, UnsupportedModelError
-from firsttok.models.traits import attention_window, is_decoder, some_weight
-from firsttok.models.trials import Trials
 from firsttok.tensors import Intervention, TokenBatch
 
 __all__ = ["intervene", "sees_later"]
@@ -36,7 +36,7 @@ def intervene(
         BadInputError: If an intervention returns something else than the same prompts with other
             position ids or another visibility, or one that no attention can have.
         UnsupportedModelError: If the model does not do what is asked for, found out by trial on
-            first use (see :class:`firsttok.models.trials.Trials`).
+            first use (see :class:`firsttok.engine.trials.Trials`).
     """
     changed = _changed(bridge, batch, interventions)
     names = ", ".join(intervention.name for intervention in interventions)

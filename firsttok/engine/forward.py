@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firsttok.models.fused import pack_call
-from firsttok.models.products import fast_products
-from firsttok.models.traits import KEY, is_decoder, some_weight
+from firsttok.engine.fused import pack_call
+from firsttok.engine.products import fast_products
+from firsttok.engine.traits import KEY, is_decoder, some_weight
 from firsttok.tensors import Logits, TokenBatch
 
 __all__ = ["call_arguments", "capture", "logits"]

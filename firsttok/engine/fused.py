@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from firsttok.models.blocks import block_arguments, replaced_forward
-from firsttok.models.fusibility import has_plain_arguments, is_fusible, is_watched, plain_norm
-from firsttok.models.kernels import rms_norm, rotate
-from firsttok.models.products import fast_products, linear, linear_into
+from firsttok.engine.blocks import block_arguments, replaced_forward
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible, is_watched, plain_norm
+from firsttok.engine.kernels import rms_norm, rotate
+from firsttok.engine.products import fast_products, linear, linear_into
 
 __all__ = ["PackedCall", "Packing", "pack_call", "run_packed", "unembed"]
 
