@@ -12,8 +12,9 @@ from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
+from firsttok.engine.replay import keys_behind
 from firsttok.errors import NonFiniteError
-from firsttok.models import Model, capture, keys_behind
+from firsttok.models import Model, capture
 from firsttok.prompts import (
     Prompt,
     batches,
@@ -271,7 +272,8 @@ def _behind_beginnings(
     columns = batch.columns(torch.tensor(at))
     if batch.tokens.numel() > 2 * _MAX_TOKENS:
         return None
-    keys = keys_behind(model, batch, layer=layer, cut=cut)
+    with model.running() as bridge:
+        keys = keys_behind(bridge, batch, layer=layer, cut=cut)
     if keys is None:
         return None
     rows = torch.arange(len(prompts), device=columns.device)

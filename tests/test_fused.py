@@ -10,7 +10,7 @@ from firsttok.engine import fusibility
 from firsttok.engine import tail as tail_module
 from firsttok.engine.blocks import block_arguments
 from firsttok.engine.forward import call_arguments
-from firsttok.engine.fused import Packing, run_packed
+from firsttok.engine.fused import PackedCall, Packing, run_packed
 from firsttok.engine.fusibility import has_plain_arguments, is_fusible, plain_norm
 from firsttok.engine.kernels import rms_norm, rotate
 from firsttok.models import Model, capture, capture_tail, logits
@@ -88,8 +88,9 @@ def test_a_packed_pass_is_the_padded_one(tiny: TinyFactory, arch: str) -> None:
     hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model.bridge, batch))
     assert has_plain_arguments(blocks, calls)
     packing = Packing(real)
+    call = PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
     with torch.no_grad():
-        states = run_packed(blocks, packing, packing.pack(hidden), calls)
+        states = run_packed(call)
         bridge: Any = model.bridge
         found = bridge.unembed(bridge.ln_final(states))
     assert relative(found, logits(model, batch)[real]) < 1e-5

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from firsttok.engine import products
 from firsttok.engine.products import fast_products, linear, linear_into
+from firsttok.engine.replay import keys_behind
 from firsttok.engine.tail import Replay
 from firsttok.evaluation import sample_continuations
-from firsttok.models import Model, capture, capture_tail, keys_behind, logits
+from firsttok.models import Model, capture, capture_tail, logits
 from firsttok.prompts import pad
 
 CPU = torch.device("cpu")
@@ -272,7 +273,7 @@ def test_keys_behind_a_shared_beginning_take_it(
 ) -> None:
     model = tiny("llama")
     batch = pad(model, sentence_prompts(model))
-    assert keys_behind(model, batch, layer=1, cut=2) is not None
+    assert keys_behind(model.bridge, batch, layer=1, cut=2) is not None
     assert len(calls) >= 8
 
 

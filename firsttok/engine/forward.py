@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from firsttok.engine.fused import pack_call
+from firsttok.engine.fused import pack_call, run_packed
 from firsttok.engine.products import fast_products
 from firsttok.engine.traits import KEY, is_decoder, some_weight
 from firsttok.tensors import Logits, TokenBatch
@@ -53,8 +53,8 @@ def capture(
     """
     seen: dict[str, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any) -> None:
-        seen[hook.name] = activation
+    def keep(activation: Any, hook: Any) -> None:
+        seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
 
     hooks = [(name, keep) for name in hook_names]
     arguments = call_arguments(bridge, batch)
@@ -64,7 +64,7 @@ def capture(
             call = pack_call(bridge, batch.tokens, batch.attention_mask, arguments)
             if call is not None:
                 with bridge.hooks(fwd_hooks=hooks):
-                    call.run(stop_at_layer)
+                    run_packed(call, stop_at_layer)
                 return {name: call.packing.unpack(found[0]) for name, found in seen.items()}
     if stop_at_layer is not None and stop_at_layer < len(bridge.blocks):
         arguments["stop_at_layer"] = stop_at_layer

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from firsttok.engine.traits import attention_window, is_decoder, some_weight
+from firsttok.engine.traits import attention_window, is_decoder, some_tokens
 from firsttok.engine.trials import Trials
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.tensors import Intervention, TokenBatch
@@ -72,11 +72,7 @@ def sees_later(bridge: Any, interventions: Sequence[Intervention]) -> bool:
     """Whether interventions say what tokens attend to, so that one may see later ones."""
     if not interventions:
         return False
-    two = torch.zeros(1, 2, dtype=torch.long, device=some_weight(bridge).device)
-    ones = torch.ones_like(two)
-    batch = TokenBatch(
-        tokens=two, attention_mask=ones, position_ids=ones.cumsum(1) - 1, starts=two[:, 0]
-    )
+    batch = TokenBatch.of(some_tokens(bridge, 1, 2))
     return _changed(bridge, batch, interventions).visible is not None
 
 
@@ -92,23 +88,19 @@ def _changed(bridge: Any, batch: TokenBatch, interventions: Sequence[Interventio
     )
     for intervention in interventions:
         changed = intervention(changed)
-        fault = _form_fault(changed) or _fault(batch, changed, int(bridge.cfg.n_ctx))
+        fault = _fault(batch, changed, int(bridge.cfg.n_ctx))
         if fault is not None:
             raise BadInputError(f"the intervention {intervention.name!r} {fault}")
     return changed
 
 
-def _form_fault(changed: object) -> str | None:
-    if isinstance(changed, TokenBatch):
-        return None
-    return (
-        f"returned {type(changed).__name__} where a TokenBatch is needed; end it with "
-        "`return dataclasses.replace(batch, ...)`"
-    )
-
-
-def _fault(usual: TokenBatch, changed: TokenBatch, max_tokens: int) -> str | None:
+def _fault(usual: TokenBatch, changed: object, max_tokens: int) -> str | None:
     """What is wrong with what an intervention returned."""
+    if not isinstance(changed, TokenBatch):
+        return (
+            f"returned {type(changed).__name__} where a TokenBatch is needed; end it with "
+            "`return dataclasses.replace(batch, ...)`"
+        )
     for name in ("tokens", "attention_mask", "starts"):
         before, after = getattr(usual, name), getattr(changed, name)
         if not (_is_like(after, before.shape, before) and torch.equal(before, after)):

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.engine.blocks import named_arguments, passed_by, stopped_above
-from firsttok.engine.forward import call_arguments
-from firsttok.engine.fused import pack_call
+from firsttok.engine.forward import call_arguments, capture
+from firsttok.engine.fused import pack_call, run_packed
 from firsttok.engine.fusibility import is_fusible
 from firsttok.engine.products import fast_products, runs_plain
 from firsttok.engine.tail import Replay, Tail, new_cache
-from firsttok.engine.traits import KEY, RESIDUAL, is_decoder, some_weight
+from firsttok.engine.traits import KEY, RESIDUAL, is_decoder, some_tokens
 from firsttok.tensors import TokenBatch
 
 __all__ = ["capture_tail", "find_replay", "keys_behind"]
@@ -95,15 +95,7 @@ def find_replay(bridge: Any) -> Replay:
     """
     if runs_plain() or not is_decoder(bridge):
         return Replay.WHOLE
-    device = some_weight(bridge).device
-    tokens = (torch.arange(12, device=device).view(2, 6) * 7 + 11) % int(bridge.cfg.d_vocab)
-    ones = torch.ones_like(tokens)
-    batch = TokenBatch(
-        tokens=tokens,
-        attention_mask=ones,
-        position_ids=ones.cumsum(1) - 1,
-        starts=torch.zeros(2, dtype=torch.long, device=device),
-    )
+    batch = TokenBatch.of(some_tokens(bridge, 2, 6))
     reasons: list[str] = []
     for mode in (Replay.ABOVE, Replay.FROM):
         try:
@@ -164,21 +156,15 @@ def _whole(bridge: Any, batch: TokenBatch, layer: int, cut: int) -> Tail:
     """A tail of a model that has to run whole; its prompts are not cut."""
     if cut:
         raise ValueError("a model that runs whole cannot be cut: cut must be 0")
-    seen: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
-
-    hooks = [(name.format(layer), keep) for name in (KEY, RESIDUAL)]
-    with torch.no_grad(), fast_products(batch.device):
-        bridge.run_with_hooks(batch.tokens, fwd_hooks=hooks, **call_arguments(bridge, batch))
+    names = [KEY.format(layer), RESIDUAL.format(layer)]
+    seen = capture(bridge, batch, names, stop_at_layer=None)
     return Tail(
         replay=Replay.WHOLE,
         layer=layer,
         cut=0,
         batch=batch,
-        keys=seen[KEY.format(layer)],
-        residual=seen[RESIDUAL.format(layer)],
+        keys=seen[names[0]],
+        residual=seen[names[1]],
         arguments=(),
         past=(),
     )
@@ -199,7 +185,7 @@ def _seen_packed(
         seen["keys"] = activation[0]
 
     with bridge.hooks(fwd_hooks=[(KEY.format(layer), keep)]):
-        seen["residual"] = call.run(layer + 1, past=past)
+        seen["residual"] = run_packed(call, layer + 1, past=past)
     unpacked = {name: call.packing.unpack(found) for name, found in seen.items()}
     return unpacked, list(call.arguments[layer + 1 :])
 
@@ -227,7 +213,7 @@ def _keys_and_values(
     call = pack_call(bridge, tokens, mask, arguments)
     if call is not None:
         kept: list[tuple[Tensor, Tensor]] = []
-        call.run(count, keep=kept)
+        run_packed(call, count, keep=kept)
         return kept
     cache = new_cache((), 0)
     with stopped_above(bridge), fast_products(tokens.device):
@@ -235,59 +221,42 @@ def _keys_and_values(
     return [(entry.keys, entry.values) for entry in cache.layers]
 
 
+@torch.no_grad()
 def _seen_padded(
     bridge: Any, batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], first: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    seen: dict[str, Tensor] = {}
-    calls: list[dict[str, Any]] = []
-    observed = _observed(bridge, layer, first, seen, calls)
-    with torch.no_grad(), observed, fast_products(batch.device):
-        bridge(batch.tokens[:, cut:], **arguments)
-    return seen, calls
-
-
-@contextlib.contextmanager
-def _observed(
-    bridge: Any,
-    layer: int,
-    first: int,
-    seen: dict[str, Tensor],
-    calls: list[dict[str, Any]],
-) -> Generator[None, None, None]:
-    """Keep keys, the residual stream and the arguments of the blocks from ``first`` on.
+    """Keys, the residual stream and the arguments of the blocks from ``first`` on.
 
     Those above ``layer`` are passed by: only what they are called with is of interest.
     """
+    edited: Any = bridge.blocks[layer]
+    names = {KEY.format(layer): "keys"}
+    names[f"blocks.{layer}.hook_in" if first == layer else RESIDUAL.format(layer)] = "residual"
+    seen: dict[str, Tensor] = {}
+    calls: list[dict[str, Any]] = []
     as_tuple: list[bool] = []
 
     def remember(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(named_arguments(block, args, kwargs))
 
-    def enter(_block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen["residual"] = args[0] if args else kwargs["hidden_states"]
-
     def leave(_block: Any, _args: Any, output: Any) -> None:
         as_tuple.append(isinstance(output, tuple))
-        if first > layer:
-            seen["residual"] = output[0] if isinstance(output, tuple) else output
 
-    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        seen["keys"] = activation
+    def keep(activation: Any, hook: Any) -> None:
+        found = activation[0] if isinstance(activation, tuple) else activation
+        seen[names[hook.name]] = found
 
-    edited: Any = bridge.blocks[layer]
     with contextlib.ExitStack() as stack:
-
-        def until_exit(handle: Any) -> None:
-            stack.callback(handle.remove)
-
-        until_exit(edited.register_forward_hook(leave))
+        stack.callback(edited.register_forward_hook(leave).remove)
         if first == layer:
-            until_exit(edited.register_forward_pre_hook(enter, with_kwargs=True))
-            until_exit(edited.register_forward_pre_hook(remember, with_kwargs=True))
+            pre_hook = edited.register_forward_pre_hook(remember, with_kwargs=True)
+            stack.callback(pre_hook.remove)
         above = bridge.blocks[layer + 1 :]
         stack.enter_context(
             passed_by(above, calls, lambda hidden: (hidden,) if as_tuple[0] else hidden)
         )
         stack.enter_context(stopped_above(bridge))
-        stack.enter_context(bridge.hooks(fwd_hooks=[(KEY.format(layer), keep)]))
-        yield
+        stack.enter_context(bridge.hooks(fwd_hooks=[(name, keep) for name in names]))
+        stack.enter_context(fast_products(batch.device))
+        bridge(batch.tokens[:, cut:], **arguments)
+    return seen, calls

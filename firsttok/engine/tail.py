@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from firsttok.engine.blocks import CACHE_NAMES, replaced_forward
 from firsttok.engine.forward import logits
-from firsttok.engine.fused import Packing, run_packed, unembed
+from firsttok.engine.fused import PackedCall, Packing, run_packed, unembed
 from firsttok.engine.fusibility import has_plain_arguments, is_fusible
 from firsttok.engine.products import fast_products
 from firsttok.engine.traits import VALUE
@@ -138,14 +139,14 @@ class Tail:
         blocks = list(bridge.blocks[self._first :])
         if above and is_fusible(blocks) and has_plain_arguments(blocks, self.arguments):
             wanted = packing.pack(where)
-            return run_packed(
-                blocks,
-                packing,
-                packing.pack(hidden),
-                self.arguments,
-                past=self.past,
-                last=lambda block: _mlp_only_at(block, wanted[None]),
-            )[wanted]
+            call = PackedCall(
+                blocks=blocks,
+                packing=packing,
+                hidden=packing.pack(hidden),
+                arguments=self.arguments,
+            )
+            last = partial(_mlp_only_at, where=wanted[None])
+            return run_packed(call, past=self.past, last=last)[wanted]
         with _changed(bridge, self.layer, None if above else change):
             return self._run_padded(bridge, hidden, packing.real, where)[where]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from firsttok.errors import UnsupportedModelError
@@ -16,6 +16,7 @@ __all__ = [
     "find_first_position",
     "is_decoder",
     "position_embedding",
+    "some_tokens",
     "some_weight",
 ]
 
@@ -32,6 +33,12 @@ def is_decoder(bridge: Any) -> bool:
 def some_weight(bridge: Any) -> Shaped[Tensor, "..."]:
     """Return one of its weights, which tells where they all live and of which type they are."""
     return next(bridge.original_model.parameters())
+
+
+def some_tokens(bridge: Any, rows: int, width: int) -> Int[Tensor, "prompt pos"]:
+    """Return made-up prompts for a trial."""
+    numbers = torch.arange(rows * width, device=some_weight(bridge).device)
+    return (numbers.view(rows, width) * 7 + 11) % int(bridge.cfg.d_vocab)
 
 
 def position_embedding(bridge: Any) -> str:
@@ -58,8 +65,7 @@ def find_first_position(bridge: Any) -> int:
     Raises:
         UnsupportedModelError: If positions are numbered in another way.
     """
-    device = some_weight(bridge).device
-    tokens = (torch.arange(6, device=device)[None] * 7 + 11) % int(bridge.cfg.d_vocab)
+    tokens = some_tokens(bridge, 1, 6)
     ones = torch.ones_like(tokens)
     implied = _last_states(bridge, tokens, attention_mask=ones)
     padding = getattr(bridge.original_model.config, "pad_token_id", None)

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from firsttok.engine.blocks import undisturbed
 from firsttok.engine.forward import call_arguments
-from firsttok.engine.traits import RESIDUAL, attention_window, position_embedding, some_weight
+from firsttok.engine.traits import (
+    RESIDUAL,
+    attention_window,
+    position_embedding,
+    some_tokens,
+    some_weight,
+)
 from firsttok.tensors import TokenBatch
 
 __all__ = ["Change", "Trials", "changes_of"]
@@ -231,16 +237,7 @@ def _position_trouble(bridge: Any, width: int) -> str | None:
 
 
 def _batch(bridge: Any, width: int, rows: int = 1) -> TokenBatch:
-    device = some_weight(bridge).device
-    tokens = (torch.arange(width, device=device) * 7 + 11) % int(bridge.cfg.d_vocab)
-    tokens = tokens.expand(rows, width)
-    ones = torch.ones_like(tokens)
-    return TokenBatch(
-        tokens=tokens,
-        attention_mask=ones,
-        position_ids=ones.cumsum(1) - 1,
-        starts=torch.zeros(rows, dtype=torch.long, device=device),
-    )
+    return TokenBatch.of(some_tokens(bridge, 1, width).expand(rows, width))
 
 
 def _difference(bridge: Any, one: TokenBatch, other: TokenBatch, names: Sequence[str]) -> float:

@@ -9,7 +9,7 @@ from firsttok.models.embedded import embedded_folder, is_pulled, pull
 from firsttok.models.libraries import quiet_libraries
 from firsttok.models.loading import load
 from firsttok.models.model import Model
-from firsttok.models.passes import capture, capture_tail, keys_behind, logits
+from firsttok.models.passes import capture, capture_tail, logits
 from firsttok.models.plain import EXPORT_RECORD, checkpoint_of, plain_model
 from firsttok.models.sites import PORTS, EditSite, Place, find_sites, refuse_processed
 from firsttok.models.weights import Standing, WeightEdit, Weights
@@ -33,7 +33,6 @@ __all__ = [
     "find_sites",
     "find_spec",
     "is_pulled",
-    "keys_behind",
     "load",
     "logits",
     "plain_model",

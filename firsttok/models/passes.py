@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.engine import forward
@@ -13,7 +12,7 @@ from firsttok.errors import UnsupportedModelError
 from firsttok.models.model import Model
 from firsttok.tensors import Logits, TokenBatch
 
-__all__ = ["capture", "capture_tail", "keys_behind", "logits"]
+__all__ = ["capture", "capture_tail", "logits"]
 
 
 @torch.no_grad()
@@ -56,11 +55,3 @@ def capture_tail(
     mode = model.replay if replay is None else replay
     with model.running() as bridge:
         return replays.capture_tail(bridge, batch, layer=layer, cut=cut, replay=mode)
-
-
-def keys_behind(
-    model: Model, batch: TokenBatch, *, layer: int, cut: int
-) -> Float[Tensor, "prompt suffix d_mlp"] | None:
-    """Keys of a view, as :func:`firsttok.engine.replay.keys_behind` gives them."""
-    with model.running() as bridge:
-        return replays.keys_behind(bridge, batch, layer=layer, cut=cut)
