@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from firsttok.errors import (
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
-from firsttok.models.fingerprint import config_hash, tokenizer_hash
+from firsttok.models.fingerprint import TokenizerFindings, config_hash, tokenizer_hash
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.options import model_label
@@ -72,6 +73,8 @@ class Model(Shown):
     """Position id of a prompt's first token; 0 for all but RoBERTa."""
     trials: Trials = field(default_factory=Trials)
     """What was found out about how these weights take changes; shared by all views."""
+    texts: TokenizerFindings = field(default_factory=TokenizerFindings)
+    """What the tokenizer makes of texts; shared by all views."""
     written: tuple[str, ...] = ()
     """Titles of edits that the checkpoint already held, as firsttok exported it."""
     own_edits: tuple[WeightEdit, ...] | None = None
@@ -184,7 +187,8 @@ class Model(Shown):
         Raises:
             BadInputError: If a BOS token is asked for and the tokenizer has none.
         """
-        return leading_ids(self.tokenizer, self.bos, self.name)
+        find = partial(leading_ids, self.tokenizer, self.bos, self.name)
+        return self.texts.get(self.tokenizer, ("leading", self.bos), find)
 
     @property
     def trailing_ids(self) -> tuple[int, ...]:
@@ -193,7 +197,9 @@ class Model(Shown):
         They are there under every BOS policy, since that is the text an encoder was trained on. A
         decoder goes on where its prompt ends, and has none.
         """
-        return () if self.can_be_edited else trailing_ids(self.tokenizer)
+        if self.can_be_edited:
+            return ()
+        return self.texts.get(self.tokenizer, "trailing", partial(trailing_ids, self.tokenizer))
 
     def site(
         self, layer: int | None = None, *, stack: str | None = None, port: str = "out"
@@ -458,13 +464,8 @@ class Model(Shown):
             UnsupportedModelError: If the model does not do what an intervention asks for, found out
                 by trial on first use (see :class:`firsttok.engine.trials.Trials`).
         """
-        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
-        batch = TokenBatch(
-            tokens=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self.device),
-            starts=mask.argmax(1).to(self.device),
-        )
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        batch = TokenBatch.of(tokens.to(self.device), mask)
         if self.interventions:
             with self.running() as bridge:
                 batch = intervene(
@@ -533,24 +534,12 @@ class Model(Shown):
     @property
     def record_of_type(self) -> dict[str, str]:
         """What decides, besides the weights, what they compute."""
+        find = partial(tokenizer_hash, self.tokenizer)
         return {
             "config": config_hash(self.weights.bridge.original_model.config),
-            "tokenizer": self._tokenizer_hash,
+            "tokenizer": self.texts.get(self.tokenizer, "hash", find),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-    @property
-    def _tokenizer_hash(self) -> str:
-        tokenizer: Any = self.tokenizer
-        rules = tokenizer.backend_tokenizer
-        parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
-        # Writing out a vocabulary takes long; this tells whether it has to be done again.
-        seen = [id(tokenizer), len(tokenizer), tokenizer.all_special_ids, *map(repr, parts)]
-        known = self.weights.findings.get("tokenizer")
-        if known is None or known[:2] != (tokenizer, seen):
-            known = (tokenizer, seen, tokenizer_hash(tokenizer))
-            self.weights.findings["tokenizer"] = known
-        return known[2]
 
 
 def _is_intervention(change: object) -> bool:
