@@ -34,10 +34,11 @@ from benchmarks.naive import (
 from firsttok.contexts import ContextSet, load_contexts
 from firsttok.data import Fact, builtin_facts, builtin_sentences
 from firsttok.editing import METHODS, ROME, Edit, Method, Slot, compute_edits
+from firsttok.engine import products
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys, fact_keys
-from firsttok.models import BosPolicy, Model, products
+from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt, positions, with_target
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study
