@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from rich.progress import Progress
 
 from firsttok.arguments import taken
-from firsttok.data import SKIP_HINT, Fact, LeftOut
+from firsttok.data import SKIP_HINT, Fact, LeftOut, spread_evenly
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
@@ -35,11 +35,9 @@ __all__ = [
     "scan",
     "second_token_cases",
     "select_cases",
-    "spread_evenly",
 ]
 
 logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 _PERPLEXITIES = ("perplexity", "corpus_perplexity")
 
 
@@ -232,12 +230,6 @@ def select_cases(
     rest = [fact for fact in facts if fact.case_id not in listed]
     drawn = random.Random(seed).sample(rest, min(normal, len(rest)))  # noqa: S311
     return CaseSelection(collapse=tuple(by_id[case_id] for case_id in chosen), normal=tuple(drawn))
-
-
-def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:
-    """At most ``count`` items, evenly over a list that is sorted by how much they collapse."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def choose_cases(options: ScriptOptions) -> CaseSelection:

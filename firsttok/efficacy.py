@@ -1,9 +1,8 @@
 """Accuracies of many edits: the rows of Tables 4 and 5."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.progress import Progress
 
@@ -13,7 +12,7 @@ from firsttok.errors import BadInputError
 from firsttok.evaluation import edit_accuracies
 from firsttok.study import Study
 
-__all__ = ["AccuracyRow", "accuracy_line", "draw_prefix", "measure_accuracy"]
+__all__ = ["AccuracyRow", "draw_prefix", "measure_accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +90,3 @@ def draw_prefix(study: Study, fact: Fact, *, seed: int) -> str:
     if not prefixes:
         raise BadInputError("no context has a prefix that could be put before the prompt; give one")
     return random.Random(f"{seed} {fact.content_hash}").choice(prefixes)  # noqa: S311
-
-
-def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
-    """One line of Table 4 or 5: name, number of cases, and three means in percent."""
-    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
-    line: list[object] = [name, len(chosen)]
-    for column in ("efficacy", "generalization", "locality"):
-        values = [row[column] for row in chosen if row[column] is not None]
-        line.append(100.0 * sum(values) / len(values) if values else None)
-    return line

@@ -1,14 +1,18 @@
-"""Tables: printed beside the paper's numbers, and saved as CSV and JSON."""
+"""An experiment's table: printed beside the paper's numbers, and kept with rows and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from firsttok.console import show_table
-from firsttok.display import Table, cell_text
-from firsttok.storage import atomic_path, write_record
+from firsttok.claims.verdicts import Claim, ScriptResult, judge
+from firsttok.console import print_table, show
+from firsttok.data import paper_values
+from firsttok.storage import save_result
 
-__all__ = ["cell_text", "pick", "print_table", "publish", "save_result"]
+__all__ = ["MEASURES", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
+
+MEASURES = ("efficacy", "generalization", "locality")
+"""Columns of Tables 4 and 5."""
 
 
 def publish(
@@ -19,45 +23,31 @@ def publish(
     lines: Sequence[Sequence[Any]],
     rows: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
+    claims: Sequence[Claim] = (),
 ) -> None:
-    """Print a script's table, and leave it with its rows in ``stem.json`` and ``stem.csv``.
+    """Print a script's table and the verdicts on its claims, and keep them with its rows.
 
     Args:
-        stem: Path without suffix, ``figures/<model>/<script>``.
+        stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
         title: Title of the table.
         columns: Names of its columns.
         lines: Its lines; a cell is a text, a number or None.
         rows: The measured rows, flat, one per observation.
         provenance: What they were made with.
-    """
-    print_table(title, columns, lines)
-    save_result(stem, title=title, columns=columns, lines=lines, rows=rows, provenance=provenance)
-
-
-def save_result(
-    stem: Path,
-    *,
-    title: str,
-    columns: Sequence[str],
-    lines: Sequence[Sequence[Any]],
-    rows: Sequence[Mapping[str, Any]],
-    provenance: Mapping[str, Any],
-) -> None:
-    """As :func:`publish`, without printing.
+        claims: What the rows decide.
 
     Raises:
         ValueError: If a number is not finite.
         CacheError: If a file cannot be written.
     """
-    import pandas as pd
-
-    flat = [dict(row) for row in rows]
+    result = ScriptResult(script=stem.name, rows=tuple(rows), provenance=provenance)
+    judged = tuple(judge(claim, result) for claim in claims)
+    print_table(title, columns, lines)
+    for each in judged:
+        show(f"{each.label} ({each.place}): {each.sentence}")
     table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
-    # JSON first: it refuses NaN, and then there is to be no CSV either.
-    record = {**table, "provenance": dict(provenance), "rows": flat}
-    write_record(stem.with_name(f"{stem.name}.json"), record)
-    with atomic_path(stem.with_name(f"{stem.name}.csv")) as temporary:
-        pd.DataFrame(flat).to_csv(temporary, index=False)
+    verdicts = [each.as_dict() for each in judged]
+    save_result(stem, {**table, "claims": verdicts, "provenance": provenance, "rows": rows})
 
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
@@ -69,16 +59,24 @@ def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[f
     ]
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on standard output, columns of numbers flush right.
+def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
+    """How many of the rows that match are edits which destroyed the model."""
+    flags = pick(rows, "collapsed", **match)
+    return f"{int(sum(flags))} of {len(flags)}"
 
-    Args:
-        title: Title of the table.
-        columns: Names of its columns.
-        rows: Its lines; a cell is a text, a number, a truth value or None.
 
-    Raises:
-        OutputError: If the output cannot be written.
-    """
-    lines = [[cell_text(cell) for cell in row] for row in rows]
-    show_table(title, columns, lines, left=Table(columns=columns, lines=rows).left)
+def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
+    """Models of a table of the paper, in its order, and its numbers by row and model."""
+    values = paper_values(table)
+    models = list(dict.fromkeys(value.model for value in values))
+    return models, {(value.row, value.model): value.value for value in values}
+
+
+def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
+    """One line of Table 4 or 5: name, number of cases, and three means in percent."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
+    line: list[object] = [name, len(chosen)]
+    for column in MEASURES:
+        values = [row[column] for row in chosen if row[column] is not None]
+        line.append(100.0 * sum(values) / len(values) if values else None)
+    return line

@@ -1,25 +1,39 @@
-"""What an analysis script was asked for: its options, parsed once, and the study they open."""
+"""An experiment, run as its command line asks: options, study, table, verdicts, figure.
+
+A file of ``analyses/`` defines a function that measures and returns what it :class:`Found`, and
+gives it to :func:`run`.
+"""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.progress import Progress
 
+from firsttok.claims.verdicts import Claim
 from firsttok.config import configured
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, LeftOut
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, kept_contexts, open_study
 from firsttok.options import add_script_options, folder_name
+from firsttok.output import publish
+from firsttok.plots import save_figure
 from firsttok.storage import read_json
 from firsttok.study import Study
 
-__all__ = ["ScriptOptions", "parse_script"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from firsttok.probes import Projection
+
+__all__ = ["Found", "ScriptOptions", "parse_script", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +81,86 @@ class ScriptOptions:
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
         return kept_contexts(self.study.model, seed, look_in=[self.cases.parent], leave_in=self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What an experiment found: rows, the table they give, and what is said and drawn of them."""
+
+    title: str
+    """Title of the table."""
+    columns: Sequence[str]
+    """Its columns."""
+    lines: Sequence[Sequence[Any]]
+    """Its lines; a cell is a text, a number or None."""
+    rows: Sequence[Mapping[str, Any]]
+    """The measured rows, flat, one per observation; claims are judged by them."""
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What they were made with, beyond study and options."""
+    notes: Sequence[str] = ()
+    """Sentences below the table."""
+    draw: "Callable[[], Figure] | None" = None
+    """Draws the figure; None for none."""
+    points: "Mapping[str, Projection] | None" = None
+    """Points of its pictures, kept beside it."""
+
+
+def run(
+    file: str,
+    summary: str | None,
+    measure: Callable[[ScriptOptions, Progress], Found],
+    *,
+    claims: Sequence[Claim] = (),
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    without_bos: bool = False,
+    own_contexts: bool = False,
+) -> int:
+    """Run an experiment; its files lie in the folder of the model, under the name of its script.
+
+    Args:
+        file: The script, ``__file__``.
+        summary: Its docstring, whose first line its help shows.
+        measure: Measures.
+        claims: What the rows decide.
+        add_options: Adds options of its own.
+        without_bos: As for :func:`parse_script`.
+        own_contexts: As for :func:`parse_script`.
+
+    Returns:
+        The exit code.
+    """
+
+    def main() -> None:
+        start = time.perf_counter()
+        parser = argparse.ArgumentParser(description=(summary or "").partition("\n")[0])
+        if add_options is not None:
+            add_options(parser)
+        with progress_bar() as progress:
+            options = parse_script(
+                parser, progress, without_bos=without_bos, own_contexts=own_contexts
+            )
+            found = measure(options, progress)
+        stem = options.out / Path(file).stem
+        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+        publish(
+            stem,
+            title=found.title,
+            columns=found.columns,
+            lines=found.lines,
+            rows=found.rows,
+            provenance=options.provenance() | dict(found.provenance) | seconds,
+            claims=claims,
+        )
+        for note in found.notes:
+            show(note)
+        if found.draw is not None:
+            save_figure(stem, found.draw())
+        if found.points is not None:
+            from firsttok.probes import save_points
+
+            save_points(stem.with_name(f"{stem.name}_points.csv"), found.points)
+
+    return exit_on_error(main)
 
 
 def parse_script(

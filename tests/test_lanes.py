@@ -13,7 +13,7 @@ import pytest
 
 from firsttok.cli import main
 from firsttok.lanes import Job, run_in_lanes
-from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
+from firsttok.scripts import EXPERIMENTS, SCRIPTS, in_lanes
 
 ROOT = Path(__file__).parent.parent
 BODY = """
@@ -186,6 +186,9 @@ def test_a_circle_is_refused() -> None:
 
 
 def test_every_script_has_its_turn_after_those_it_waits_for() -> None:
-    assert sorted(LANE_ORDER) == sorted(SCRIPTS)
-    for name, earlier in AFTER.items():
-        assert all(LANE_ORDER.index(other) < LANE_ORDER.index(name) for other in earlier)
+    order = [each.name for each in in_lanes()]
+    assert sorted(order) == sorted(SCRIPTS)
+    assert len({each.name for each in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert sum(len(each.after) for each in EXPERIMENTS) > 5
+    for each in EXPERIMENTS:
+        assert all(order.index(other) < order.index(each.name) for other in each.after)

@@ -21,7 +21,8 @@ from firsttok.editing import METHODS, SLOTS, Edit, Method, Slot, find_methods, l
 from firsttok.errors import BadInputError
 from firsttok.models import Model
 from firsttok.prompts import fact_prompt, with_target
-from firsttok.report import build_report, render_html, result_folders, write_reports
+from firsttok.report.pages import render_html, write_reports
+from firsttok.report.view import build_report, result_folders
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
 from firsttok.sweep import Plan

@@ -18,13 +18,12 @@ from test_report import leave
 from tiny import FACTS, SENTENCES, build
 
 from firsttok.cli import main
-from firsttok.console import exit_on_error, note, progress_bar, show, show_json
+from firsttok.console import exit_on_error, note, print_table, progress_bar, show, show_json
 from firsttok.display import Note, Panel, Part, Plot, Strip, Table
 from firsttok.errors import BadInputError
 from firsttok.escapes import as_html, as_json, printable
-from firsttok.output import print_table
 from firsttok.plots import figure, plain, save_figure
-from firsttok.report import write_reports
+from firsttok.report.pages import write_reports
 from firsttok.svg import line_plot
 
 ROOT = Path(__file__).parent.parent

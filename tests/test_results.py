@@ -19,8 +19,8 @@ from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS
-from firsttok.efficacy import accuracy_line
 from firsttok.errors import BadInputError
+from firsttok.output import accuracy_line
 from firsttok.sweep import shards
 from firsttok.sweep.groups import COLUMNS, method_label
 from firsttok.sweep.results import RunResults, read_run

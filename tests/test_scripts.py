@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
 from firsttok.cases import all_listed_cases, load_collapse_ids
-from firsttok.claims import CLAIMS, Claim, judge, load_result
-from firsttok.claims.results import NotJudgedError
+from firsttok.claims.verdicts import Claim, NotJudgedError
 from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
+from firsttok.report.view import load_result
 from firsttok.script_options import parse_script
-from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.scripts import EXPERIMENTS, SCRIPTS
 from firsttok.storage import read_json, write_record
 from firsttok.sweep import read_run
 
@@ -110,7 +111,7 @@ def cases(setting: dict[str, Path]) -> Path:
 
 
 def test_every_script_is_known_to_reproduce() -> None:
-    assert {path.stem for path in ANALYSES.glob("*.py")} == {*SCRIPTS, *ALONE}
+    assert {path.stem for path in ANALYSES.glob("*.py")} == {each.name for each in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -135,19 +136,19 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     assert len(lines) == len(record["rows"]) + 1
     assert record["title"] in " ".join(result.stdout.split())
     assert all(len(line) == len(record["columns"]) for line in record["lines"])
-    for claim in CLAIMS:
-        if claim.script == name:
-            # A verdict may lack cases here, but never a field that the script should have written.
-            reason = reason_of(claim, stem.parent)
-            assert "has no number for" not in reason
-            assert "has no row" not in reason
+    for claim in CLAIMS_OF[name]:
+        # A verdict may lack cases here, but never a field that the script should have written.
+        reason = reason_of(claim, name, stem.parent)
+        assert "has no number for" not in reason
+        assert "has no row" not in reason
+        assert f"not judged ({claim.place}): {claim.sentence}" in " ".join(result.stdout.split())
 
 
-def reason_of(claim: Claim, folder: Path) -> str:
+def reason_of(claim: Claim, name: str, folder: Path) -> str:
     """The rule's own reason, though a random model is not judged."""
-    result = load_result(folder, claim.script)
-    assert result is not None
-    assert "above 1000 itself" in judge(claim, result).reason
+    result = load_result(folder, name)
+    (judged,) = [each for each in result.claims or () if each.id == claim.id]
+    assert "above 1000 itself" in judged.reason
     try:
         return claim.decide(result).reason
     except NotJudgedError as gap:

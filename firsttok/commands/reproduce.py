@@ -12,7 +12,7 @@ from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.errors import BadInputError, WorkerError
 from firsttok.lanes import Job, cores, end_process, run_alone, run_in_lanes, start_process
 from firsttok.options import PASSED_ON, add_script_options, folder_name
-from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
+from firsttok.scripts import EXPERIMENTS, SCRIPTS, in_lanes
 
 __all__ = ["run"]
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if len(refused) == len(jobs):
         raise BadInputError("no script could be run; each said why above")
     # Not before: with it comes torch, which this process would hold while the scripts run.
-    from firsttok.report import write_reports
+    from firsttok.report.pages import write_reports
 
     for path in write_reports(out, folder_name(args.model)):
         show(f"\nfigures, numbers and verdicts: {path}")
@@ -91,12 +91,19 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
     parser = argparse.ArgumentParser(prog="firsttok reproduce", add_help=False)
     add_script_options(parser)
     configured(parser.parse_args(arguments), parser, arguments)
-    jobs: list[Job] = []
-    for name in SCRIPTS:
-        script = folder / f"{name}.py"
-        if not script.is_file():
-            raise BadInputError(f"no script {script}; the checkout is incomplete")
-        jobs.append(Job(name=name, script=script, arguments=arguments, after=AFTER.get(name, ())))
+    jobs = [
+        Job(
+            name=each.name,
+            script=folder / f"{each.name}.py",
+            arguments=arguments,
+            after=each.after,
+        )
+        for each in EXPERIMENTS
+        if not each.alone
+    ]
+    for job in jobs:
+        if not job.script.is_file():
+            raise BadInputError(f"no script {job.script}; the checkout is incomplete")
     return jobs
 
 
@@ -126,7 +133,8 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], Non
         _stop("the preparation", preparing.exitcode or 0)
     with progress_bar(estimate_over=3600.0) as progress:
         task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
-        ordered = sorted(jobs, key=lambda job: LANE_ORDER.index(job.name))
+        order = [each.name for each in in_lanes()]
+        ordered = sorted(jobs, key=lambda job: order.index(job.name))
         for ended in run_in_lanes(ordered, lanes=lanes, imported=IMPORTED):
             progress.advance(task)
             progress.stop()

@@ -1,59 +1,36 @@
-"""What a report shows, before it is a page: sections, verdicts, provenance, other models."""
+"""What a report shows, before it is a page: sections, verdicts, provenance, other models.
 
+Nothing is measured or judged here. The report is put together from what the experiments left in
+``figures/<model>/``, and equal files give an equal report.
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from firsttok.claims import (
-    CLAIMS,
-    Claim,
-    Inconsistency,
-    ScriptResult,
-    Status,
-    Verdict,
-    find_inconsistencies,
-    judge,
-    load_result,
-    load_sweep,
-)
-from firsttok.data import paper_values
+from firsttok.claims.inconsistencies import Inconsistency, find_inconsistencies
+from firsttok.claims.verdicts import Judged, ScriptResult, Status
 from firsttok.errors import BadInputError
+from firsttok.output import MEASURES, printed
 from firsttok.report.provenance import common_facts, script_facts
-from firsttok.scripts import ALONE, HEADINGS, SCRIPTS
+from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.storage import read_json
 
 __all__ = [
-    "Judged",
+    "Compared",
     "ModelReport",
     "PrintedTable",
     "Section",
     "build_report",
+    "load_result",
     "result_folders",
 ]
 
-PRINTED = {
-    "table1_update_components": "Table 1",
-    "table2_perplexity": "Table 2",
-    "table3_transfer": "Table 3",
-    "table4_efficacy": "Table 4",
-    "table5_prefixed_efficacy": "Table 5",
-    "table6_second2first": "Table 6",
-    "table7_first2second": "Table 7",
-    "figure8_concentration": "Equation 4",
-}
-PERCENT = ("Table 4", "Table 5")
 SWEEP = "sweep_"
 """How the file of a published sweep begins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """A claim with its verdict on one model."""
-
-    claim: Claim
-    """The claim."""
-    verdict: Verdict
-    """What became of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,22 +47,49 @@ class PrintedTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One script: what it left, and the verdicts on the claims it decides."""
+    """One experiment, and what it left."""
 
     script: str
     """Name of the script, without suffix."""
     heading: str
     """Heading."""
-    judged: tuple[Judged, ...]
-    """Claims and verdicts."""
     result: ScriptResult | None
-    """What the script left; None if it has not been run."""
+    """What the script left, verdicts included; None if it has not been run."""
+    again: str
+    """The command that makes it, or makes it again."""
     picture: Path | None
     """Its figure as PNG, beside which an SVG may lie; None if there is none."""
     printed: PrintedTable | None
     """The paper's table; None where the paper prints no number."""
     facts: tuple[tuple[str, str], ...]
     """Provenance that is not the same for all scripts, by label."""
+
+    @property
+    def judged(self) -> tuple[Judged, ...]:
+        """Claims and verdicts."""
+        return (self.result and self.result.claims) or ()
+
+    @property
+    def outdated(self) -> bool:
+        """Whether an older version left the result, without verdicts."""
+        sweep = self.script.startswith(SWEEP)
+        return self.result is not None and self.result.claims is None and not sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A claim on several models."""
+
+    claim: Judged
+    """The claim, as it was judged on the first of them."""
+    found: tuple[Judged | None, ...]
+    """Verdicts by model; None where its script has not been run."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether it was judged on at least two models, with different verdicts."""
+        known = {each.status for each in self.found if each is not None}
+        return len(known - {Status.NOT_JUDGED}) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,47 +108,36 @@ class ModelReport:
     """Labels of provenance that should be the same for all scripts, and is not."""
     inconsistencies: tuple[Inconsistency, ...]
     """Where the paper contradicts itself or its code."""
-    across: Mapping[str, tuple[Judged, ...]]
-    """Verdicts by model, this one first; this one only if no other has results."""
+    models: tuple[str, ...]
+    """Models that have results, this one first."""
+    across: tuple[Compared, ...]
+    """Claims that were judged on any of them."""
 
     @property
     def judged(self) -> tuple[Judged, ...]:
         """All verdicts on this model: those on the paper's claims, then on ours."""
-        return self.across[self.model]
+        return tuple(each.found[0] for each in self.across if each.found[0] is not None)
 
     def count(self, *, own: bool) -> dict[Status, int]:
         """How many of the paper's claims, or of our own, got each verdict."""
-        found = [item.verdict.status for item in self.judged if item.claim.own == own]
+        found = [judged.status for judged in self.judged if judged.own == own]
         return {status: found.count(status) for status in Status}
 
     @property
-    def differing(self) -> tuple[Claim, ...]:
+    def differing(self) -> tuple[Compared, ...]:
         """Claims that were judged on at least two models, with different verdicts."""
-        chosen: list[Claim] = []
-        for index, claim in enumerate(CLAIMS):
-            found = {verdicts[index].verdict.status for verdicts in self.across.values()}
-            if len(found - {Status.NOT_RUN, Status.NOT_JUDGED}) > 1:
-                chosen.append(claim)
-        return tuple(chosen)
+        return tuple(each for each in self.across if each.differs)
 
 
 def result_folders(out: Path) -> list[Path]:
     """Folders of models in which a script or a sweep has left a result, in order of their names."""
     if not out.is_dir():
         return []
-    return [
-        folder
-        for folder in sorted(out.iterdir())
-        if folder.is_dir()
-        and (
-            any((folder / f"{name}.json").is_file() for name in (*SCRIPTS, *ALONE))
-            or _sweeps(folder)
-        )
-    ]
+    return [folder for folder in sorted(out.iterdir()) if folder.is_dir() and _left_in(folder)]
 
 
 def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
-    """Judge what lies in a model's folder.
+    """Put together what lies in a model's folder.
 
     Args:
         folder: The folder.
@@ -153,80 +146,138 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
     Raises:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
-    results = {name: load_result(folder, name) for name in SCRIPTS}
-    alone = [result for name in ALONE if (result := load_result(folder, name)) is not None]
-    alone += [load_sweep(folder, name) for name in _sweeps(folder)]
+    folders = [folder, *(other for other in others if other.name != folder.name)]
+    left = [_left_in(at) for at in folders]
+    results = [
+        {name: load_result(at, name) for name in names}
+        for at, names in zip(folders, left, strict=True)
+    ]
+    own = results[0]
     # What scripts share is told once; a sweep, or a script run by itself, has settings of its own.
-    ran = [result for result in results.values() if result is not None] or alone
+    ran = [own[name] for name in SCRIPTS if name in own] or list(own.values())
     if not ran:
         raise BadInputError(
             f"{folder} holds no result of a script; run: firsttok reproduce --model {folder.name}"
         )
     facts, mixed = common_facts(ran)
-    across = {folder.name: _verdicts(results)}
-    for other in others:
-        if other.name != folder.name:
-            across[other.name] = _verdicts({name: load_result(other, name) for name in SCRIPTS})
+    # What was not run has a section, too, but for what is run by itself.
+    shown = {each.name: each.heading for each in EXPERIMENTS if not each.alone} | left[0]
     return ModelReport(
         model=folder.name,
         folder=folder,
-        sections=(
-            *(
-                _section(folder, name, results[name], across[folder.name], facts)
-                for name in SCRIPTS
-            ),
-            *(_section(folder, result.script, result, (), facts) for result in alone),
+        sections=tuple(
+            _section(folder, name, heading, own.get(name), facts) for name, heading in shown.items()
         ),
         facts=facts,
         mixed=mixed,
         inconsistencies=find_inconsistencies(),
-        across=across,
+        models=tuple(each.name for each in folders),
+        across=_compared(results),
     )
+
+
+def load_result(folder: Path, name: str) -> ScriptResult:
+    """Read what an experiment or a sweep left.
+
+    Raises:
+        BadInputError: If the file is missing, or not what is written there.
+    """
+    path = folder / f"{name}.json"
+    content = read_json(path, "results")
+    try:
+        record = cast(dict[str, Any], content)
+        claims = record.get("claims")
+        result = ScriptResult(
+            script=name,
+            rows=tuple(dict(row) for row in record["rows"]),
+            provenance=dict(record["provenance"]),
+            title=str(record.get("title", "")),
+            columns=tuple(map(str, record.get("columns", ()))),
+            lines=tuple(tuple(line) for line in record.get("lines", ())),
+            claims=None if claims is None else tuple(map(Judged.of, claims)),
+        )
+        if any(len(line) != len(result.columns) for line in result.lines):
+            raise ValueError("a line has more or fewer cells than there are columns")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        again = f"script; run python analyses/{name}.py again"
+        what = "sweep; publish the run again" if name.startswith(SWEEP) else again
+        raise BadInputError(f"{path} is not a result of a firsttok {what}") from None
+    return result
 
 
 def printed_table(name: str) -> PrintedTable:
     """A table of the paper, as it is printed: one column for each model."""
-    values = paper_values(name)
-    models = list(dict.fromkeys(value.model for value in values))
-    cells = {(value.row, value.model): _as_printed(value.value) for value in values}
+    models, numbers = printed(name)
+    cells = {place: _as_printed(value) for place, value in numbers.items()}
     lines = [
         (row, *(cells.get((row, model), "-") for model in models))
-        for row in dict.fromkeys(value.row for value in values)
+        for row in dict.fromkeys(row for row, _ in numbers)
     ]
-    unit = ", in percent" if name in PERCENT else ""
+    percent = any(line[0].rpartition("/")[2] in MEASURES for line in lines)
+    unit = ", in percent" if percent else ""
     return PrintedTable(
         title=f"The paper's {name}{unit}", columns=("", *models), lines=tuple(lines)
     )
 
 
+def _left_in(folder: Path) -> dict[str, str]:
+    """What left a result in a model's folder: names with headings, empty where none is known."""
+    files = sorted(folder.glob("*.json"))
+    names = [path.stem for path in files]
+    known = {each.name: each.heading for each in EXPERIMENTS if each.name in names}
+    sweeps = {
+        name: f"A sweep: {name.removeprefix(SWEEP)}" for name in names if name.startswith(SWEEP)
+    }
+    others = [path for path in files if path.stem not in known | sweeps]
+    return known | {path.stem: "" for path in others if _is_own(path)} | sweeps
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is the result of a user's experiment: it holds verdicts."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "claims" in content
+
+
 def _section(
     folder: Path,
     name: str,
+    heading: str,
     result: ScriptResult | None,
-    judged: Sequence[Judged],
     facts: Sequence[tuple[str, str]],
 ) -> Section:
     picture = folder / f"{name}.png"
+    table = next((each.table for each in EXPERIMENTS if each.name == name), None)
+    given = result.provenance.get("command") if result else None
     return Section(
         script=name,
-        heading={**HEADINGS, **ALONE}.get(name) or f"A sweep: {name.removeprefix(SWEEP)}",
-        judged=tuple(item for item in judged if item.claim.script == name),
+        heading=heading or (result and result.title) or name,
         result=result,
+        again=str(given or f"python analyses/{name}.py --model {folder.name}"),
         picture=picture if result is not None and picture.is_file() else None,
-        printed=printed_table(PRINTED[name]) if name in PRINTED else None,
+        printed=printed_table(table) if table else None,
         facts=tuple(fact for fact in script_facts(result) if fact not in facts) if result else (),
     )
 
 
-def _sweeps(folder: Path) -> list[str]:
-    """Names of the sweeps that were published into a model's folder, without suffix."""
-    return sorted(path.stem for path in folder.glob(f"{SWEEP}*.json"))
-
-
-def _verdicts(results: Mapping[str, Any]) -> tuple[Judged, ...]:
-    return tuple(
-        Judged(claim=claim, verdict=judge(claim, results[claim.script])) for claim in CLAIMS
-    )
+def _compared(results: Sequence[Mapping[str, ScriptResult]]) -> tuple[Compared, ...]:
+    """Claims by model, the papers' before our own, in the order of the scripts."""
+    scripts = dict.fromkeys((*SCRIPTS, *chain.from_iterable(results)))
+    first: dict[str, Judged] = {}
+    for name, found in product(scripts, results):
+        for judged in (name in found and found[name].claims) or ():
+            first.setdefault(judged.id, judged)
+    known = [
+        {judged.id: judged for result in found.values() for judged in result.claims or ()}
+        for found in results
+    ]
+    compared = [
+        Compared(claim=claim, found=tuple(found.get(claim.id) for found in known))
+        for claim in first.values()
+    ]
+    return tuple(sorted(compared, key=lambda each: each.claim.own))
 
 
 def _as_printed(value: float) -> str:
