@@ -14,8 +14,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import first_token_cases
-from firsttok.claims.verdicts import (
+from firsttok.editing import ROME
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.paper.cases import first_token_cases
+from firsttok.paper.claims import (
     Claim,
     NotJudgedError,
     ScriptResult,
@@ -24,10 +26,9 @@ from firsttok.claims.verdicts import (
     fixed,
     grade,
 )
-from firsttok.editing import ROME
-from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.output import collapsed_of, pick
-from firsttok.plots import dots, figure
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import dots, figure
+from firsttok.paper.tables import collapsed_of, pick
 from firsttok.probes import (
     MaskedKeys,
     PositionSwap,
@@ -38,7 +39,6 @@ from firsttok.probes import (
     token_states,
 )
 from firsttok.prompts import text_prompt
-from firsttok.script_options import Found, ScriptOptions, run
 from firsttok.study import measure_facts
 from firsttok.tensors import Intervention
 

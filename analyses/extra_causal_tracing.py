@@ -20,13 +20,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.efficacy import measure_accuracy
 from firsttok.errors import BadInputError
-from firsttok.output import collapsed_of, pick
-from firsttok.plots import effect_map, figure, strip_plot
+from firsttok.paper.cases import choose_cases
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import effect_map, figure, strip_plot
+from firsttok.paper.tables import collapsed_of, pick
 from firsttok.probes import (
     KINDS,
     LAST_SUBJECT,
@@ -42,7 +43,6 @@ from firsttok.probes import (
     trace_facts,
     window_layers,
 )
-from firsttok.script_options import Found, ScriptOptions, run
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import measure_facts
 

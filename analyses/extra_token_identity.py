@@ -12,16 +12,16 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import collapse_cases
-from firsttok.claims.verdicts import Claim, ScriptResult, Verdict, crossed
 from firsttok.data import spread_evenly
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.output import collapsed_of, pick
-from firsttok.plots import dots, figure, perplexity_axis
+from firsttok.paper.cases import collapse_cases
+from firsttok.paper.claims import Claim, ScriptResult, Verdict, crossed
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import dots, figure, perplexity_axis
+from firsttok.paper.tables import collapsed_of, pick
 from firsttok.probes import IDENTITY_CELLS, distinct_with_space, identity_prompt, token_states
-from firsttok.script_options import Found, ScriptOptions, run
 from firsttok.study import measure_facts
 
 COLUMNS = (

@@ -13,14 +13,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases
-from firsttok.claims.verdicts import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
 from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
 from firsttok.evaluation import target_probabilities
-from firsttok.output import pick
-from firsttok.plots import dots, figure
-from firsttok.script_options import Found, ScriptOptions, run
+from firsttok.paper.cases import choose_cases
+from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import dots, figure
+from firsttok.paper.tables import pick
 from firsttok.study import measure_facts
 
 METHODS = (C_ROME, FC_ROME)

@@ -18,14 +18,14 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import all_listed_cases
-from firsttok.claims.verdicts import APART, Claim, ScriptResult, Verdict, grade, is_apart, pair_of
 from firsttok.data import Fact
 from firsttok.keys import TOGETHER, keys_of_facts
-from firsttok.plots import PALETTE, caption, figure
+from firsttok.paper.cases import all_listed_cases
+from firsttok.paper.claims import APART, Claim, ScriptResult, Verdict, grade, is_apart, pair_of
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import PALETTE, caption, figure
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import Found, ScriptOptions, run
 from firsttok.study import Study
 
 SOLVED, MEAN, BARE = "C^-1 k_bar", "k_bar", "k^u"

@@ -15,8 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import all_listed_cases
-from firsttok.claims.verdicts import (
+from firsttok.efficacy import draw_prefix
+from firsttok.keys import keys_at
+from firsttok.paper.cases import all_listed_cases
+from firsttok.paper.claims import (
     SILHOUETTE,
     Claim,
     NotJudgedError,
@@ -26,12 +28,10 @@ from firsttok.claims.verdicts import (
     grade,
     pair_of,
 )
-from firsttok.efficacy import draw_prefix
-from firsttok.keys import keys_at
-from firsttok.plots import PALETTE, caption, figure
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import PALETTE, caption, figure
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import Prompt, fact_prompt, positions
-from firsttok.script_options import Found, ScriptOptions, run
 
 FIRST, COLLAPSE, NORMAL = "first token of normal", "k^u of collapse", "k^u of normal"
 PREFIXED = "k^u of prefixed collapse"

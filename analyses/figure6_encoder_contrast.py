@@ -21,8 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import CaseSelection, all_listed_cases
-from firsttok.claims.verdicts import (
+from firsttok.errors import BadInputError
+from firsttok.keys import keys_at
+from firsttok.models import BosPolicy, Model, load
+from firsttok.paper.cases import CaseSelection, all_listed_cases
+from firsttok.paper.claims import (
     APART,
     LEAST,
     Claim,
@@ -34,10 +37,8 @@ from firsttok.claims.verdicts import (
     is_apart,
     layers_of,
 )
-from firsttok.errors import BadInputError
-from firsttok.keys import keys_at
-from firsttok.models import BosPolicy, Model, load
-from firsttok.plots import caption, figure
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import caption, figure
 from firsttok.probes import (
     PositionShift,
     Projection,
@@ -49,7 +50,6 @@ from firsttok.probes import (
     spread,
 )
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import Found, ScriptOptions, run
 
 FIRST, LATER = "first tokens", "subsequent tokens"
 COLOURS = {FIRST: "#c0392b", LATER: "#2c6fbb"}

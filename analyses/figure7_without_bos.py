@@ -12,8 +12,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, collapse_cases
-from firsttok.claims.verdicts import (
+from firsttok.editing import ROME
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.models import BosPolicy
+from firsttok.paper.cases import choose_cases, collapse_cases
+from firsttok.paper.claims import (
     Claim,
     NotJudgedError,
     ScriptResult,
@@ -23,14 +26,11 @@ from firsttok.claims.verdicts import (
     grade,
     share,
 )
-from firsttok.editing import ROME
-from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.models import BosPolicy
-from firsttok.output import pick
-from firsttok.plots import PALETTE, figure, perplexity_axis
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import PALETTE, figure, perplexity_axis
+from firsttok.paper.tables import pick
 from firsttok.probes import bos_study, token_states
 from firsttok.prompts import fact_prompt, positions
-from firsttok.script_options import Found, ScriptOptions, run
 from firsttok.study import measure_facts
 
 POLICIES = (BosPolicy.WITHOUT, BosPolicy.WITH)

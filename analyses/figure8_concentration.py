@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import all_listed_cases
-from firsttok.claims.verdicts import (
+from firsttok.paper.cases import all_listed_cases
+from firsttok.paper.claims import (
     LEAST,
     Claim,
     NotJudgedError,
@@ -28,11 +28,11 @@ from firsttok.claims.verdicts import (
     grade,
     layers_of,
 )
-from firsttok.output import printed
-from firsttok.plots import figure
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import figure
+from firsttok.paper.tables import printed
 from firsttok.probes import LayerConcentration, concentration, parts_at
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import Found, ScriptOptions, run
 
 FIRST, LATER = "#c0392b", "#2c6fbb"
 COLUMNS = (

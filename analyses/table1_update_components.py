@@ -11,12 +11,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, measure_selection
-from firsttok.claims.verdicts import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
 from firsttok.editing import C_ROME, ROME, find_method
-from firsttok.output import pick, printed
-from firsttok.plots import figure, strip_plot
-from firsttok.script_options import Found, ScriptOptions, run
+from firsttok.paper.cases import choose_cases, measure_selection
+from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import figure, strip_plot
+from firsttok.paper.tables import pick, printed
 
 METHODS = (ROME, C_ROME)
 GROUPS = ("collapse", "normal")

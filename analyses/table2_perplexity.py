@@ -13,8 +13,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, measure_selection
-from firsttok.claims.verdicts import (
+from firsttok.editing import METHODS, find_method
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.paper.cases import choose_cases, measure_selection
+from firsttok.paper.claims import (
     LEAST,
     Claim,
     NotJudgedError,
@@ -23,11 +25,9 @@ from firsttok.claims.verdicts import (
     fixed,
     grade,
 )
-from firsttok.editing import METHODS, find_method
-from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.output import pick, printed
-from firsttok.plots import figure, strip_plot
-from firsttok.script_options import Found, ScriptOptions, run
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import figure, strip_plot
+from firsttok.paper.tables import pick, printed
 
 UNCHANGED, NEARLY_UNCHANGED, NO_SHARP_RISE = 1.1, 1.2, 2.0
 NEARLY_ALL, HALF = 0.9, 0.5

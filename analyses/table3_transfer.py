@@ -13,17 +13,17 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, collapse_cases
-from firsttok.claims.verdicts import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
 from firsttok.data import Fact
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.inputs import open_study
 from firsttok.models import BosPolicy, is_pulled
 from firsttok.options import folder_name
-from firsttok.output import pick, printed
-from firsttok.plots import dots, figure, perplexity_axis, plain
-from firsttok.script_options import Found, ScriptOptions, run
+from firsttok.paper.cases import choose_cases, collapse_cases
+from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import dots, figure, perplexity_axis, plain
+from firsttok.paper.tables import pick, printed
 from firsttok.study import Study, measure_facts
 
 DEFAULT_OTHERS = ("gemma3-270m",)

@@ -12,13 +12,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases, collapse_cases
-from firsttok.claims.verdicts import Claim, NotJudgedError, ScriptResult, Verdict, grade
 from firsttok.editing import C_ROME, FC_ROME
 from firsttok.efficacy import draw_prefix, measure_accuracy
-from firsttok.output import MEASURES, accuracy_line, printed
-from firsttok.plots import accuracy_bars, figure
-from firsttok.script_options import Found, ScriptOptions, run
+from firsttok.paper.cases import choose_cases, collapse_cases
+from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, grade
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import accuracy_bars, figure
+from firsttok.paper.tables import MEASURES, accuracy_line, printed
 
 METHODS = (C_ROME, FC_ROME)
 GROUPS = ("collapse", "normal")

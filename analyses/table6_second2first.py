@@ -11,8 +11,10 @@ from statistics import mean
 
 from rich.progress import Progress
 
-from firsttok.cases import first_token_cases
-from firsttok.claims.verdicts import (
+from firsttok.data import paper_values
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.paper.cases import first_token_cases
+from firsttok.paper.claims import (
     STAGES_RULE,
     Claim,
     NotJudgedError,
@@ -24,12 +26,10 @@ from firsttok.claims.verdicts import (
     share,
     swapped,
 )
-from firsttok.data import paper_values
-from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.plots import stage_plot
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import stage_plot
 from firsttok.probes import SECOND2FIRST, first_key_change, measure_stages, stage_lines
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import Found, ScriptOptions, run
 
 HALF = 0.5
 

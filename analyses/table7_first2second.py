@@ -8,8 +8,10 @@ from functools import partial
 
 from rich.progress import Progress
 
-from firsttok.cases import second_token_cases
-from firsttok.claims.verdicts import (
+from firsttok.data import paper_values
+from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.paper.cases import second_token_cases
+from firsttok.paper.claims import (
     STAGES_RULE,
     Claim,
     ScriptResult,
@@ -19,11 +21,9 @@ from firsttok.claims.verdicts import (
     share,
     swapped,
 )
-from firsttok.data import paper_values
-from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.plots import stage_plot
+from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.figures import stage_plot
 from firsttok.probes import FIRST2SECOND, measure_stages, stage_lines
-from firsttok.script_options import Found, ScriptOptions, run
 
 HALF = 0.5
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firsttok.auditing import Audit, audit
-    from firsttok.cases import scan
     from firsttok.contexts import ContextSet, load_contexts, sample_contexts
     from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
     from firsttok.editing import (
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from firsttok.inspection import Inspection, inspect_model
     from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at
     from firsttok.models import BosPolicy, EditSite, Model, load, plain_model
+    from firsttok.paper.cases import scan
     from firsttok.probing import PROBES, Probe, ProbeResult, probe
     from firsttok.prompts import fact_prompt, text_prompt
     from firsttok.screening import screen
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "auditing": ("Audit", "audit"),
-    "cases": ("scan",),
+    "paper.cases": ("scan",),
     "contexts": ("ContextSet", "load_contexts", "sample_contexts"),
     "data": ("Fact", "builtin_facts", "builtin_sentences", "load_facts", "load_texts"),
     "editing": (

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from firsttok.claims.verdicts import Claim, Status
-from firsttok.scripts import SCRIPTS
+from firsttok.paper.claims import Claim, Status
+from firsttok.paper.registry import SCRIPTS
 
 CLAIMS_OF: dict[str, tuple[Claim, ...]] = {
     name: import_module(f"analyses.{name}").CLAIMS for name in SCRIPTS

@@ -28,12 +28,12 @@ from synthetic import (
     transfer,
 )
 
-from firsttok.claims.inconsistencies import find_inconsistencies, fits_count, printed_numbers
-from firsttok.claims.verdicts import LEAST, Claim, Judged, ScriptResult, Status, fixed, judge
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
-from firsttok.report.view import load_result
-from firsttok.scripts import SCRIPTS
+from firsttok.paper.claims import LEAST, Claim, Judged, ScriptResult, Status, fixed, judge
+from firsttok.paper.inconsistencies import find_inconsistencies, fits_count, printed_numbers
+from firsttok.paper.registry import SCRIPTS
+from firsttok.paper.report import load_result
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 

@@ -19,7 +19,7 @@ from firsttok.data import Fact
 from firsttok.editing import compute_edits, load_edit
 from firsttok.evaluation import perplexity, target_probabilities
 from firsttok.models import CATALOG, load
-from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.second_moment import SecondMoment
 
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]

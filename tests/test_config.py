@@ -12,7 +12,7 @@ from firsttok.cli import _parser, main
 from firsttok.config import config_keys, configured, read_config, toml_line
 from firsttok.errors import BadInputError
 from firsttok.options import add_edit_options, add_model_options, add_script_options
-from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 
 # Part of Python from 3.11 on.
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

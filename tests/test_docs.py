@@ -23,7 +23,7 @@ import browser
 import pytest
 
 import firsttok
-from firsttok.report.view import build_report
+from firsttok.paper.report import build_report
 
 pytest.importorskip("mkdocs", reason="needs the extra: pip install 'firsttok[docs]'")
 

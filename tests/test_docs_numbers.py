@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from firsttok.report.view import build_report
+from firsttok.paper.report import build_report
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures" / "smollm2-135m"

@@ -12,7 +12,6 @@ import pytest
 from text_models import ADDED, byte_level, sentence_piece, spoken, unigram
 from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory
 
-from firsttok.cases import scan
 from firsttok.cli import main
 from firsttok.data import JOINS, STRADDLES, Fact, builtin_facts, check_facts, load_facts, text_joint
 from firsttok.data.joints import Join
@@ -24,6 +23,7 @@ from firsttok.exploration import observe
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.options import add_prompt_options
+from firsttok.paper.cases import scan
 from firsttok.probes import answered_facts
 from firsttok.prompts import fact_prompt, joined_target, text_prompt, with_target
 from firsttok.second_moment import SecondMoment

@@ -20,9 +20,9 @@ from firsttok.data import Fact
 from firsttok.editing import METHODS, SLOTS, Edit, Method, Slot, find_methods, load_methods
 from firsttok.errors import BadInputError
 from firsttok.models import Model
+from firsttok.paper.pages import render_html, write_reports
+from firsttok.paper.report import build_report, result_folders
 from firsttok.prompts import fact_prompt, with_target
-from firsttok.report.pages import render_html, write_reports
-from firsttok.report.view import build_report, result_folders
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
 from firsttok.sweep import Plan

@@ -22,8 +22,8 @@ from firsttok.console import exit_on_error, note, print_table, progress_bar, sho
 from firsttok.display import Note, Panel, Part, Plot, Strip, Table
 from firsttok.errors import BadInputError
 from firsttok.escapes import as_html, as_json, printable
-from firsttok.plots import figure, plain, save_figure
-from firsttok.report.pages import write_reports
+from firsttok.paper.figures import figure, plain, save_figure
+from firsttok.paper.pages import write_reports
 from firsttok.svg import line_plot
 
 ROOT = Path(__file__).parent.parent

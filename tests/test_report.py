@@ -13,16 +13,16 @@ import pytest
 from browser import Page, chromium, find_chromium
 from synthetic import BY_SCRIPT, CLAIMS, CLAIMS_OF
 
-from firsttok.claims.inconsistencies import find_inconsistencies
-from firsttok.claims.verdicts import ScriptResult, Status, judge
 from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
-from firsttok.output import publish
-from firsttok.plots import figure, save_figure
-from firsttok.report.pages import render_html, render_markdown, write_reports
-from firsttok.report.view import build_report, result_folders
-from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.paper.claims import ScriptResult, Status, judge
+from firsttok.paper.figures import figure, save_figure
+from firsttok.paper.inconsistencies import find_inconsistencies
+from firsttok.paper.pages import render_html, render_markdown, write_reports
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.report import build_report, result_folders
+from firsttok.paper.tables import publish
 from firsttok.storage import read_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -20,7 +20,7 @@ from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS
 from firsttok.errors import BadInputError
-from firsttok.output import accuracy_line
+from firsttok.paper.tables import accuracy_line
 from firsttok.sweep import shards
 from firsttok.sweep.groups import COLUMNS, method_label
 from firsttok.sweep.results import RunResults, read_run

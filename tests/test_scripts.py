@@ -15,14 +15,14 @@ import pytest
 from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
-from firsttok.cases import all_listed_cases, load_collapse_ids
-from firsttok.claims.verdicts import Claim, NotJudgedError
 from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
-from firsttok.report.view import load_result
-from firsttok.script_options import parse_script
-from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.paper.cases import all_listed_cases, load_collapse_ids
+from firsttok.paper.claims import Claim, NotJudgedError
+from firsttok.paper.experiment import parse_script
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.report import load_result
 from firsttok.storage import read_json, write_record
 from firsttok.sweep import read_run
 

@@ -10,11 +10,11 @@ import torch
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
 from firsttok import study as study_module
-from firsttok.cases import load_collapse_ids, measure_selection, save_scan, scan, select_cases
 from firsttok.editing import C_ROME, METHODS, ROME, compute_edit
 from firsttok.errors import BadInputError
 from firsttok.evaluation import perplexity
 from firsttok.models import BosPolicy
+from firsttok.paper.cases import load_collapse_ids, measure_selection, save_scan, scan, select_cases
 from firsttok.probes import SECOND2FIRST, SeesAll
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study, measure_facts

@@ -30,11 +30,11 @@ PARTS = {
     "Keys and second moment": ("keys", "second_moment"),
     "Edits": ("editing",),
     "Evaluation": ("evaluation", "efficacy"),
-    "Studies, cases, screening": ("study", "cases", "screening"),
+    "Studies, screening": ("study", "screening"),
     "Exploring": ("exploration", "auditing", "inspection", "token_strips", "display", "svg"),
     "Probes": ("probes", "probing"),
     "Sweeps": ("sweep",),
-    "Claims and report": ("claims", "report"),
+    "Papers, claims, report": ("paper",),
     "Errors": ("errors",),
 }
 """Pages of the reference and the parts of the package on them; the last page holds all others."""

@@ -14,11 +14,11 @@ import jinja2
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
-from firsttok.claims.inconsistencies import find_inconsistencies
-from firsttok.claims.verdicts import Status
 from firsttok.display import Table, cell_text
 from firsttok.models import CATALOG
-from firsttok.report.view import ModelReport, build_report, result_folders
+from firsttok.paper.claims import Status
+from firsttok.paper.inconsistencies import find_inconsistencies
+from firsttok.paper.report import ModelReport, build_report, result_folders
 
 __all__ = ["on_page_markdown"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from firsttok.console import show
 from firsttok.options import folder_name
-from firsttok.report.pages import write_reports
-from firsttok.report.view import result_folders
+from firsttok.paper.pages import write_reports
+from firsttok.paper.report import result_folders
 
 __all__ = ["run"]
 

@@ -118,7 +118,7 @@ def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
 
 def _scatter(rows: GroupedRows, stem: Path) -> None:
     # They take seconds to import, and only a figure needs them.
-    from firsttok.plots import PALETTE, figure, plain, save_figure
+    from firsttok.paper.figures import PALETTE, figure, plain, save_figure
 
     drawn, axes = figure(len(rows.methods))
     for axis, method in zip(axes, rows.methods, strict=True):

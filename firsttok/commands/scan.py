@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from firsttok.cases import save_scan, scan
 from firsttok.console import print_table, progress_bar, show
 from firsttok.inputs import fact_file, open_study_of
 from firsttok.options import folder_name
+from firsttok.paper.cases import save_scan, scan
 from firsttok.sieve import FailedFact, warn_of_failures
 
 __all__ = ["run"]

@@ -9,14 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from firsttok.cases import load_scan, scan
 from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile, resolve_facts, write_facts
 from firsttok.data.records import plain_suffix
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study_of
 from firsttok.options import folder_name
-from firsttok.plots import figure, save_figure, screen_curves
+from firsttok.paper.cases import load_scan, scan
+from firsttok.paper.figures import figure, save_figure, screen_curves
 from firsttok.screening import RATIO, Calibration, ScreenRow, calibrate, screen
 from firsttok.sieve import FailedFact, warn_of_failures
 from firsttok.storage import save_result, write_json

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from firsttok.claims.verdicts import Claim, ScriptResult, judge
 from firsttok.console import print_table, show
 from firsttok.data import paper_values
+from firsttok.paper.claims import Claim, ScriptResult, judge
 from firsttok.storage import save_result
 
 __all__ = ["MEASURES", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]

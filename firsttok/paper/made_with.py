@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from firsttok.claims.verdicts import ScriptResult
+from firsttok.paper.claims import ScriptResult
 
 __all__ = ["common_facts", "script_facts"]
 

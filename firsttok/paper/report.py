@@ -11,12 +11,12 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any, cast
 
-from firsttok.claims.inconsistencies import Inconsistency, find_inconsistencies
-from firsttok.claims.verdicts import Judged, ScriptResult, Status
 from firsttok.errors import BadInputError
-from firsttok.output import MEASURES, printed
-from firsttok.report.provenance import common_facts, script_facts
-from firsttok.scripts import EXPERIMENTS, SCRIPTS
+from firsttok.paper.claims import Judged, ScriptResult, Status
+from firsttok.paper.inconsistencies import Inconsistency, find_inconsistencies
+from firsttok.paper.made_with import common_facts, script_facts
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.tables import MEASURES, printed
 from firsttok.storage import read_json
 
 __all__ = [

@@ -16,8 +16,8 @@ from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.paper.experiment import ScriptOptions
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import ScriptOptions
 from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_against
 from firsttok.storage import content_hash, read_json, write_record
 from firsttok.study import CaseRow, Study, measure_facts

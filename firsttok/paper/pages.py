@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firsttok.claims.verdicts import Status
 from firsttok.display import Table, cell_text
 from firsttok.errors import BadInputError
 from firsttok.escapes import printable
-from firsttok.plots import RESOLUTION
-from firsttok.report.view import ModelReport, Section, build_report, result_folders
+from firsttok.paper.claims import Status
+from firsttok.paper.figures import RESOLUTION
+from firsttok.paper.report import ModelReport, Section, build_report, result_folders
 from firsttok.storage import atomic_path
 
 if TYPE_CHECKING:

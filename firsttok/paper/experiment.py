@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.progress import Progress
 
-from firsttok.claims.verdicts import Claim
 from firsttok.config import configured
 from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.contexts import ContextSet
@@ -23,8 +22,9 @@ from firsttok.data import Fact, LeftOut
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, kept_contexts, open_study
 from firsttok.options import add_script_options, folder_name
-from firsttok.output import publish
-from firsttok.plots import save_figure
+from firsttok.paper.claims import Claim
+from firsttok.paper.figures import save_figure
+from firsttok.paper.tables import publish
 from firsttok.storage import read_json
 from firsttok.study import Study
 
