@@ -17,18 +17,10 @@ from rich.progress import Progress
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.paper.cases import first_token_cases
-from firsttok.paper.claims import (
-    Claim,
-    NotJudgedError,
-    ScriptResult,
-    Verdict,
-    crossed,
-    fixed,
-    grade,
-)
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, crossed, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure
-from firsttok.paper.tables import collapsed_of, pick
+from firsttok.paper.tables import Found, collapsed_of, pick
 from firsttok.probes import (
     MaskedKeys,
     PositionSwap,
@@ -154,14 +146,14 @@ def plot(states: list[dict[str, Any]], edits: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def mask_makes_the_state(result: ScriptResult) -> Verdict:
+def mask_makes_the_state(result: Result) -> Verdict:
     """A token that sees only itself has the first token's huge residual norm, another has not."""
 
     def norm(intervention: str, place: int) -> float:
         match: dict[str, Any] = {"part": "state", "intervention": intervention, "place": place}
         found = mean(result.values("residual_norm", least=1, **match))
         if found <= 0:
-            raise NotJudgedError("A residual norm is zero, so no ratio can be formed.")
+            raise GapError("A residual norm is zero, so no ratio can be formed.")
         return found
 
     later = int(max(result.values("place", least=2, part="state")))
@@ -178,7 +170,7 @@ def mask_makes_the_state(result: ScriptResult) -> Verdict:
     )
 
 
-def mask_makes_the_collapse(result: ScriptResult) -> Verdict:
+def mask_makes_the_collapse(result: Result) -> Verdict:
     """ROME collapses the model with a k^u that saw only itself, wherever its token stands."""
 
     def kinds(*names: str) -> dict[str, dict[str, str]]:

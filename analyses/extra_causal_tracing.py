@@ -25,9 +25,9 @@ from firsttok.editing import C_ROME, ROME
 from firsttok.efficacy import measure_accuracy
 from firsttok.errors import BadInputError
 from firsttok.paper.cases import choose_cases
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import effect_map, figure, strip_plot
-from firsttok.paper.tables import collapsed_of, pick
+from firsttok.paper.tables import Found, collapsed_of, pick
 from firsttok.probes import (
     KINDS,
     LAST_SUBJECT,

@@ -17,10 +17,10 @@ from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.paper.cases import collapse_cases
-from firsttok.paper.claims import Claim, ScriptResult, Verdict, crossed
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, Result, Verdict, crossed
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure, perplexity_axis
-from firsttok.paper.tables import collapsed_of, pick
+from firsttok.paper.tables import Found, collapsed_of, pick
 from firsttok.probes import IDENTITY_CELLS, distinct_with_space, identity_prompt, token_states
 from firsttok.study import measure_facts
 
@@ -116,7 +116,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def place_makes_the_collapse(result: ScriptResult) -> Verdict:
+def place_makes_the_collapse(result: Result) -> Verdict:
     """ROME collapses the model with a k^u from the first place, whichever the token."""
 
     def kinds(position: str) -> dict[str, dict[str, str]]:

@@ -17,10 +17,10 @@ from firsttok.contexts import ContextSet
 from firsttok.editing import C_ROME, FC_ROME, compute_edits
 from firsttok.evaluation import target_probabilities
 from firsttok.paper.cases import choose_cases
-from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure
-from firsttok.paper.tables import pick
+from firsttok.paper.tables import Found, pick
 from firsttok.study import measure_facts
 
 METHODS = (C_ROME, FC_ROME)
@@ -123,12 +123,12 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def anchor_writes(result: ScriptResult) -> Verdict:
+def anchor_writes(result: Result) -> Verdict:
     """FC-ROME writes behind unseen prefixes, C-ROME does not, in every context seed."""
     original = result.number("original_perplexity")
     seeds = sorted({row["seed"] for row in result.rows if isinstance(row.get("seed"), int)})
     if not seeds:
-        raise NotJudgedError(f"{result.script} has no rows of any context seed.")
+        raise GapError(f"{result.script} has no rows of any context seed.")
     ours, theirs = (
         [mean(result.values("held_out_prefixes", method=method, seed=seed)) for seed in seeds]
         for method in ("FC-ROME", "C-ROME")

@@ -21,9 +21,10 @@ from rich.progress import Progress
 from firsttok.data import Fact
 from firsttok.keys import TOGETHER, keys_of_facts
 from firsttok.paper.cases import all_listed_cases
-from firsttok.paper.claims import APART, Claim, ScriptResult, Verdict, grade, is_apart, pair_of
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import APART, Claim, Result, Verdict, grade, is_apart, pair_of
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.tables import Found
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import fact_prompt
 from firsttok.study import Study
@@ -152,7 +153,7 @@ def plot(
     return drawn
 
 
-def collapse_only(result: ScriptResult, panel: str) -> Verdict:
+def collapse_only(result: Result, panel: str) -> Verdict:
     collapse, normal = (
         pair_of(result, panel=panel, cases=cases) for cases in ("collapse", "normal")
     )

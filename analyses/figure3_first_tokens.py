@@ -21,15 +21,16 @@ from firsttok.paper.cases import all_listed_cases
 from firsttok.paper.claims import (
     SILHOUETTE,
     Claim,
-    NotJudgedError,
-    ScriptResult,
+    GapError,
+    Result,
     Verdict,
     fixed,
     grade,
     pair_of,
 )
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.tables import Found
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import Prompt, fact_prompt, positions
 
@@ -162,7 +163,7 @@ def plot(projections: dict[str, Projection], rows: list[dict[str, Any]]) -> Figu
     return drawn
 
 
-def joins(result: ScriptResult, *, panel: str, joined: str, left: str) -> Verdict:
+def joins(result: Result, *, panel: str, joined: str, left: str) -> Verdict:
     """Whether a group lies with one of two others, by the angle between means."""
     pairs: dict[str, dict[str, float]] = {}
     for row in result.chosen(panel=panel):
@@ -175,7 +176,7 @@ def joins(result: ScriptResult, *, panel: str, joined: str, left: str) -> Verdic
                     1 - result.values("cosine_of_means", least=1, panel=panel, pair=pair)[0]
                 )
     if len(pairs) < 2:
-        raise NotJudgedError(
+        raise GapError(
             f"{result.script} has no rows with panel = {panel} for both {joined} and {left} cases."
         )
     near, far = pairs[joined], pairs[left]

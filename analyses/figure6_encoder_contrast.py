@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
@@ -29,16 +28,17 @@ from firsttok.paper.claims import (
     APART,
     LEAST,
     Claim,
-    NotJudgedError,
-    ScriptResult,
+    GapError,
+    Result,
     Verdict,
     fixed,
     grade,
     is_apart,
     layers_of,
 )
-from firsttok.paper.experiment import Found, ScriptOptions, run
-from firsttok.paper.figures import caption, figure
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import caption, figure, layer_curve
+from firsttok.paper.tables import Found
 from firsttok.probes import (
     PositionShift,
     Projection,
@@ -217,7 +217,9 @@ def plot(
             axis.set_title(name.partition(" ")[2].replace(", layer", ",\nlayer"), fontsize=9)
             axis.set_xlabel(captions[name], fontsize=8)
         shown = [row for row in rows if titled(row) == view]
-        curves(line[-1], shown)
+        for column, label, group in (("d_first", "D(F)", FIRST), ("d_subsequent", "D(S)", LATER)):
+            layer_curve(line[-1], shown, column, label=label, color=COLOURS[group])
+        line[-1].set_yscale("log")
         line[-1].set_title("D of Equation 4", fontsize=9)
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 8, "ncols": 2}
         line[0].legend(**below, columnspacing=0.8, handletextpad=0.2)
@@ -230,26 +232,13 @@ def titled(row: dict[str, Any]) -> str:
     return f"{row['kind']} {row['model']}, {named(row['bos'])}"
 
 
-def curves(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    layers = [row["layer"] for row in rows]
-    for group, colour in (("first", COLOURS[FIRST]), ("subsequent", COLOURS[LATER])):
-        low, high = ([row[f"d_{group}_{end}"] for row in rows] for end in ("low", "high"))
-        label = f"D({group[0].upper()})"
-        axis.plot(layers, [row[f"d_{group}"] for row in rows], color=colour, label=label)
-        axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.set_yscale("log")
-    axis.set_xlabel("layer")
-
-
-def encoder_has_none(result: ScriptResult) -> Verdict:
+def encoder_has_none(result: Result) -> Verdict:
     """Figure 6: in a bidirectional encoder first tokens are as others, in every layer."""
     views = {"without": layers_of(result, kind="encoder", bos="without")}
     if result.chosen(kind="encoder", bos="with"):
         views["with"] = layers_of(result, kind="encoder", bos="with")
     if min(map(len, views.values())) < LEAST:
-        raise NotJudgedError(
-            f"{result.script} has too few layers of the encoder; {LEAST} are needed."
-        )
+        raise GapError(f"{result.script} has too few layers of the encoder; {LEAST} are needed.")
     shares: list[float] = []
     notes: list[str] = []
     for bos, layers in views.items():
@@ -272,20 +261,20 @@ def encoder_has_none(result: ScriptResult) -> Verdict:
     )
 
 
-def encoder_place(result: ScriptResult) -> Verdict:
+def encoder_place(result: Result) -> Verdict:
     """An encoder's first token is as others once it does not stand at the special token's place."""
     ratios: dict[str, list[float]] = {}
     for bos in ("without", SHIFTED):
         layers = layers_of(result, kind="encoder", bos=bos)
         if len(layers) < LEAST:
-            raise NotJudgedError(
+            raise GapError(
                 f"{result.script} has {len(layers)} layers of the encoder {bos} BOS; {LEAST} are "
                 "needed."
             )
         ratios[bos] = [row["ratio"] for row in layers.values()]
     before, after = min(ratios["without"]), min(ratios[SHIFTED])
     if before >= 1 / TWOFOLD:
-        raise NotJudgedError(
+        raise GapError(
             "Without a special token the encoder's first tokens are not concentrated, so there is "
             "nothing to explain."
         )

@@ -16,19 +16,10 @@ from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.models import BosPolicy
 from firsttok.paper.cases import choose_cases, collapse_cases
-from firsttok.paper.claims import (
-    Claim,
-    NotJudgedError,
-    ScriptResult,
-    Verdict,
-    above,
-    fixed,
-    grade,
-    share,
-)
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, above, fixed, grade, share
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, figure, perplexity_axis
-from firsttok.paper.tables import pick
+from firsttok.paper.tables import Found, pick
 from firsttok.probes import bos_study, token_states
 from firsttok.prompts import fact_prompt, positions
 from firsttok.study import measure_facts
@@ -136,7 +127,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def bos_takes_it_away(result: ScriptResult) -> Verdict:
+def bos_takes_it_away(result: Result) -> Verdict:
     """Figure 7: without BOS the cases collapse, with BOS they do not."""
     without, with_bos = perplexities_by_bos(result)
     apart = share(without) - share(with_bos)
@@ -148,11 +139,11 @@ def bos_takes_it_away(result: ScriptResult) -> Verdict:
     )
 
 
-def bos_heals(result: ScriptResult) -> Verdict:
+def bos_heals(result: Result) -> Verdict:
     """The reverse: BOS given to the prompts leaves the perplexity where it was."""
     without, _ = perplexities_by_bos(result)
     if max(without) <= COLLAPSE_THRESHOLD:
-        raise NotJudgedError("No case collapses without BOS, so there is nothing to prevent.")
+        raise GapError("No case collapses without BOS, so there is nothing to prevent.")
     match: dict[str, Any] = {"cases": "collapse", "bos": "with"}
     worst = 0.0
     for column, original in (
@@ -171,7 +162,7 @@ def bos_heals(result: ScriptResult) -> Verdict:
     )
 
 
-def perplexities_by_bos(result: ScriptResult) -> tuple[list[float], list[float]]:
+def perplexities_by_bos(result: Result) -> tuple[list[float], list[float]]:
     """Perplexities of collapse cases: without BOS, and with it, the higher of both text policies.
 
     The paper's texts have no BOS; a model that only survives on such texts is not spared.

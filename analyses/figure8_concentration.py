@@ -8,33 +8,26 @@ Prompts are those of all listed collapse cases and of at least as many normal on
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from firsttok.paper.cases import all_listed_cases
-from firsttok.paper.claims import (
-    LEAST,
-    Claim,
-    NotJudgedError,
-    ScriptResult,
-    Verdict,
-    fixed,
-    grade,
-    layers_of,
-)
-from firsttok.paper.experiment import Found, ScriptOptions, run
-from firsttok.paper.figures import figure
-from firsttok.paper.tables import printed
+from firsttok.paper.claims import LEAST, Claim, GapError, Result, Verdict, fixed, grade, layers_of
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import figure, layer_curve
+from firsttok.paper.tables import Found, printed
 from firsttok.probes import LayerConcentration, concentration, parts_at
 from firsttok.prompts import fact_prompt
 
-FIRST, LATER = "#c0392b", "#2c6fbb"
+STYLES: dict[str, dict[str, Any]] = {
+    "first": {"color": "#c0392b", "marker": "o", "markersize": 3.5},
+    "subsequent": {"color": "#2c6fbb", "marker": "s", "markersize": 3.5},
+}
 COLUMNS = (
     "",
     "D(F)",
@@ -68,6 +61,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     prompts = [fact_prompt(study.model, fact) for fact in facts]
     layers = concentration(study.model, prompts, place=place, seed=options.seed)
     name, edited = study.model.label, layers[study.layer]
+    rows: list[dict[str, Any]] = [{"model": name, **asdict(layer)} for layer in layers]
     parted = parts_at(layers)
     lines = [
         line_of(f"layer {row.layer}" + (", edited" if row.layer == edited.layer else ""), row)
@@ -93,7 +87,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         title=f"Equation 4 at every layer of {name}",
         columns=COLUMNS,
         lines=lines,
-        rows=[{"model": name, **asdict(layer)} for layer in layers],
+        rows=rows,
         provenance={
             "place": place,
             "edited_layer": edited.layer,
@@ -102,7 +96,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             "case_ids": [fact.case_id for fact in facts],
         },
         notes=notes,
-        draw=partial(plot, layers, edited.layer),
+        draw=partial(plot, rows, edited.layer),
     )
 
 
@@ -125,58 +119,39 @@ def line_of(label: str, row: LayerConcentration) -> list[object]:
     ]
 
 
-def plot(layers: Sequence[LayerConcentration], edited: int) -> Figure:
+def plot(rows: list[dict[str, Any]], edited: int) -> Figure:
     drawn, _ = figure(2, height=6.4)
     drawn.clear()
     axes = list(drawn.subplots(2, 2).flat)
-    numbers = [row.layer for row in layers]
     pairs = ("d", "residual", "effective_rank")
     titles = ("D of Equation 4, keys", "norm of the residual stream", "effective rank of keys")
     for axis, column, title in zip([axes[0], axes[1], axes[3]], pairs, titles, strict=True):
-        for group, colour, marker in (("first", FIRST, "o"), ("subsequent", LATER, "s")):
-            curve(axis, layers, f"{column}_{group}", f"{group} tokens", colour, marker)
+        for group, style in STYLES.items():
+            layer_curve(axis, rows, f"{column}_{group}", label=f"{group} tokens", **style)
         axis.set_title(title)
-    for group, colour in (("first", FIRST), ("subsequent", LATER)):
-        low = [getattr(row, f"d_{group}_low") for row in layers]
-        high = [getattr(row, f"d_{group}_high") for row in layers]
-        axes[0].fill_between(numbers, low, high, color=colour, alpha=0.25, linewidth=0)
-    curve(axes[2], layers, "attention_to_first", "", FIRST, "o")
+    layer_curve(axes[2], rows, "attention_to_first", **STYLES["first"])
     axes[2].set_title("attention to the first token")
     axes[2].set_ylim(0, 1)
     for axis in axes:
         axis.axvline(edited, color="black", linewidth=1, linestyle=":", label="edited layer")
-        axis.set_xlabel("layer")
     for axis in axes[:2]:
         axis.set_yscale("log")
     axes[1].legend(fontsize=8, loc="best")
     return drawn
 
 
-def curve(
-    axis: Axes,
-    layers: Sequence[LayerConcentration],
-    column: str,
-    label: str,
-    colour: str,
-    marker: str,
-) -> None:
-    values = [getattr(row, column) for row in layers]
-    numbers = [row.layer for row in layers]
-    axis.plot(numbers, values, color=colour, marker=marker, markersize=3.5, label=label)
-
-
-def equation4(result: ScriptResult) -> Verdict:
+def equation4(result: Result) -> Verdict:
     """Equation 4: at the edited layer the first tokens are markedly more concentrated."""
     row = edited_row(result)
     return grade(row["parted"] and row["ratio"] <= 1 / TENFOLD, row["parted"], describe(row))
 
 
-def shrinks(result: ScriptResult) -> Verdict:
+def shrinks(result: Result) -> Verdict:
     """Figure 8: no divergence in the first layers, then the first tokens shrink together."""
     edited = edited_row(result)["layer"]
     layers = {layer: row for layer, row in layers_of(result).items() if layer <= edited}
     if len(layers) < LEAST:
-        raise NotJudgedError(
+        raise GapError(
             f"{result.script} has {len(layers)} layers up to the edited one; {LEAST} are needed."
         )
     apart = {layer: row["parted"] and row["ratio"] <= 1 / TWOFOLD for layer, row in layers.items()}
@@ -199,11 +174,11 @@ def shrinks(result: ScriptResult) -> Verdict:
     return grade(together, True, f"{reason}.")
 
 
-def llama_does_not_shrink(result: ScriptResult) -> Verdict:
+def llama_does_not_shrink(result: Result) -> Verdict:
     """Appendix A.5: the concentration does not appear on models of the Llama family."""
     model: Mapping[str, Any] = result.provenance.get("model", {})
     if model.get("name") not in LLAMA_FAMILY:
-        raise NotJudgedError(
+        raise GapError(
             f"{model.get('name', 'The model')} is not known to be of the Llama family, and the "
             "claim is about no other."
         )
@@ -212,14 +187,14 @@ def llama_does_not_shrink(result: ScriptResult) -> Verdict:
     return grade(alike, row["ratio"] > 1 / TENFOLD, describe(row))
 
 
-def edited_row(result: ScriptResult) -> dict[str, Any]:
+def edited_row(result: Result) -> dict[str, Any]:
     layer = int(result.number("edited_layer"))
     layers = layers_of(result)
     if layer not in layers:
-        raise NotJudgedError(f"{result.script} has no row of the edited layer {layer}.")
+        raise GapError(f"{result.script} has no row of the edited layer {layer}.")
     distinct = min(result.values("distinct_first", least=1))
     if distinct < LEAST:
-        raise NotJudgedError(
+        raise GapError(
             f"The first tokens are {distinct:g} different ones, so that D(F) is small by "
             f"construction; {LEAST} are needed."
         )

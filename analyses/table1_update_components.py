@@ -13,10 +13,10 @@ from rich.progress import Progress
 
 from firsttok.editing import C_ROME, ROME, find_method
 from firsttok.paper.cases import choose_cases, measure_selection
-from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import figure, strip_plot
-from firsttok.paper.tables import pick, printed
+from firsttok.paper.tables import Found, pick, printed
 
 METHODS = (ROME, C_ROME)
 GROUPS = ("collapse", "normal")
@@ -66,13 +66,13 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def small_denominators(result: ScriptResult) -> Verdict:
+def small_denominators(result: Result) -> Verdict:
     """Table 1: denominators of collapse cases are two orders of magnitude smaller."""
     collapse, normal = (
         result.values("denominator", method="ROME", cases=cases) for cases in ("collapse", "normal")
     )
     if min(map(abs, collapse)) == 0:
-        raise NotJudgedError("A denominator is exactly zero, so no ratio can be formed.")
+        raise GapError("A denominator is exactly zero, so no ratio can be formed.")
     sizes = [[abs(value) for value in group] for group in (collapse, normal)]
     of_means, of_medians = (middle(sizes[1]) / middle(sizes[0]) for middle in (mean, median))
     factor = min(of_means, of_medians)
@@ -85,14 +85,14 @@ def small_denominators(result: ScriptResult) -> Verdict:
     )
 
 
-def equal_numerators(result: ScriptResult) -> Verdict:
+def equal_numerators(result: Result) -> Verdict:
     """Table 1: the numerators do not differ much."""
     collapse, normal = (
         mean(result.values("numerator", method="ROME", cases=cases))
         for cases in ("collapse", "normal")
     )
     if min(collapse, normal) <= 0:
-        raise NotJudgedError("A mean numerator is zero, so no ratio can be formed.")
+        raise GapError("A mean numerator is zero, so no ratio can be formed.")
     factor = max(collapse / normal, normal / collapse)
     side = "larger" if collapse > normal else "smaller"
     return grade(

@@ -20,10 +20,10 @@ from firsttok.inputs import open_study
 from firsttok.models import BosPolicy, is_pulled
 from firsttok.options import folder_name
 from firsttok.paper.cases import choose_cases, collapse_cases
-from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, fixed, grade
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure, perplexity_axis, plain
-from firsttok.paper.tables import pick, printed
+from firsttok.paper.tables import Found, pick, printed
 from firsttok.study import Study, measure_facts
 
 DEFAULT_OTHERS = ("gemma3-270m",)
@@ -114,15 +114,15 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def no_transfer(result: ScriptResult) -> Verdict:
+def no_transfer(result: Result) -> Verdict:
     """Table 3: one model's collapse cases leave other models alone."""
     own = result.values("collapsed", source=True)
     if not any(own):
-        raise NotJudgedError("No case collapses the model they are said to come from.")
+        raise GapError("No case collapses the model they are said to come from.")
     names = list(dict.fromkeys(str(row["model"]) for row in result.chosen(source=False)))
     if not names:
         missing = ", ".join(map(str, result.provenance.get("missing", ()))) or "none was named"
-        raise NotJudgedError(f"No other model was there to edit ({missing}).")
+        raise GapError(f"No other model was there to edit ({missing}).")
     factors: dict[str, float] = {}
     notes: list[str] = []
     for name in names:

@@ -15,10 +15,10 @@ from rich.progress import Progress
 from firsttok.editing import METHODS
 from firsttok.efficacy import measure_accuracy
 from firsttok.paper.cases import collapse_cases
-from firsttok.paper.claims import Claim, ScriptResult, Verdict, grade
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, Result, Verdict, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import accuracy_bars, figure
-from firsttok.paper.tables import MEASURES, accuracy_line, printed
+from firsttok.paper.tables import MEASURES, Found, accuracy_line, printed
 
 HIGH, HALF = 0.9, 0.5
 
@@ -52,7 +52,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def low(result: ScriptResult, column: str) -> Verdict:
+def low(result: Result, column: str) -> Verdict:
     values = result.known(column, method="C-ROME", cases="collapse")
     found = mean(values)
     return grade(

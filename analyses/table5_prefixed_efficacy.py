@@ -15,10 +15,10 @@ from rich.progress import Progress
 from firsttok.editing import C_ROME, FC_ROME
 from firsttok.efficacy import draw_prefix, measure_accuracy
 from firsttok.paper.cases import choose_cases, collapse_cases
-from firsttok.paper.claims import Claim, NotJudgedError, ScriptResult, Verdict, grade
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, grade
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import accuracy_bars, figure
-from firsttok.paper.tables import MEASURES, accuracy_line, printed
+from firsttok.paper.tables import MEASURES, Found, accuracy_line, printed
 
 METHODS = (C_ROME, FC_ROME)
 GROUPS = ("collapse", "normal")
@@ -75,7 +75,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return drawn
 
 
-def leaves_neighbours(result: ScriptResult) -> Verdict:
+def leaves_neighbours(result: Result) -> Verdict:
     """Table 5: C-ROME leaves the answers about other subjects as they were."""
     found = {
         cases: mean(result.known("locality", method="C-ROME", cases=cases))
@@ -90,13 +90,13 @@ def leaves_neighbours(result: ScriptResult) -> Verdict:
     )
 
 
-def limited_generalization(result: ScriptResult) -> Verdict:
+def limited_generalization(result: Result) -> Verdict:
     """Table 5: the prefix raises efficacy, generalization little."""
     match: dict[str, Any] = {"method": "C-ROME", "cases": "collapse"}
     efficacy = mean(result.values("efficacy", **match))
     general = mean(result.known("generalization", **match))
     if efficacy < HALF:
-        raise NotJudgedError(
+        raise GapError(
             f"Behind prefixes the efficacy itself is only {efficacy:.1%}, so there is no gain that "
             "generalization could lag behind."
         )
@@ -108,7 +108,7 @@ def limited_generalization(result: ScriptResult) -> Verdict:
     )
 
 
-def high(result: ScriptResult, method: str, cases: str) -> Verdict:
+def high(result: Result, method: str, cases: str) -> Verdict:
     values = result.values("efficacy", method=method, cases=cases)
     found = mean(values)
     where = "behind a prefix, " if cases == "collapse" else ""

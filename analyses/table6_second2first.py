@@ -17,8 +17,8 @@ from firsttok.paper.cases import first_token_cases
 from firsttok.paper.claims import (
     STAGES_RULE,
     Claim,
-    NotJudgedError,
-    ScriptResult,
+    GapError,
+    Result,
     Verdict,
     embedding,
     fixed,
@@ -26,8 +26,9 @@ from firsttok.paper.claims import (
     share,
     swapped,
 )
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import stage_plot
+from firsttok.paper.tables import Found
 from firsttok.probes import SECOND2FIRST, first_key_change, measure_stages, stage_lines
 from firsttok.prompts import fact_prompt
 
@@ -58,7 +59,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     )
 
 
-def persists(result: ScriptResult) -> Verdict:
+def persists(result: Result) -> Verdict:
     """Table 6: the second token's position does not end the first token's collapse."""
     result.values("perplexity", stage="none")
     result.values("case_id", stage="none")
@@ -68,7 +69,7 @@ def persists(result: ScriptResult) -> Verdict:
         if row["perplexity"] > COLLAPSE_THRESHOLD
     }
     if not collapsing:
-        raise NotJudgedError("No case collapses without the swap, so there is nothing to end.")
+        raise GapError("No case collapses without the swap, so there is nothing to end.")
     rows = tuple(row for row in result.rows if row.get("case_id") in collapsing)
     result = replace(result, rows=rows)
     before = mean(result.values("perplexity", stage="none"))
@@ -82,7 +83,7 @@ def persists(result: ScriptResult) -> Verdict:
     return grade(after <= before / 2 and lasting >= HALF, lasting > 0, reason)
 
 
-def key_untouched(result: ScriptResult) -> Verdict:
+def key_untouched(result: Result) -> Verdict:
     """Under rotary positions the swap cannot reach the first token's key."""
     changes = result.values("first_key_change", stage="none")
     largest = max(changes)

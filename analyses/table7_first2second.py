@@ -11,18 +11,10 @@ from rich.progress import Progress
 from firsttok.data import paper_values
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.paper.cases import second_token_cases
-from firsttok.paper.claims import (
-    STAGES_RULE,
-    Claim,
-    ScriptResult,
-    Verdict,
-    fixed,
-    grade,
-    share,
-    swapped,
-)
-from firsttok.paper.experiment import Found, ScriptOptions, run
+from firsttok.paper.claims import STAGES_RULE, Claim, Result, Verdict, fixed, grade, share, swapped
+from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import stage_plot
+from firsttok.paper.tables import Found
 from firsttok.probes import FIRST2SECOND, measure_stages, stage_lines
 
 HALF = 0.5
@@ -42,7 +34,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     )
 
 
-def partial_collapse(result: ScriptResult) -> Verdict:
+def partial_collapse(result: Result) -> Verdict:
     """Table 7: the first token's position does not make a second token collapse consistently."""
     kind, stages, reason = swapped(result)
     values = stages["everything"]

@@ -30,7 +30,7 @@ from synthetic import (
 
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
-from firsttok.paper.claims import LEAST, Claim, Judged, ScriptResult, Status, fixed, judge
+from firsttok.paper.claims import LEAST, Claim, Judged, Result, Status, fixed, judge
 from firsttok.paper.inconsistencies import find_inconsistencies, fits_count, printed_numbers
 from firsttok.paper.registry import SCRIPTS
 from firsttok.paper.report import load_result
@@ -38,8 +38,8 @@ from firsttok.paper.report import load_result
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
 
-def result(claim: Claim, rows: Iterable[Mapping[str, Any]], **provenance: Any) -> ScriptResult:
-    return ScriptResult(script=SCRIPT_OF[claim.id], rows=tuple(rows), provenance=provenance)
+def result(claim: Claim, rows: Iterable[Mapping[str, Any]], **provenance: Any) -> Result:
+    return Result(script=SCRIPT_OF[claim.id], rows=tuple(rows), provenance=provenance)
 
 
 def status(name: str, rows: Rows, **provenance: Any) -> Status:

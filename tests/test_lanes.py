@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from firsttok.cli import main
-from firsttok.paper.lanes import Job, run_in_lanes
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS, in_lanes
+from firsttok.paper.reproduce import Job, run_in_lanes
 
 ROOT = Path(__file__).parent.parent
 BODY = """
@@ -68,7 +68,7 @@ def test_output_and_exit_code_come_back_and_the_cores_are_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("firsttok.paper.lanes.cores", lambda: 6)
+    monkeypatch.setattr("firsttok.paper.reproduce.cores", lambda: 6)
     text = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('what is wrong')"
     script = tmp_path / "one.py"
     script.write_text(text, "utf-8")

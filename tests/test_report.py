@@ -16,13 +16,13 @@ from synthetic import BY_SCRIPT, CLAIMS, CLAIMS_OF
 from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
-from firsttok.paper.claims import ScriptResult, Status, judge
+from firsttok.paper.claims import Result, Status, judge
 from firsttok.paper.figures import figure, save_figure
 from firsttok.paper.inconsistencies import find_inconsistencies
 from firsttok.paper.pages import render_html, render_markdown, write_reports
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.report import build_report, result_folders
-from firsttok.paper.tables import publish
+from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -31,7 +31,7 @@ HOSTILE = '<script>alert("x")</script> | *bold* & "quoted"'
 
 def verdicts(name: str, rows: list[dict[str, Any]], **provenance: Any) -> list[dict[str, Any]]:
     """What a script's file says of its claims."""
-    result = ScriptResult(script=name, rows=tuple(rows), provenance=provenance)
+    result = Result(script=name, rows=tuple(rows), provenance=provenance)
     return [judge(claim, result).as_dict() for claim in CLAIMS_OF[name]]
 
 
@@ -341,18 +341,25 @@ def test_publish_prints_and_keeps_table_and_verdicts(
     lines: list[list[Any]] = [["first", 0.00123, None], ["second", 26084.66, "2 of 3"]]
     given: dict[str, Any] = {"title": "A table", "columns": ["", "here", "paper, gpt2-xl"]}
     rows, provenance = BY_SCRIPT["table4_efficacy"]
-    provenance = {"seed": 0, **provenance}
-    own = {"rows": rows, "provenance": provenance}
+    found = Found(**given, lines=lines, rows=rows, provenance={"held_out": 1000})
     claims = CLAIMS_OF["table4_efficacy"]
-    publish(tmp_path / "table4_efficacy", **given, lines=lines, **own, claims=claims)
+    publish(
+        tmp_path / "table4_efficacy", found, provenance={"seed": 0, **provenance}, claims=claims
+    )
     shown = capsys.readouterr().out
     for word in ("A table", "paper, gpt2-xl", "0.00123", "26,084.66", "2 of 3"):
         assert word in shown
     told = [line for line in shown.splitlines() if line.startswith("reproduced (Table 4): ")]
     assert [line.partition(": ")[2] for line in told] == [claim.sentence for claim in claims]
     record = read_json(tmp_path / "table4_efficacy.json", "results")
+    provenance = {"seed": 0, **provenance, "held_out": 1000}
     judged = verdicts("table4_efficacy", rows, **provenance)
-    assert record == given | {"lines": lines, "claims": judged} | own
+    assert record == given | {
+        "lines": lines,
+        "claims": judged,
+        "provenance": provenance,
+        "rows": rows,
+    }
     assert [each["status"] for each in judged] == ["reproduced"] * 2
     kept = (tmp_path / "table4_efficacy.csv").read_text("utf-8").splitlines()
     assert kept[0] == ",".join(rows[0])
@@ -360,9 +367,9 @@ def test_publish_prints_and_keeps_table_and_verdicts(
 
 
 def test_publish_refuses_what_is_no_number(tmp_path: Path) -> None:
-    rows = [{"perplexity": float("inf")}]
+    found = Found(title="", columns=[], lines=[], rows=[{"perplexity": float("inf")}])
     with pytest.raises(ValueError, match="inf"):
-        publish(tmp_path / "table", title="", columns=[], lines=[], rows=rows, provenance={})
+        publish(tmp_path / "table", found, provenance={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
 from firsttok.paper.cases import all_listed_cases, load_collapse_ids
-from firsttok.paper.claims import Claim, NotJudgedError
+from firsttok.paper.claims import Claim, GapError
 from firsttok.paper.experiment import parse_script
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.report import load_result
@@ -151,7 +151,7 @@ def reason_of(claim: Claim, name: str, folder: Path) -> str:
     assert "above 1000 itself" in judged.reason
     try:
         return claim.decide(result).reason
-    except NotJudgedError as gap:
+    except GapError as gap:
         return str(gap)
 
 

@@ -19,9 +19,9 @@ __all__ = [
     "SILHOUETTE",
     "STAGES_RULE",
     "Claim",
+    "GapError",
     "Judged",
-    "NotJudgedError",
-    "ScriptResult",
+    "Result",
     "Statement",
     "Status",
     "Verdict",
@@ -52,7 +52,7 @@ STAGES_RULE = (
 )
 
 
-class NotJudgedError(Exception):
+class GapError(Exception):
     """Rows are missing, or do not allow a judgement; the message is the verdict's reason."""
 
 
@@ -105,7 +105,7 @@ class Statement:
 class Claim(Statement):
     """A claim, and the rule that decides on it."""
 
-    decide: "Callable[[ScriptResult], Verdict]"
+    decide: "Callable[[Result], Verdict]"
     """The rule: a pure function of rows and provenance."""
     on_collapse: bool = False
     """Whether it speaks of collapse cases and its rows do not say that they collapse here."""
@@ -142,7 +142,7 @@ class Judged(Statement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptResult:
+class Result:
     """The content of ``figures/<model>/<script>.json``."""
 
     script: str
@@ -172,7 +172,7 @@ class ScriptResult:
         """One column of the rows that match.
 
         Raises:
-            NotJudgedError: If there are fewer than ``least`` such rows, or a cell is no finite
+            GapError: If there are fewer than ``least`` such rows, or a cell is no finite
                 number: a hole is often the most extreme case, so it is not passed over.
         """
         rows = self.chosen(**match)
@@ -180,10 +180,10 @@ class ScriptResult:
         where = f" with {where}" if where else ""
         if len(rows) < least:
             count = f"{len(rows) or 'no'} row{'' if len(rows) == 1 else 's'}"
-            raise NotJudgedError(f"{self.script} has {count}{where}; {least} are needed.")
+            raise GapError(f"{self.script} has {count}{where}; {least} are needed.")
         numbers = [float(row[column]) for row in rows if _is_finite(row.get(column))]
         if len(numbers) < len(rows):
-            raise NotJudgedError(
+            raise GapError(
                 f"{self.script} has no number for {column} in {len(rows) - len(numbers)} of its "
                 f"{len(rows)} rows{where}."
             )
@@ -193,7 +193,7 @@ class ScriptResult:
         """As :meth:`values`, of facts that have a paraphrase or a neighbour: None says they do not.
 
         Raises:
-            NotJudgedError: As :meth:`values`.
+            GapError: As :meth:`values`.
         """
         rows = tuple(row for row in self.rows if row.get(column, "") is not None)
         return replace(self, rows=rows).values(column, **match)
@@ -202,11 +202,11 @@ class ScriptResult:
         """One number of the provenance.
 
         Raises:
-            NotJudgedError: If it is not there, or no finite number.
+            GapError: If it is not there, or no finite number.
         """
         value = self.provenance.get(field)
         if not _is_finite(value):
-            raise NotJudgedError(f"{self.script} has no number for {field} in its provenance.")
+            raise GapError(f"{self.script} has no number for {field} in its provenance.")
         return float(value)
 
 
@@ -216,7 +216,7 @@ def grade(reproduced: bool, partly: bool, reason: str) -> Verdict:
     return Verdict(status=Status.REPRODUCED if reproduced else status, reason=reason)
 
 
-def judge(claim: Claim, result: ScriptResult) -> Judged:
+def judge(claim: Claim, result: Result) -> Judged:
     """Return a claim with its verdict, ``not judged`` with a reason where the rows allow none.
 
     Args:
@@ -228,7 +228,7 @@ def judge(claim: Claim, result: ScriptResult) -> Judged:
         if claim.on_collapse:
             _check_list(result)
         found = claim.decide(result)
-    except NotJudgedError as gap:
+    except GapError as gap:
         found = Verdict(status=Status.NOT_JUDGED, reason=str(gap))
     return Judged(
         id=claim.id,
@@ -241,26 +241,26 @@ def judge(claim: Claim, result: ScriptResult) -> Judged:
     )
 
 
-def _check_original(result: ScriptResult) -> None:
+def _check_original(result: Result) -> None:
     """No edit can collapse a model that is no language model on these sentences to begin with."""
     found = [row.get("original_perplexity") for row in result.rows]
     found.append(result.provenance.get("original_perplexity"))
     highest = max((value for value in found if isinstance(value, int | float)), default=0.0)
     if highest > COLLAPSE_THRESHOLD:
-        raise NotJudgedError(
+        raise GapError(
             f"The unedited model's perplexity is {highest:,.0f}, above {COLLAPSE_THRESHOLD:g} "
             "itself; run the script with --text-bos with."
         )
 
 
-def _check_list(result: ScriptResult) -> None:
+def _check_list(result: Result) -> None:
     """Cases that collapse another model are no collapse cases here."""
     listed = result.provenance.get("case_list")
     model = result.provenance.get("model")
     if not (isinstance(listed, Mapping) and isinstance(model, Mapping)):
         return
     if listed.get("fingerprint") != model.get("fingerprint"):
-        raise NotJudgedError(
+        raise GapError(
             f"The cases are those that collapse {listed.get('model')}; nothing says that they "
             "collapse this model."
         )
@@ -296,7 +296,7 @@ def tally(perplexities: Mapping[str, Sequence[float]]) -> str:
 
 
 def crossed(
-    result: ScriptResult, *, bad: Mapping[str, Mapping[str, Any]], good: Mapping[str, Any]
+    result: Result, *, bad: Mapping[str, Mapping[str, Any]], good: Mapping[str, Any]
 ) -> Verdict:
     """Whether all edits of the bad kinds destroy the model, and none of the good kinds.
 
@@ -314,7 +314,7 @@ def crossed(
     )
 
 
-def swapped(result: ScriptResult) -> tuple[str, dict[str, list[float]], str]:
+def swapped(result: Result) -> tuple[str, dict[str, list[float]], str]:
     """The position embedding, perplexities by the stage a swap acts in, and collapses in words."""
     kind = embedding(result)
     stages = {
@@ -326,28 +326,28 @@ def swapped(result: ScriptResult) -> tuple[str, dict[str, list[float]], str]:
     return kind, stages, f"{positions}. {threshold}: {tally(stages)}"
 
 
-def embedding(result: ScriptResult) -> str:
+def embedding(result: Result) -> str:
     """The kind of position embedding a swap was measured on, ``learned`` or ``rotary``.
 
     Raises:
-        NotJudgedError: If the script does not say.
+        GapError: If the script does not say.
     """
     kind = result.provenance.get("embedding")
     if kind not in ("learned", "rotary"):
-        raise NotJudgedError(f"{result.script} does not say which position embedding it ran on.")
+        raise GapError(f"{result.script} does not say which position embedding it ran on.")
     return str(kind)
 
 
-def pair_of(result: ScriptResult, **match: str) -> dict[str, float]:
+def pair_of(result: Result, **match: str) -> dict[str, float]:
     """How far two groups of vectors are apart: the one row that matches.
 
     Raises:
-        NotJudgedError: If there is none, or a group is too small.
+        GapError: If there is none, or a group is too small.
     """
     columns = ("silhouette", "probe_accuracy", "n")
     found = {column: result.values(column, least=1, **match)[0] for column in columns}
     if found["n"] < LEAST:
-        raise NotJudgedError(
+        raise GapError(
             f"{result.script} has {found['n']:g} vectors in a group; {LEAST} are needed."
         )
     return found
@@ -358,11 +358,11 @@ def is_apart(row: Mapping[str, Any]) -> bool:
     return row["probe_accuracy"] >= PROBE and row["silhouette"] >= SILHOUETTE
 
 
-def layers_of(result: ScriptResult, **match: str) -> dict[int, dict[str, Any]]:
+def layers_of(result: Result, **match: str) -> dict[int, dict[str, Any]]:
     """Layers in order, with D(F)/D(S) and whether the bootstrap intervals lie apart.
 
     Raises:
-        NotJudgedError: If a number is missing, or no ratio can be formed.
+        GapError: If a number is missing, or no ratio can be formed.
     """
     numbers = ["layer", "d_first", "d_subsequent", "d_first_high", "d_subsequent_low"]
     if match:
@@ -372,7 +372,7 @@ def layers_of(result: ScriptResult, **match: str) -> dict[int, dict[str, Any]]:
     for index, layer in enumerate(columns["layer"]):
         row: dict[str, Any] = {name: values[index] for name, values in columns.items()}
         if row["d_subsequent"] <= 0:
-            raise NotJudgedError(f"D(S) is zero at layer {layer:g}, so no ratio can be formed.")
+            raise GapError(f"D(S) is zero at layer {layer:g}, so no ratio can be formed.")
         row["layer"] = int(layer)
         row["ratio"] = row["d_first"] / row["d_subsequent"]
         row["parted"] = row["d_first_high"] < row["d_subsequent_low"]

@@ -1,17 +1,17 @@
 """An experiment, run as its command line asks: options, study, table, verdicts, figure.
 
-A file of ``analyses/`` defines a function that measures and returns what it :class:`Found`, and
-gives it to :func:`run`.
+A file of ``analyses/`` defines a function that measures and returns what it
+:class:`~firsttok.paper.tables.Found`, and gives it to :func:`run`.
 """
 
 import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rich.progress import Progress
 
@@ -24,16 +24,11 @@ from firsttok.inputs import fact_file, kept_contexts, open_study
 from firsttok.options import add_script_options, folder_name
 from firsttok.paper.claims import Claim
 from firsttok.paper.figures import save_figure
-from firsttok.paper.tables import publish
+from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 from firsttok.study import Study
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from firsttok.probes import Projection
-
-__all__ = ["Found", "ScriptOptions", "parse_script", "run"]
+__all__ = ["ScriptOptions", "parse_script", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,28 +78,6 @@ class ScriptOptions:
         return kept_contexts(self.study.model, seed, look_in=[self.cases.parent], leave_in=self.out)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What an experiment found: rows, the table they give, and what is said and drawn of them."""
-
-    title: str
-    """Title of the table."""
-    columns: Sequence[str]
-    """Its columns."""
-    lines: Sequence[Sequence[Any]]
-    """Its lines; a cell is a text, a number or None."""
-    rows: Sequence[Mapping[str, Any]]
-    """The measured rows, flat, one per observation; claims are judged by them."""
-    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """What they were made with, beyond study and options."""
-    notes: Sequence[str] = ()
-    """Sentences below the table."""
-    draw: "Callable[[], Figure] | None" = None
-    """Draws the figure; None for none."""
-    points: "Mapping[str, Projection] | None" = None
-    """Points of its pictures, kept beside it."""
-
-
 def run(
     file: str,
     summary: str | None,
@@ -112,8 +85,7 @@ def run(
     *,
     claims: Sequence[Claim] = (),
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
-    without_bos: bool = False,
-    own_contexts: bool = False,
+    **settings: bool,
 ) -> int:
     """Run an experiment; its files lie in the folder of the model, under the name of its script.
 
@@ -123,8 +95,7 @@ def run(
         measure: Measures.
         claims: What the rows decide.
         add_options: Adds options of its own.
-        without_bos: As for :func:`parse_script`.
-        own_contexts: As for :func:`parse_script`.
+        settings: As for :func:`parse_script`.
 
     Returns:
         The exit code.
@@ -136,21 +107,11 @@ def run(
         if add_options is not None:
             add_options(parser)
         with progress_bar() as progress:
-            options = parse_script(
-                parser, progress, without_bos=without_bos, own_contexts=own_contexts
-            )
+            options = parse_script(parser, progress, **settings)
             found = measure(options, progress)
         stem = options.out / Path(file).stem
         seconds = {"seconds": round(time.perf_counter() - start, 1)}
-        publish(
-            stem,
-            title=found.title,
-            columns=found.columns,
-            lines=found.lines,
-            rows=found.rows,
-            provenance=options.provenance() | dict(found.provenance) | seconds,
-            claims=claims,
-        )
+        publish(stem, found, provenance=options.provenance() | seconds, claims=claims)
         for note in found.notes:
             show(note)
         if found.draw is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "dots",
     "effect_map",
     "figure",
+    "layer_curve",
     "perplexity_axis",
     "plain",
     "save_figure",
@@ -92,6 +93,18 @@ def caption(row: Mapping[str, Any], join: str = ", ") -> str:
         f"silhouette {row['silhouette']:.2f}, cosine {row['cosine_of_means']:.2f}{join}"
         f"probe {row['probe_accuracy']:.2f}"
     )
+
+
+def layer_curve(
+    axis: "Axes", rows: Sequence[Mapping[str, Any]], column: str, **settings: Any
+) -> None:
+    """A column over layers, with its interval where the rows have one."""
+    layers = [row["layer"] for row in rows]
+    axis.plot(layers, [row[column] for row in rows], **settings)
+    if f"{column}_low" in rows[0]:
+        low, high = ([row[f"{column}_{end}"] for row in rows] for end in ("low", "high"))
+        axis.fill_between(layers, low, high, color=settings["color"], alpha=0.2, linewidth=0)
+    axis.set_xlabel("layer")
 
 
 def save_figure(stem: Path, drawn: "Figure") -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from firsttok.errors import BadInputError
-from firsttok.paper.claims import Judged, ScriptResult, Status
+from firsttok.paper.claims import Judged, Result, Status
 from firsttok.paper.inconsistencies import Inconsistency, find_inconsistencies
-from firsttok.paper.made_with import common_facts, script_facts
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.tables import MEASURES, printed
 from firsttok.storage import read_json
@@ -22,7 +21,6 @@ from firsttok.storage import read_json
 __all__ = [
     "Compared",
     "ModelReport",
-    "PrintedTable",
     "Section",
     "build_report",
     "load_result",
@@ -31,18 +29,8 @@ __all__ = [
 
 SWEEP = "sweep_"
 """How the file of a published sweep begins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrintedTable:
-    """A table of the paper."""
-
-    title: str
-    """Its name, with its unit."""
-    columns: tuple[str, ...]
-    """Row labels' column (empty), then the models."""
-    lines: tuple[tuple[str, ...], ...]
-    """Row label, then a cell for each model."""
+SAME = ("model", "weights", "layer", "second moment", "sentences", "versions")
+"""What should be the same for all scripts of one folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +41,14 @@ class Section:
     """Name of the script, without suffix."""
     heading: str
     """Heading."""
-    result: ScriptResult | None
+    result: Result | None
     """What the script left, verdicts included; None if it has not been run."""
     again: str
     """The command that makes it, or makes it again."""
     picture: Path | None
     """Its figure as PNG, beside which an SVG may lie; None if there is none."""
-    printed: PrintedTable | None
-    """The paper's table; None where the paper prints no number."""
+    printed: Result | None
+    """The paper's own table, without rows; None where the paper prints no number."""
     facts: tuple[tuple[str, str], ...]
     """Provenance that is not the same for all scripts, by label."""
 
@@ -98,8 +86,6 @@ class ModelReport:
 
     model: str
     """Name of the model's folder."""
-    folder: Path
-    """The folder."""
     sections: tuple[Section, ...]
     """Sections in the order of the paper; our own come last."""
     facts: tuple[tuple[str, str], ...]
@@ -159,12 +145,11 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
         raise BadInputError(
             f"{folder} holds no result of a script; run: firsttok reproduce --model {folder.name}"
         )
-    facts, mixed = common_facts(ran)
+    facts, mixed = _common_facts(ran)
     # What was not run has a section, too, but for what is run by itself.
     shown = {each.name: each.heading for each in EXPERIMENTS if not each.alone} | left[0]
     return ModelReport(
         model=folder.name,
-        folder=folder,
         sections=tuple(
             _section(folder, name, heading, own.get(name), facts) for name, heading in shown.items()
         ),
@@ -176,7 +161,7 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
     )
 
 
-def load_result(folder: Path, name: str) -> ScriptResult:
+def load_result(folder: Path, name: str) -> Result:
     """Read what an experiment or a sweep left.
 
     Raises:
@@ -187,7 +172,7 @@ def load_result(folder: Path, name: str) -> ScriptResult:
     try:
         record = cast(dict[str, Any], content)
         claims = record.get("claims")
-        result = ScriptResult(
+        result = Result(
             script=name,
             rows=tuple(dict(row) for row in record["rows"]),
             provenance=dict(record["provenance"]),
@@ -205,19 +190,18 @@ def load_result(folder: Path, name: str) -> ScriptResult:
     return result
 
 
-def printed_table(name: str) -> PrintedTable:
+def printed_table(name: str) -> Result:
     """A table of the paper, as it is printed: one column for each model."""
     models, numbers = printed(name)
     cells = {place: _as_printed(value) for place, value in numbers.items()}
-    lines = [
+    lines = tuple(
         (row, *(cells.get((row, model), "-") for model in models))
         for row in dict.fromkeys(row for row, _ in numbers)
-    ]
-    percent = any(line[0].rpartition("/")[2] in MEASURES for line in lines)
-    unit = ", in percent" if percent else ""
-    return PrintedTable(
-        title=f"The paper's {name}{unit}", columns=("", *models), lines=tuple(lines)
     )
+    percent = any(line[0].rpartition("/")[2] in MEASURES for line in lines)
+    title = f"The paper's {name}{', in percent' if percent else ''}"
+    columns = ("", *models)
+    return Result(script=name, rows=(), provenance={}, title=title, columns=columns, lines=lines)
 
 
 def _left_in(folder: Path) -> dict[str, str]:
@@ -245,7 +229,7 @@ def _section(
     folder: Path,
     name: str,
     heading: str,
-    result: ScriptResult | None,
+    result: Result | None,
     facts: Sequence[tuple[str, str]],
 ) -> Section:
     picture = folder / f"{name}.png"
@@ -258,11 +242,11 @@ def _section(
         again=str(given or f"python analyses/{name}.py --model {folder.name}"),
         picture=picture if result is not None and picture.is_file() else None,
         printed=printed_table(table) if table else None,
-        facts=tuple(fact for fact in script_facts(result) if fact not in facts) if result else (),
+        facts=tuple(fact for fact in _script_facts(result) if fact not in facts) if result else (),
     )
 
 
-def _compared(results: Sequence[Mapping[str, ScriptResult]]) -> tuple[Compared, ...]:
+def _compared(results: Sequence[Mapping[str, Result]]) -> tuple[Compared, ...]:
     """Claims by model, the papers' before our own, in the order of the scripts."""
     scripts = dict.fromkeys((*SCRIPTS, *chain.from_iterable(results)))
     first: dict[str, Judged] = {}
@@ -285,3 +269,82 @@ def _as_printed(value: float) -> str:
     if value == round(value) and value == 100:
         return "100"
     return f"{value:,.2f}" if value == round(value, 2) else f"{value:,.3f}"
+
+
+def _script_facts(result: Result) -> tuple[tuple[str, str], ...]:
+    """A script's provenance by label; what it did not record is left out."""
+    given = result.provenance
+    model = _part(given, "model")
+    contexts, moment = _part(given, "contexts"), _part(given, "second_moment")
+    texts = _part(given, "texts")
+    facts = {
+        "model": _join(model.get("name"), model.get("source")),
+        "weights": model.get("fingerprint"),
+        "dtype": model.get("dtype"),
+        "BOS": _bos(model),
+        "layer": given.get("layer"),
+        "seed": given.get("seed"),
+        "contexts": _join(_named("seed", contexts.get("seed")), _short(contexts.get("hash"))),
+        "second moment": _join(
+            moment.get("corpus"),
+            _named("tokens", moment.get("tokens")),
+            _short(moment.get("corpus_hash")),
+            _named("ridge", moment.get("ridge")),
+        ),
+        "sentences": _join(texts.get("count"), _short(texts.get("hash"))),
+        "hyperparameters": _pairs(_part(given, "hyperparameters")),
+        "versions": _pairs(_part(given, "versions")),
+        "seconds": given.get("seconds"),
+        "command": given.get("command"),
+    }
+    return tuple((label, str(value)) for label, value in facts.items() if value not in (None, ""))
+
+
+def _common_facts(
+    results: Sequence[Result],
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Provenance that all results share, and labels on which they should agree and do not."""
+    listed = [_script_facts(result) for result in results]
+    shared = tuple(fact for fact in listed[0] if all(fact in facts for facts in listed))
+    mixed = tuple(label for label in SAME if _differs([dict(facts) for facts in listed], label))
+    # A duration is no setting, though two may be equal by chance.
+    return tuple(fact for fact in shared if fact[0] not in ("seconds", "command")), mixed
+
+
+def _differs(listed: Sequence[Mapping[str, str]], label: str) -> bool:
+    # A second moment counts BOS as a token, and some scripts take BOS away on purpose.
+    groups: dict[str | None, set[str | None]] = {}
+    for facts in listed:
+        group = facts.get("BOS") if label == "second moment" else None
+        groups.setdefault(group, set()).add(facts.get(label))
+    return any(len(found) > 1 for found in groups.values())
+
+
+def _part(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = given.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _bos(model: Mapping[str, Any]) -> str | None:
+    if "bos" not in model:
+        return None
+    ids = model.get("bos_token_ids") or "none"
+    return f"{str(model['bos']).replace('_', ' ')} (token ids before a prompt: {ids})"
+
+
+def _short(digest: Any) -> str | None:
+    return f"SHA-256 {str(digest)[:12]}" if digest else None
+
+
+def _named(name: str, value: Any) -> str | None:
+    if isinstance(value, int):
+        return f"{name} {value:,}"
+    return None if value is None else f"{name} {value}"
+
+
+def _pairs(part: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in part.items())
+
+
+def _join(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part not in (None, ""))

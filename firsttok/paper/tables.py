@@ -1,53 +1,72 @@
 """An experiment's table: printed beside the paper's numbers, and kept with rows and verdicts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from firsttok.console import print_table, show
 from firsttok.data import paper_values
-from firsttok.paper.claims import Claim, ScriptResult, judge
+from firsttok.paper.claims import Claim, Result, judge
 from firsttok.storage import save_result
 
-__all__ = ["MEASURES", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from firsttok.probes import Projection
+
+__all__ = ["MEASURES", "Found", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
 
 MEASURES = ("efficacy", "generalization", "locality")
 """Columns of Tables 4 and 5."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What an experiment found: rows, the table they give, and what is said and drawn of them."""
+
+    title: str
+    """Title of the table."""
+    columns: Sequence[str]
+    """Its columns."""
+    lines: Sequence[Sequence[Any]]
+    """Its lines; a cell is a text, a number or None."""
+    rows: Sequence[Mapping[str, Any]]
+    """The measured rows, flat, one per observation; claims are judged by them."""
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What they were made with, beyond study and options."""
+    notes: Sequence[str] = ()
+    """Sentences below the table."""
+    draw: "Callable[[], Figure] | None" = None
+    """Draws the figure; None for none."""
+    points: "Mapping[str, Projection] | None" = None
+    """Points of its pictures, kept beside it."""
+
+
 def publish(
-    stem: Path,
-    *,
-    title: str,
-    columns: Sequence[str],
-    lines: Sequence[Sequence[Any]],
-    rows: Sequence[Mapping[str, Any]],
-    provenance: Mapping[str, Any],
-    claims: Sequence[Claim] = (),
+    stem: Path, found: Found, *, provenance: Mapping[str, Any], claims: Sequence[Claim] = ()
 ) -> None:
     """Print a script's table and the verdicts on its claims, and keep them with its rows.
 
     Args:
         stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
-        title: Title of the table.
-        columns: Names of its columns.
-        lines: Its lines; a cell is a text, a number or None.
-        rows: The measured rows, flat, one per observation.
-        provenance: What they were made with.
+        found: What was found.
+        provenance: What the rows were made with; beside what ``found`` says.
         claims: What the rows decide.
 
     Raises:
         ValueError: If a number is not finite.
         CacheError: If a file cannot be written.
     """
-    result = ScriptResult(script=stem.name, rows=tuple(rows), provenance=provenance)
-    judged = tuple(judge(claim, result) for claim in claims)
-    print_table(title, columns, lines)
+    made_with = {**provenance, **found.provenance}
+    result = Result(script=stem.name, rows=tuple(found.rows), provenance=made_with)
+    judged = [judge(claim, result) for claim in claims]
+    print_table(found.title, found.columns, found.lines)
     for each in judged:
         show(f"{each.label} ({each.place}): {each.sentence}")
-    table = {"title": title, "columns": list(columns), "lines": [list(line) for line in lines]}
-    verdicts = [each.as_dict() for each in judged]
-    save_result(stem, {**table, "claims": verdicts, "provenance": provenance, "rows": rows})
+    table = {"title": found.title, "columns": found.columns, "lines": found.lines}
+    verdicts = {"claims": [each.as_dict() for each in judged]}
+    save_result(stem, {**table, **verdicts, "provenance": made_with, "rows": found.rows})
 
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
