@@ -175,7 +175,7 @@ def test_counts_of_the_scan() -> None:
 
 def test_ratios_in_words() -> None:
     report = build_report(FIGURES)
-    reasons = {item.claim.id: item.verdict.reason for item in report.judged}
+    reasons = {judged.id: judged.reason for judged in report.judged}
     (written,) = re.findall(r"denominator is (\d+) times larger on normal cases", README)
     assert f"{written} times smaller by the mean" in reasons["table1-denominator"]
     shares = re.findall(r"(\d+) % (?:of tokens )?for (C-ROME|FC-ROME)", README)

@@ -85,7 +85,8 @@ def run(
     *,
     claims: Sequence[Claim] = (),
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
-    **settings: bool,
+    without_bos: bool = False,
+    own_contexts: bool = False,
 ) -> int:
     """Run an experiment; its files lie in the folder of the model, under the name of its script.
 
@@ -95,7 +96,8 @@ def run(
         measure: Measures.
         claims: What the rows decide.
         add_options: Adds options of its own.
-        settings: As for :func:`parse_script`.
+        without_bos: As for :func:`parse_script`.
+        own_contexts: As for :func:`parse_script`.
 
     Returns:
         The exit code.
@@ -107,7 +109,9 @@ def run(
         if add_options is not None:
             add_options(parser)
         with progress_bar() as progress:
-            options = parse_script(parser, progress, **settings)
+            options = parse_script(
+                parser, progress, without_bos=without_bos, own_contexts=own_contexts
+            )
             found = measure(options, progress)
         stem = options.out / Path(file).stem
         seconds = {"seconds": round(time.perf_counter() - start, 1)}
