@@ -105,17 +105,17 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
 def measure(options: ScriptOptions, progress: Progress) -> Found:
     states = measure_states(options)
     edits = measure_edits(options, progress)
-    lines: list[list[object]] = []
-    for row in states:
-        name = f"token {row['place']}, {row['intervention']}"
-        cells = [row[column] for column in ("residual_norm", "concentration", "key_cosine")]
-        lines.append([name, *cells, None, None, None])
+    measured = ("residual_norm", "concentration", "key_cosine")
+    lines: list[list[object]] = [
+        [f"token {row['place']}, {row['intervention']}", *(row[x] for x in measured), *[None] * 3]
+        for row in states
+    ]
     for source in SOURCES:
         match = {"key_from": source.name}
         denominator = mean(abs(value) for value in pick(edits, "denominator", **match))
         highest = max(pick(edits, "perplexity", **match))
-        line: list[object] = [f"ROME, k^u from {source.name}", None, None, None]
-        lines.append([*line, denominator, highest, collapsed_of(edits, **match)])
+        cells = [denominator, highest, collapsed_of(edits, **match)]
+        lines.append([f"ROME, k^u from {source.name}", *[None] * 3, *cells])
     return Found(
         title=f"Attention mask: states at layer {options.study.layer}, and ROME with such a k^u",
         columns=COLUMNS,

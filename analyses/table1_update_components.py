@@ -32,17 +32,15 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         for row in measured
     ]
     models, paper = printed("Table 1")
-    lines: list[list[object]] = []
-    for component in ("numerator", "denominator"):
-        for cases in GROUPS:
-            count = len(pick(rows, component, method="ROME", cases=cases))
-            lines.append(
-                [
-                    f"{component}, {cases} (n={count})",
-                    *(mean(pick(rows, component, method=m.label, cases=cases)) for m in METHODS),
-                    *(paper[f"{component}/{cases}", model] for model in models),
-                ]
-            )
+    lines = [
+        [
+            f"{component}, {cases} (n={len(pick(rows, component, method='ROME', cases=cases))})",
+            *(mean(pick(rows, component, method=m.label, cases=cases)) for m in METHODS),
+            *(paper[f"{component}/{cases}", model] for model in models),
+        ]
+        for component in ("numerator", "denominator")
+        for cases in GROUPS
+    ]
     here = options.study.model.label
     small, large = (mean(pick(rows, "denominator", method="ROME", cases=cases)) for cases in GROUPS)
     ratio = large / small

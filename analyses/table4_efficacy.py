@@ -34,9 +34,10 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         accuracy_line(f"{name}, {method.label}", rows, method=method.label) for method in METHODS
     ]
     models, paper = printed("Table 4")
-    for model in models:
-        cells = [paper[column, model] for column in MEASURES]
-        lines.append([f"paper, {model}, C-ROME", None, *cells])
+    lines += [
+        [f"paper, {model}, C-ROME", None, *(paper[column, model] for column in MEASURES)]
+        for model in models
+    ]
     return Found(
         title="Table 4. Accuracy on collapse cases, in percent",
         columns=["", "cases", *MEASURES],
