@@ -41,7 +41,8 @@ __all__ = [
 
 LEAST = 3
 """Fewest cases of a group that a rule judges by; fewer say too little to call a claim."""
-PROBE, SILHOUETTE = 0.9, 0.3
+PROBE = 0.9
+SILHOUETTE = 0.3
 """Two groups are apart if a linear probe is right in nine of ten cases on vectors it was not fitted
 on, and the silhouette speaks of a structure at all. A probe alone finds a difference between almost
 any two groups in 1536 dimensions; what a t-SNE picture shows as two clouds needs both."""
