@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
-from firsttok.cases import all_listed_cases, load_collapse_ids
-from firsttok.claims import CLAIMS, Claim, judge, load_result
-from firsttok.claims.results import NotJudgedError
+from firsttok.cli import main
 from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
-from firsttok.script_options import parse_script
-from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.paper.cases import all_listed_cases, load_collapse_ids
+from firsttok.paper.claims import Claim, GapError
+from firsttok.paper.experiment import parse_script
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.report import build_report, load_result
 from firsttok.storage import read_json, write_record
 from firsttok.sweep import read_run
 
@@ -110,7 +113,7 @@ def cases(setting: dict[str, Path]) -> Path:
 
 
 def test_every_script_is_known_to_reproduce() -> None:
-    assert {path.stem for path in ANALYSES.glob("*.py")} == {*SCRIPTS, *ALONE}
+    assert {path.stem for path in ANALYSES.glob("*.py")} == {each.name for each in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -135,22 +138,22 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     assert len(lines) == len(record["rows"]) + 1
     assert record["title"] in " ".join(result.stdout.split())
     assert all(len(line) == len(record["columns"]) for line in record["lines"])
-    for claim in CLAIMS:
-        if claim.script == name:
-            # A verdict may lack cases here, but never a field that the script should have written.
-            reason = reason_of(claim, stem.parent)
-            assert "has no number for" not in reason
-            assert "has no row" not in reason
+    for claim in CLAIMS_OF[name]:
+        # A verdict may lack cases here, but never a field that the script should have written.
+        reason = reason_of(claim, name, stem.parent)
+        assert "has no number for" not in reason
+        assert "has no row" not in reason
+        assert f"not judged ({claim.place}): {claim.sentence}" in " ".join(result.stdout.split())
 
 
-def reason_of(claim: Claim, folder: Path) -> str:
+def reason_of(claim: Claim, name: str, folder: Path) -> str:
     """The rule's own reason, though a random model is not judged."""
-    result = load_result(folder, claim.script)
-    assert result is not None
-    assert "above 1000 itself" in judge(claim, result).reason
+    result = load_result(folder, name)
+    (judged,) = [each for each in result.claims or () if each.id == claim.id]
+    assert "above 1000 itself" in judged.reason
     try:
         return claim.decide(result).reason
-    except NotJudgedError as gap:
+    except GapError as gap:
         return str(gap)
 
 
@@ -300,3 +303,49 @@ def test_a_sweep_finds_what_the_tables_show(
                 pytest.approx(row[column], rel=1e-5) if isinstance(value, float) else row[column]
             )
             assert value == wanted, (row["case_id"], column)
+
+
+def test_an_experiment_of_one_s_own_is_one_file(
+    setting: dict[str, Path],
+    cases: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (ROOT / "docs" / "howto" / "new-experiment.md").read_text("utf-8")
+    (source, *_) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(source.splitlines()) < 40
+    script = tmp_path / "analyses" / "edit_size.py"
+    script.parent.mkdir()
+    script.write_text(source, "utf-8")
+    words = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
+    words += ["--cases", str(cases), "--collapse", "3", "--normal", "3"]
+    for name in GIVEN:
+        words += [f"--{name}", str(tmp_path / "out" if name == "out" else setting[name])]
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    # A random model is none to begin with.
+    monkeypatch.setattr("firsttok.paper.claims.COLLAPSE_THRESHOLD", 1e9)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    folder = tmp_path / "out" / "llama"
+    record = json.loads((folder / "edit_size.json").read_text("utf-8"))
+    (claim,) = record["claims"]
+    assert claim["status"] in ("reproduced", "partly", "not")
+    assert (claim["id"], claim["own"]) == ("own-edit-size", True)
+    assert claim["reason"].startswith("The median norm is ")
+    assert len(record["rows"]) == 6
+    claims = load_result(folder, "edit_size").claims
+    assert claims is not None
+    (judged,) = claims
+    assert f"{judged.label} (in no paper): {claim['sentence']}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(["report", "--out", str(tmp_path / "out")]) == 0
+    report = build_report(folder)
+    assert report.judged == (judged,)
+    assert [each.heading for each in report.sections][-1] == "Norm of ROME's update"
+    markdown = (folder / "README.md").read_text("utf-8")
+    assert f"{judged.label}** (in no paper): {claim['sentence']}" in markdown
+    assert claim["reason"] in markdown
+    assert claim["reason"] in (folder / "index.html").read_text("utf-8")

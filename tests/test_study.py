@@ -11,7 +11,6 @@ import torch
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
 from firsttok import study as study_module
-from firsttok.cases import load_collapse_ids, measure_selection, save_scan, select_cases
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, METHODS, ROME, Edit, compute_edit
 from firsttok.errors import BadInputError
@@ -19,6 +18,7 @@ from firsttok.evaluation import perplexity
 from firsttok.measuring import measure_facts
 from firsttok.metrics import AccuracyMetric, PerplexityMetric
 from firsttok.models import BosPolicy
+from firsttok.paper.cases import load_collapse_ids, measure_selection, save_scan, select_cases
 from firsttok.probes import SECOND2FIRST, SeesAll
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study

@@ -40,7 +40,7 @@ from firsttok.errors import (
 )
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, logits
-from firsttok.plots import effect_map, figure, save_figure
+from firsttok.paper.figures import effect_map, figure, save_figure
 from firsttok.probes import (
     KINDS,
     ROLES,
