@@ -7,8 +7,10 @@ import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ import yaml
 from markdown_it import MarkdownIt
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
+import firsttok.contexts
 import firsttok.models
+import firsttok.second_moment
 from firsttok.cli import _parser, main
-from firsttok.data import load_facts
+from firsttok.contexts import ContextSet
+from firsttok.data import builtin_sentences, load_facts
 from firsttok.editing import load_methods
+from firsttok.evaluation import continuation
+from firsttok.models import Model
 from firsttok.storage import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -229,23 +236,65 @@ def desk(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loade
     return tmp_path
 
 
+SCALE = {"contexts": 4, "max_tokens": 20_000, "sentences": 4, "steps": 6, "continued": 2}
+"""What the embedded model is shown with here, as in the notebooks; the pages state no number."""
+TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity", "commands.show")
+"""Modules that take the built-in sentences where none are given."""
+MOMENTS = ("inputs", "exploration", "second_moment")
+"""Modules that take the second moment of the default corpus where none is given."""
+
+
 @pytest.fixture(scope="module")
-def shared_models() -> dict[str, Any]:
+def made() -> dict[str, Any]:
     return {}
 
 
 @pytest.fixture
-def loaded(shared_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model is loaded once for all pages."""
-    load = firsttok.models.load
+def loaded(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pages share one embedded model, one second moment and one set of contexts, all small."""
 
-    def once(name: str = "smollm2-135m", **settings: Any) -> Any:
-        key = f"{Path(name).resolve() if Path(name).is_dir() else name} {settings}"
-        if key not in shared_models:
-            shared_models[key] = load(name, **settings)
-        return shared_models[key]
+    def patch(modules: Sequence[str], name: str, value: Any) -> None:
+        for module in modules:
+            monkeypatch.setattr(import_module(f"firsttok.{module}"), name, value)
 
-    monkeypatch.setattr(firsttok.models, "load", once)
+    def load(name: str = "smollm2-135m", **settings: Any) -> Model:
+        folder = Path(name).resolve()
+        key = f"{folder} {folder.stat().st_mtime_ns}" if folder.is_dir() else name
+        model = once(f"{key} {settings}", lambda: plain["load"](name, **settings))
+        fewer = replace(model.hyperparameters, steps=SCALE["steps"])
+        return replace(model, hyperparameters=fewer)
+
+    def once(key: str, make: Callable[[], Any]) -> Any:
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def moment(model: Model, *, max_tokens: int = SCALE["max_tokens"], **settings: Any) -> Any:
+        return plain["moment"](model, max_tokens=max_tokens, **settings)
+
+    def contexts(model: Model, *seed: int, **settings: Any) -> ContextSet:
+        # Kept on disk by what decides them: the model, the seed and the policy.
+        found = plain["contexts"](model, *seed, **settings)
+        return replace(found, templates=found.templates[: SCALE["contexts"]])
+
+    def sampled(model: Model, *, path: Path | None = None, **settings: Any) -> ContextSet:
+        if path is None:
+            return contexts(model, **settings)
+        # That is how those that are kept are made.
+        return plain["sampled"](model, path=path, **settings)
+
+    plain = {
+        "load": firsttok.models.load,
+        "moment": firsttok.second_moment.compute_second_moment,
+        "contexts": firsttok.contexts.kept_contexts,
+        "sampled": firsttok.contexts.sample_contexts,
+    }
+    monkeypatch.setattr(firsttok.models, "load", load)
+    patch(MOMENTS, "compute_second_moment", moment)
+    patch(("inputs", "exploration"), "kept_contexts", contexts)
+    patch(("contexts",), "sample_contexts", sampled)
+    patch(TEXTS, "builtin_sentences", lambda: builtin_sentences()[: SCALE["sentences"]])
+    patch(("exploration",), "continuation", partial(continuation, tokens=SCALE["continued"]))
 
 
 def pages_with_python() -> list[Any]:
