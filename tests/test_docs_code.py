@@ -262,6 +262,12 @@ def patch(patches: pytest.MonkeyPatch, modules: Sequence[str], name: str, value:
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pages share one embedded model, one second moment and one set of contexts, all small."""
+    plain: dict[str, Callable[..., Any]] = {
+        "load": firsttok.models.load,
+        "moment": firsttok.second_moment.compute_second_moment,
+        "contexts": firsttok.contexts.kept_contexts,
+        "sampled": firsttok.contexts.sample_contexts,
+    }
 
     def load(name: str = EMBEDDED, **settings: Any) -> Model:
         if name != EMBEDDED:
@@ -285,12 +291,6 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         # That is how those that are kept are made.
         return plain["sampled"](model, path=path, **settings)
 
-    plain = {
-        "load": firsttok.models.load,
-        "moment": firsttok.second_moment.compute_second_moment,
-        "contexts": firsttok.contexts.kept_contexts,
-        "sampled": firsttok.contexts.sample_contexts,
-    }
     texts = builtin_sentences()[: SCALE["sentences"]]
     patch(monkeypatch, LOADING, "load", load)
     patch(monkeypatch, MOMENTS, "compute_second_moment", moment)
