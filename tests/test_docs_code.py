@@ -248,8 +248,6 @@ TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity", "commands
 """Modules that take the built-in sentences where none are given."""
 MOMENTS = ("inputs", "exploration", "second_moment")
 """Modules that take the second moment of the default corpus where none is given."""
-
-
 LOADING = ("models", "inputs", "commands.show", "commands.audit")
 """Modules that load a model by its name."""
 
