@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from nbclient.util import run_sync
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "execute")
@@ -98,7 +99,7 @@ def kernel(execute: ModuleType) -> Iterator[Any]:
     client.create_kernel_manager()
     client.execute()
     yield client.km
-    client.km.shutdown_kernel(now=True)
+    run_sync(client.km.shutdown_kernel)(now=True)
 
 
 @pytest.mark.slow
