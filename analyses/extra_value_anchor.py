@@ -42,7 +42,7 @@ class Probabilities:
     """Contexts of each kind."""
 
     name = "probabilities"
-    columns = dict.fromkeys(KINDS, float)
+    columns = dict[str, type].fromkeys(KINDS, float)
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Measure each edit; see :class:`~firsttok.metrics.Metric`."""

@@ -80,7 +80,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     for name in others:
         study = other_study(name, options, progress)
         rows += measure_on(study, facts, progress, source=False)
-    lines: list[list[object]] = []
+    lines: list[list[Any]] = []
     for model in dict.fromkeys(str(row["model"]) for row in rows):
         values = pick(rows, "perplexity", model=model)
         original = pick(rows, "original_perplexity", model=model)[0]

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import runpy
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import in_a_process, in_this_process
 from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
@@ -74,8 +74,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(
-    setting: dict[str, Path], *command: str, expected: int = 0, warning: str = ""
-) -> subprocess.CompletedProcess[str]:
+    setting: dict[str, Path],
+    *command: str,
+    expected: int = 0,
+    warning: str = "",
+    as_process: bool = False,
+) -> "subprocess.CompletedProcess[str]":
     options = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
     # The script on the anchor draws contexts of its own; a sweep has a folder of its own.
     left_out = {"contexts"} if "extra_value_anchor" in command[0] else set[str]()
@@ -83,15 +87,9 @@ def run(
     for name in GIVEN:
         if name not in left_out:
             options += [f"--{name}", str(setting[name])]
-    environment = os.environ | {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    environment = {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
+    runs = in_a_process if as_process else in_this_process
+    result = runs([*command, *options], environment)
     assert result.returncode == expected, result.stderr
     assert ("warning" in result.stderr.lower()) == bool(warning), result.stderr
     assert warning in " ".join(result.stderr.split())
@@ -121,7 +119,9 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     script = str(ANALYSES / f"{name}.py")
     own = [word for option in OPTIONS.get(name, []) for word in (f"--{option}", setting[option])]
     count = ["--collapse", "3", "--normal", "3"]
-    result = run(setting, script, "--cases", str(cases), *count, *map(str, own))
+    # One of them as a user runs it.
+    process = name == SCRIPTS[0]
+    result = run(setting, script, "--cases", str(cases), *count, *map(str, own), as_process=process)
     stem = setting["out"] / "llama" / name
     for suffix in (".csv", ".json", ".png", ".svg"):
         assert stem.with_suffix(suffix).stat().st_size > 100
@@ -185,8 +185,8 @@ def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) ->
 
 def test_contexts_that_a_script_cannot_use_are_refused_before_a_model_is_loaded() -> None:
     script = str(ANALYSES / "extra_value_anchor.py")
-    command = [sys.executable, script, "--model", "no-such-model", "--contexts", "contexts.json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    command = [script, "--model", "no-such-model", "--contexts", "contexts.json"]
+    result = in_this_process(command, {})
     assert result.returncode == 2
     assert "leave --contexts out" in result.stderr
     assert "no-such-model" not in result.stderr

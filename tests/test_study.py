@@ -40,6 +40,11 @@ def study(tiny: TinyFactory, tmp_path: Path) -> Study:
     )
 
 
+def work_of(study: Study) -> Path:
+    assert study.work is not None
+    return study.work
+
+
 def test_rows_are_what_single_calls_give(study: Study) -> None:
     rows = measure_facts(study, NUMBERED, METHODS)
     assert [(row.case_id, row.method) for row in rows] == [
@@ -129,7 +134,7 @@ def test_finished_values_are_not_optimised_again(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = measure_facts(study, NUMBERED, [ROME])
-    for path in (study.work / "rows").iterdir():
+    for path in (work_of(study) / "rows").iterdir():
         path.unlink()
 
     def never(*_args: object, **_options: object) -> None:
@@ -142,7 +147,7 @@ def test_finished_values_are_not_optimised_again(
 @pytest.mark.parametrize("content", [b"", b"{", b"PAR1"])
 def test_a_damaged_row_is_measured_again(study: Study, content: bytes) -> None:
     rows = measure_facts(study, NUMBERED[:1], [ROME])
-    (path,) = (study.work / "rows").glob("*.parquet")
+    (path,) = (work_of(study) / "rows").glob("*.parquet")
     path.write_bytes(content)
     again = measure_facts(study, NUMBERED[:1], [ROME])
     assert again == rows
@@ -157,9 +162,9 @@ def test_changed_settings_are_measured_anew(study: Study) -> None:
         replace(study, contexts=replace(CONTEXTS, templates=CONTEXTS.templates[:2])),
         replace(study, second_moment=replace(study.second_moment, corpus_hash="other")),
     ):
-        before = len(list((study.work / "rows").glob("*.parquet")))
+        before = len(list((work_of(study) / "rows").glob("*.parquet")))
         measure_facts(changed, NUMBERED[:1], [ROME])
-        assert len(list((study.work / "rows").glob("*.parquet"))) == before + 1
+        assert len(list((work_of(study) / "rows").glob("*.parquet"))) == before + 1
 
 
 def test_the_model_is_untouched(study: Study) -> None:
@@ -263,7 +268,7 @@ def test_the_original_perplexity_is_measured_once_for_a_work_folder(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.keep_original_perplexity()
-    (kept,) = (study.work / "original").iterdir()
+    (kept,) = (work_of(study) / "original").iterdir()
     calls: list[int] = []
 
     def counted(*args: Any, **settings: Any) -> Any:

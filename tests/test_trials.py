@@ -164,6 +164,7 @@ def test_a_mask_is_obeyed_or_refused(arch: str, change: Intervention, tiny: Tiny
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *MORE, "roberta"])
 def test_position_ids_are_obeyed_or_refused(arch: str, tiny: TinyFactory) -> None:
     model = without_bos(tiny, arch)
+    plain = plain_model(model)
     for change in MOVES:
         view = model.intervened(change)
         prompt = sentence_prompts(view)[0]
@@ -176,7 +177,6 @@ def test_position_ids_are_obeyed_or_refused(arch: str, tiny: TinyFactory) -> Non
         ids = torch.arange(len(prompt.token_ids)) + model.first_position
         ids[change.of] = change.like + model.first_position
         tokens = alone(prompt)
-        plain = plain_model(model)
         reference = plain(tokens, attention_mask=torch.ones_like(tokens), position_ids=ids[None])
         assert relative(found, reference.logits[0]) < 1e-5
         assert relative(found, logits(model, pad(model, [prompt]))[0]) > 1e-4

@@ -187,7 +187,7 @@ def _seen_packed(
     with bridge.hooks(fwd_hooks=[(KEY.format(layer), keep)]):
         seen["residual"] = run_packed(call, layer + 1, past=past)
     unpacked = {name: call.packing.unpack(found) for name, found in seen.items()}
-    return unpacked, list(call.arguments[layer + 1 :])
+    return unpacked, [dict(each) for each in call.arguments[layer + 1 :]]
 
 
 def _behind(batch: TokenBatch, cut: int, past: _Past) -> dict[str, Any]:
