@@ -6,7 +6,7 @@ cases over three context seeds: behind the prefixes used for editing (as in Tabl
 prefixes of another seed, which the edit has not seen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
@@ -30,7 +30,10 @@ from firsttok.study import Study
 METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
-KINDS: tuple[str, ...] = ("editing_prefixes", "held_out_prefixes", "bare")
+MEASURED: Mapping[str, type] = dict.fromkeys(
+    ("editing_prefixes", "held_out_prefixes", "bare"), float
+)
+KINDS = tuple(MEASURED)
 HALF, UNCHANGED = 0.5, 1.1
 
 
@@ -42,7 +45,7 @@ class Probabilities:
     """Contexts of each kind."""
 
     name = "probabilities"
-    columns = dict[str, type].fromkeys(KINDS, float)
+    columns = MEASURED
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Measure each edit; see :class:`~firsttok.metrics.Metric`."""
