@@ -6,21 +6,21 @@ token sees the others, does it come when a later token sees only itself, and doe
 model with a k^u taken from either?
 """
 
-import argparse
-import time
-from pathlib import Path
+from functools import partial
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import first_token_cases
-from firsttok.console import exit_on_error, progress_bar
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.measuring import measure_facts
-from firsttok.output import pick, publish
-from firsttok.plots import figure, save_figure
+from firsttok.paper.cases import first_token_cases
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, crossed, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import dots, figure
+from firsttok.paper.tables import Found, collapsed_of, pick
 from firsttok.probes import (
     MaskedKeys,
     PositionSwap,
@@ -31,7 +31,6 @@ from firsttok.probes import (
     token_states,
 )
 from firsttok.prompts import text_prompt
-from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.tensors import Intervention
 
 PLACES = (0, 3)
@@ -45,6 +44,16 @@ STATES: tuple[tuple[str, tuple[Intervention, ...]], ...] = (
 SOURCES = tuple(
     MaskedKeys(later=later, changed=changed) for later in (False, True) for changed in (False, True)
 )
+COLUMNS = (
+    "",
+    "residual norm",
+    "D of keys",
+    "cosine with usual key",
+    "mean |denominator|",
+    "max perplexity",
+    "collapsed",
+)
+TENFOLD = 10.0
 
 
 def measure_states(options: ScriptOptions) -> list[dict[str, Any]]:
@@ -92,46 +101,30 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
     return rows
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    with progress_bar() as progress:
-        options = parse_script(parser, progress, without_bos=True)
-        states = measure_states(options)
-        edits = measure_edits(options, progress)
-    lines: list[list[object]] = []
-    for row in states:
-        name = f"token {row['place']}, {row['intervention']}"
-        cells = [row[column] for column in ("residual_norm", "concentration", "key_cosine")]
-        lines.append([name, *cells, None, None, None])
+def measure(options: ScriptOptions, progress: Progress) -> Found:
+    states = measure_states(options)
+    edits = measure_edits(options, progress)
+    measured = ("residual_norm", "concentration", "key_cosine")
+    lines: list[list[object]] = [
+        [f"token {row['place']}, {row['intervention']}", *(row[x] for x in measured), *[None] * 3]
+        for row in states
+    ]
     for source in SOURCES:
         match = {"key_from": source.name}
-        values = pick(edits, "perplexity", **match)
-        denominators = [abs(value) for value in pick(edits, "denominator", **match)]
-        collapsed = f"{int(sum(pick(edits, 'collapsed', **match)))} of {len(values)}"
-        line: list[object] = [f"ROME, k^u from {source.name}", None, None, None]
-        lines.append([*line, mean(denominators), max(values), collapsed])
-    stem = options.out / Path(__file__).stem
-    publish(
-        stem,
+        denominator = mean(abs(value) for value in pick(edits, "denominator", **match))
+        highest = max(pick(edits, "perplexity", **match))
+        cells = [denominator, highest, collapsed_of(edits, **match)]
+        lines.append([f"ROME, k^u from {source.name}", *[None] * 3, *cells])
+    return Found(
         title=f"Attention mask: states at layer {options.study.layer}, and ROME with such a k^u",
-        columns=[
-            "",
-            "residual norm",
-            "D of keys",
-            "cosine with usual key",
-            "mean |denominator|",
-            "max perplexity",
-            "collapsed",
-        ],
+        columns=COLUMNS,
         lines=lines,
         rows=[*states, *edits],
-        provenance=options.provenance() | {"seconds": round(time.perf_counter() - start, 1)},
+        draw=partial(plot, states, edits),
     )
-    plot(stem, states, edits)
 
 
-def plot(stem: Path, states: list[dict[str, Any]], edits: list[dict[str, Any]]) -> None:
+def plot(states: list[dict[str, Any]], edits: list[dict[str, Any]]) -> Figure:
     import pandas as pd
     import seaborn as sns
 
@@ -143,14 +136,78 @@ def plot(stem: Path, states: list[dict[str, Any]], edits: list[dict[str, Any]]) 
     axes[0].set_xlim(left=10)
     axes[0].set_xlabel("norm of the residual stream")
     axes[0].legend(title=None, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
-    sns.stripplot(data=pd.DataFrame(edits), y="key_from", x="perplexity", alpha=0.75, ax=axes[1])
+    dots(axes[1], edits, y="key_from", x="perplexity")
     axes[1].axvline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
     axes[1].set_xscale("log")
     axes[1].set_xlabel("perplexity after ROME")
     for axis in axes:
         axis.set_ylabel("")
-    save_figure(stem, drawn)
+    return drawn
+
+
+def mask_makes_the_state(result: Result) -> Verdict:
+    """A token that sees only itself has the first token's huge residual norm, another has not."""
+
+    def norm(intervention: str, place: int) -> float:
+        match: dict[str, Any] = {"part": "state", "intervention": intervention, "place": place}
+        found = mean(result.values("residual_norm", least=1, **match))
+        if found <= 0:
+            raise GapError("A residual norm is zero, so no ratio can be formed.")
+        return found
+
+    later = int(max(result.values("place", least=2, part="state")))
+    first, other = norm("none", 0), norm("none", later)
+    opened, closed = norm("first sees all", 0), norm("later sees itself only", later)
+    anomaly = first >= TENFOLD * other
+    held = [opened <= first / TENFOLD, closed >= TENFOLD * other]
+    return grade(
+        anomaly and all(held),
+        anomaly and any(held),
+        f"Mean residual norm: {fixed(first)} at the first token and {fixed(other)} at token "
+        f"{later}; {fixed(opened)} at the first when it may attend to all, {fixed(closed)} at "
+        f"token {later} when it may attend to itself only.",
+    )
+
+
+def mask_makes_the_collapse(result: Result) -> Verdict:
+    """ROME collapses the model with a k^u that saw only itself, wherever its token stands."""
+
+    def kinds(*names: str) -> dict[str, dict[str, str]]:
+        return {name: {"part": "edit", "key_from": name} for name in names}
+
+    return crossed(
+        result,
+        bad=kinds("first token", "later token sees itself only"),
+        good=kinds("first token sees all", "later token"),
+    )
+
+
+CLAIMS = (
+    Claim(
+        id="own-mask-state",
+        place="in no paper",
+        sentence="A token that may attend to itself only becomes the anomaly wherever it stands, "
+        "and a first token that may attend to others is none.",
+        rule=f"By mean residual norm at the edited layer: the first token's is at least "
+        f"{TENFOLD:g} times a later one's; it falls to a tenth or less when it may attend to all; "
+        f"the later one's rises at least {TENFOLD:g}-fold when it may attend to itself only. "
+        "Partly: the first and one of the others.",
+        decide=mask_makes_the_state,
+        own=True,
+    ),
+    Claim(
+        id="own-mask-edit",
+        place="in no paper",
+        sentence="ROME destroys the model with the k^u of a token that saw only itself, wherever "
+        "it stands, and with no other.",
+        rule=f"Every edit with k^u of the first token, and of a later token that sees itself only, "
+        f"ends above {COLLAPSE_THRESHOLD:g}; none with k^u of a later token, or of a first token "
+        "that sees all. Partly: at least half, and fewer than half.",
+        decide=mask_makes_the_collapse,
+        own=True,
+    ),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, claims=CLAIMS, without_bos=True))

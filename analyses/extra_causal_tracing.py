@@ -11,23 +11,23 @@ than a subject (see firsttok/probes/tracing.py); such facts are also shown by th
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases
-from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.errors import BadInputError
 from firsttok.measuring import measure_facts
-from firsttok.output import pick, publish
-from firsttok.plots import effect_map, figure, save_figure, strip_plot
+from firsttok.paper.cases import choose_cases
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import effect_map, figure, strip_plot
+from firsttok.paper.tables import Found, collapsed_of, pick
 from firsttok.probes import (
     KINDS,
     LAST_SUBJECT,
@@ -43,7 +43,6 @@ from firsttok.probes import (
     trace_facts,
     window_layers,
 )
-from firsttok.script_options import ScriptOptions, parse_script
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
 METHODS = (ROME, C_ROME)
@@ -180,21 +179,12 @@ def measure_edits(
         moment = moment_at(options, layer, progress)
         study = options.study.varied(layer=layer, second_moment=moment)
         label = f"editing layer {layer}"
-        measured = measure_facts(
-            study,
-            facts,
-            METHODS,
-            metrics=["perplexity", "accuracy"],
-            progress=progress,
-            label=label,
-        )
+        metrics = ["perplexity", "accuracy"]
         rows += [
-            {
-                "part": "edit",
-                "cases": "collapse" if row.case_id in listed else "normal",
-                **row,
-            }
-            for row in measured
+            {"part": "edit", "cases": "collapse" if row.case_id in listed else "normal", **row}
+            for row in measure_facts(
+                study, facts, METHODS, metrics=metrics, progress=progress, label=label
+            )
         ]
     return rows
 
@@ -238,10 +228,7 @@ def lines_of(
         for method in METHODS:
             match = {"layer": layer, "method": method.name}
             values = pick(edits, "perplexity", **match)
-            counts: list[object] = []
-            for which in ("collapse", "normal"):
-                flags = pick(edits, "collapsed", **match, cases=which)
-                counts.append(f"{int(sum(flags))} of {len(flags)}")
+            counts = [collapsed_of(edits, **match, cases=c) for c in ("collapse", "normal")]
             efficacy = 100 * mean(pick(edits, "efficacy", **match))
             site = f"{method.label}{names.get(layer, '')}"
             cells = [efficacy, median(values), max(values), *counts]
@@ -249,64 +236,56 @@ def lines_of(
     return lines
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add_options(parser)
-    with progress_bar() as progress:
-        options = parse_script(parser, progress)
-        study, args = options.study, options.args
-        facts, wrong = facts_to_trace(options)
-        noise = corruption_for(
-            study.model, facts, factor=args.noise, samples=args.samples, seed=options.seed
-        )
-        count = study.model.n_layers
-        window = default_window(count) if args.window is None else args.window
-        traces = trace_facts(study, facts, noise, window=window, progress=progress)
-        groups = groups_of(traces)
-        proposals = proposals_of(groups, window, count)
-        proposed = proposals[GROUPS[0], "mlp"].layer
-        near = range(max(0, proposed - NEIGHBOURS), min(count, proposed + NEIGHBOURS + 1))
-        edits = measure_edits(options, sorted({*near, study.layer}), progress)
-    rows = trace_rows(groups, proposals, study.layer)
-    stem = options.out / Path(__file__).stem
-    publish(
-        stem,
-        title=f"Causal tracing on {study.model.label}, and edits at the layer it proposes",
-        columns=COLUMNS,
-        lines=lines_of(groups, proposals, edits, study.layer),
-        rows=[*rows, *edits],
-        provenance=options.provenance()
-        | {"corruption": asdict(noise), "noise_factor": args.noise, "window": window}
-        | {"proposed_layer": proposed, "every_answer": args.every_answer}
-        | {"case_ids": [fact.case_id for fact in facts], "not_answered": wrong}
-        | {"seconds": round(time.perf_counter() - start, 1)},
+def measure(options: ScriptOptions, progress: Progress) -> Found:
+    study, args = options.study, options.args
+    facts, wrong = facts_to_trace(options)
+    noise = corruption_for(
+        study.model, facts, factor=args.noise, samples=args.samples, seed=options.seed
     )
+    count = study.model.n_layers
+    window = default_window(count) if args.window is None else args.window
+    traces = trace_facts(study, facts, noise, window=window, progress=progress)
+    groups = groups_of(traces)
+    proposals = proposals_of(groups, window, count)
+    proposed = proposals[GROUPS[0], "mlp"].layer
+    near = range(max(0, proposed - NEIGHBOURS), min(count, proposed + NEIGHBOURS + 1))
+    edits = measure_edits(options, sorted({*near, study.layer}), progress)
+    rows = trace_rows(groups, proposals, study.layer)
     done = "traced by the answer given" if args.every_answer else "left out"
-    show(f"Of {len(facts)} traced facts and the rest, {wrong} are not answered rightly: {done}.")
+    notes = [f"{wrong} of the chosen facts are not answered rightly: {done}."]
     first = groups.get(GROUPS[1], [])
     if first:
         norms = [mean(float(trace.norms[row, study.layer]) for trace in first) for row in (0, 1)]
-        show(
+        notes.append(
             f"On {len(first)} facts the noise is on position 0 as well: the norm of its residual "
             f"stream behind layer {study.layer} is {norms[0]:,.0f} without noise and "
             f"{norms[1]:,.0f} with it."
         )
-    plot(stem, rows, edits, proposals)
+    return Found(
+        title=f"Causal tracing on {study.model.label}, and edits at the layer it proposes",
+        columns=COLUMNS,
+        lines=lines_of(groups, proposals, edits, study.layer),
+        rows=[*rows, *edits],
+        provenance={
+            "corruption": asdict(noise),
+            "noise_factor": args.noise,
+            "window": window,
+            "proposed_layer": proposed,
+            "every_answer": args.every_answer,
+            "case_ids": [fact.case_id for fact in facts],
+            "not_answered": wrong,
+        },
+        notes=notes,
+        draw=partial(plot, rows, edits, proposed),
+    )
 
 
-def plot(
-    stem: Path,
-    rows: list[dict[str, Any]],
-    edits: list[dict[str, Any]],
-    proposals: dict[tuple[str, str], LayerProposal],
-) -> None:
+def plot(rows: list[dict[str, Any]], edits: list[dict[str, Any]], proposed: int) -> Figure:
     drawn, _ = figure(3, height=7.0)
     drawn.clear()
     axes = list(drawn.subplots(2, 2).flat)
     shown = [row for row in rows if row["part"] == "effect" and row["group"] == GROUPS[0]]
     limit = max(abs(row["aie"]) for row in shown)
-    proposed = proposals[GROUPS[0], "mlp"].layer
     titles = ("residual stream, one layer", "MLPs of a window", "attention of a window")
     for axis, kind, title in zip(axes, KINDS, titles, strict=False):
         effect_map(
@@ -322,8 +301,8 @@ def plot(
     strip_plot(axes[3], edited, x="edited", y="perplexity", label="after ROME", order=order)
     axes[3].set_title("perplexity")
     axes[3].set_xlabel("edited layer")
-    save_figure(stem, drawn)
+    return drawn
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, add_options=add_options))

@@ -6,31 +6,35 @@ cases over three context seeds: behind the prefixes used for editing (as in Tabl
 prefixes of another seed, which the edit has not seen.
 """
 
-import argparse
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import choose_cases
-from firsttok.console import exit_on_error, progress_bar
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, FC_ROME, Edit
 from firsttok.evaluation import target_probabilities
 from firsttok.measuring import measure_facts
-from firsttok.output import pick, publish
-from firsttok.plots import figure, save_figure
-from firsttok.script_options import ScriptOptions, parse_script
+from firsttok.paper.cases import choose_cases
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import dots, figure
+from firsttok.paper.tables import Found, pick
 from firsttok.study import Study
 
 METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
-KINDS: tuple[str, ...] = ("editing_prefixes", "held_out_prefixes", "bare")
+MEASURED: Mapping[str, type] = dict.fromkeys(
+    ("editing_prefixes", "held_out_prefixes", "bare"), float
+)
+KINDS = tuple(MEASURED)
+HALF, UNCHANGED = 0.5, 1.1
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Probabilities:
     """Contexts of each kind."""
 
     name = "probabilities"
-    columns = dict.fromkeys(KINDS, float)
+    columns = MEASURED
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Measure each edit; see :class:`~firsttok.metrics.Metric`."""
@@ -56,7 +60,7 @@ class Probabilities:
         return rows
 
 
-def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
+def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     facts = choose_cases(options.halved()).collapse
     unseen = options.sample_contexts(HELD_OUT_SEED)
     labels = {method.name: method.label for method in METHODS}
@@ -92,13 +96,9 @@ def measure(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    with progress_bar() as progress:
-        options = parse_script(parser, progress, own_contexts=True)
-        rows = measure(options, progress)
-        original = options.study.original_perplexity.mean
+def measure(options: ScriptOptions, progress: Progress) -> Found:
+    rows = measure_edits(options, progress)
+    original = options.study.original_perplexity.mean
     seeds = list(range(options.seed, options.seed + SEEDS))
     lines: list[list[object]] = []
     for method in METHODS:
@@ -112,42 +112,80 @@ def main() -> None:
         name = f"{method.label}, perplexity / original"
         lines.append([name, mean(ratios), "", min(ratios), median(ratios), max(ratios)])
     cases = len({row["case_id"] for row in rows})
-    publish(
-        options.out / "extra_value_anchor",
+    return Found(
         title=f"Probability of the new target on {cases} collapse cases, {SEEDS} context seeds",
         columns=["", "mean", "means of the seeds", "min", "median", "max"],
         lines=lines,
         rows=rows,
-        provenance=options.provenance()
-        | {
+        provenance={
             "context_seeds": seeds,
             "held_out_seed": HELD_OUT_SEED,
             "original_perplexity": original,
-            "seconds": round(time.perf_counter() - start, 1),
         },
+        draw=partial(plot, rows),
     )
-    plot(options, rows)
 
 
-def plot(options: ScriptOptions, rows: list[dict[str, Any]]) -> None:
-    import pandas as pd
-    import seaborn as sns
-
+def plot(rows: list[dict[str, Any]]) -> Figure:
     long = [
         {"method": row["method"], "prompt": kind.replace("_", " "), "probability": row[kind]}
         for row in rows
         for kind in KINDS
     ]
     drawn, (axis,) = figure(1, height=4.0)
-    frame = pd.DataFrame(long)
-    sns.stripplot(
-        data=frame, x="prompt", y="probability", hue="method", dodge=True, alpha=0.6, ax=axis
-    )
+    dots(axis, long, x="prompt", y="probability", hue="method", dodge=True, alpha=0.6)
     axis.set_xlabel("")
     axis.set_ylabel("probability of the new target")
     axis.legend(title=None)
-    save_figure(options.out / "extra_value_anchor", drawn)
+    return drawn
+
+
+def anchor_writes(result: Result) -> Verdict:
+    """FC-ROME writes behind unseen prefixes, C-ROME does not, in every context seed."""
+    original = result.number("original_perplexity")
+    seeds = sorted({row["seed"] for row in result.rows if isinstance(row.get("seed"), int)})
+    if not seeds:
+        raise GapError(f"{result.script} has no rows of any context seed.")
+    ours, theirs = (
+        [mean(result.values("held_out_prefixes", method=method, seed=seed)) for seed in seeds]
+        for method in ("FC-ROME", "C-ROME")
+    )
+    worst = max(result.values("perplexity", method="FC-ROME")) / original
+    cases = len(result.chosen(method="FC-ROME", seed=seeds[0]))
+    holds = min(ours) >= HALF and max(theirs) < HALF and worst <= UNCHANGED
+    pairs = zip(ours, theirs, strict=True)
+    return grade(
+        holds,
+        all(mine > other for mine, other in pairs),
+        f"Behind prefixes the edit has not seen, the new target's mean probability is "
+        f"{spread_of(ours)} with FC-ROME and {spread_of(theirs)} with C-ROME ({cases} cases, "
+        f"{len(seeds)} context seeds); FC-ROME's highest perplexity is {worst:.3f} times the "
+        "original.",
+    )
+
+
+def spread_of(values: list[float]) -> str:
+    if len(values) == 1:
+        return fixed(values[0])
+    return f"{fixed(min(values))} to {fixed(max(values))}"
+
+
+CLAIMS = (
+    Claim(
+        id="own-value-anchor",
+        place="in no paper",
+        sentence="What keeps C-ROME from writing is the anchor of the value, taken from the bare "
+        "prompt: FC-ROME, which takes it from the prefixed ones, writes, and spares the model, "
+        "too.",
+        rule="Behind prefixes the edit has not seen, the target's mean probability is at least "
+        f"{HALF} with FC-ROME (more than all other tokens together) and below {HALF} with C-ROME, "
+        f"in every context seed, and FC-ROME's highest perplexity is at most {UNCHANGED} times the "
+        "original. Partly: FC-ROME's mean probability is the higher one in every seed.",
+        decide=anchor_writes,
+        own=True,
+    ),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, claims=CLAIMS, own_contexts=True))

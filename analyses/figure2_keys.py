@@ -9,29 +9,39 @@ C^-1 k_bar has another unit than a key. So pictures and separations are of vecto
 D and norms are of the vectors as they are. The paper does not say whether it scales.
 """
 
-import argparse
-import time
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import all_listed_cases
-from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.data import Fact
 from firsttok.keys import TOGETHER, keys_of_facts
-from firsttok.output import pick, publish
-from firsttok.plots import PALETTE, figure, save_figure
-from firsttok.probes import normalise, project, save_points, scatter, separation, spread
+from firsttok.paper.cases import all_listed_cases
+from firsttok.paper.claims import APART, Claim, Result, Verdict, grade, is_apart, pair_of
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.tables import Found
+from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import parse_script
 from firsttok.study import Study
 
 SOLVED, MEAN, BARE = "C^-1 k_bar", "k_bar", "k^u"
 PANELS = {"a": SOLVED, "b": MEAN}
 SYMBOLS = {SOLVED: r"$C^{-1}\bar{k}$", MEAN: r"$\bar{k}$", BARE: "$k^u$"}
+COLUMNS = {
+    "silhouette": "silhouette",
+    "cosine_of_means": "cos of means",
+    "cosine_of_pairs": "cos of pairs",
+    "probe_accuracy": "probe",
+    "d_first": "D, 1st",
+    "d_second": "D, 2nd",
+    "norm_first": "norm, 1st",
+    "norm_second": "norm, 2nd",
+}
 Groups = dict[str, tuple[Fact, ...]]
 Vectors = dict[tuple[str, str], torch.Tensor]
 
@@ -66,15 +76,11 @@ def compare(vectors: Vectors, cases: str, name: str, seed: int) -> dict[str, Any
     }
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    with progress_bar() as progress:
-        options = parse_script(parser, progress)
-        study = options.study
-        chosen = all_listed_cases(options)
-        groups = {"collapse": chosen.collapse, "normal": chosen.normal}
-        vectors = read(study, groups, progress)
+def measure(options: ScriptOptions, progress: Progress) -> Found:
+    study = options.study
+    chosen = all_listed_cases(options)
+    groups = {"collapse": chosen.collapse, "normal": chosen.normal}
+    vectors = read(study, groups, progress)
     first = {
         cases: [fact_prompt(study.model, fact).subject_position == 0 for fact in facts]
         for cases, facts in groups.items()
@@ -86,40 +92,42 @@ def main() -> None:
         for panel, name in PANELS.items()
         for cases in groups
     ]
-    columns = ["silhouette", "cosine_of_means", "cosine_of_pairs", "probe_accuracy", "d_first"]
-    columns += ["d_second", "norm_first", "norm_second"]
-    shown = ["silhouette", "cos of means", "cos of pairs", "probe", "D, 1st", "D, 2nd"]
-    stem = options.out / Path(__file__).stem
-    publish(
-        stem,
-        title=f"Figure 2. Keys of {study.model.label} at layer {study.layer}",
-        columns=["", *shown, "norm, 1st", "norm, 2nd"],
-        lines=[
-            [f"({row['panel']}) {row['pair']}, {row['cases']}", *(row[name] for name in columns)]
-            for row in rows
-        ],
-        rows=rows,
-        provenance=options.provenance()
-        | {"scale": "norm 1", "seconds": round(time.perf_counter() - start, 1)}
-        | {"case_ids": {cases: [fact.case_id for fact in groups[cases]] for cases in groups}},
-    )
-    for cases, flags in first.items():
-        show(f"{cases}: the subject is the first token in {sum(flags)} of {len(flags)} cases.")
-    show(f"A probe that guesses is right in {rows[0]['probe_chance']:.2f} of the cases.")
-    show("The paper prints no numbers here; it shows k^u of collapse cases apart from all else.")
-    plot(stem, vectors, first, rows)
-
-
-def plot(
-    stem: Path, vectors: Vectors, first: dict[str, list[bool]], rows: list[dict[str, Any]]
-) -> None:
-    drawn, axes = figure(2, height=5.2)
     projections = {
         panel: project(
             {f"{cases} {n}": normalise(vectors[cases, n]) for cases in first for n in (name, BARE)}
         )
         for panel, name in PANELS.items()
     }
+    notes = [
+        f"{cases}: the subject is the first token in {sum(flags)} of {len(flags)} cases."
+        for cases, flags in first.items()
+    ]
+    return Found(
+        title=f"Figure 2. Keys of {study.model.label} at layer {study.layer}",
+        columns=["", *COLUMNS.values()],
+        lines=[
+            [f"({row['panel']}) {row['pair']}, {row['cases']}", *(row[name] for name in COLUMNS)]
+            for row in rows
+        ],
+        rows=rows,
+        provenance={
+            "scale": "norm 1",
+            "case_ids": {cases: [fact.case_id for fact in groups[cases]] for cases in groups},
+        },
+        notes=[
+            *notes,
+            f"A probe that guesses is right in {rows[0]['probe_chance']:.2f} of the cases.",
+            "The paper prints no numbers here; it shows k^u of collapse cases apart from all else.",
+        ],
+        draw=partial(plot, projections, first, rows),
+        points=projections,
+    )
+
+
+def plot(
+    projections: dict[str, Projection], first: dict[str, list[bool]], rows: list[dict[str, Any]]
+) -> Figure:
+    drawn, axes = figure(2, height=5.2)
     for axis, (panel, name) in zip(axes, PANELS.items(), strict=True):
         styles: dict[str, dict[str, Any]] = {}
         for cases, flags in first.items():
@@ -131,7 +139,8 @@ def plot(
                 styles[f"{cases} {element}"] = style | {"label": label}
         scatter(axis, projections[panel], styles)
         axis.set_title(f"({panel}) {SYMBOLS[name]} and {SYMBOLS[BARE]}")
-        axis.set_xlabel("\n".join(caption(rows, panel, cases) for cases in first), fontsize=9)
+        own = [f"{row['cases']}: {caption(row)}" for row in rows if row["panel"] == panel]
+        axis.set_xlabel("\n".join(own), fontsize=9)
         note = "hollow: normal, yet the first token" if any(first["normal"]) else None
         axis.legend(
             fontsize=8,
@@ -141,15 +150,52 @@ def plot(
             title=note,
             title_fontsize=8,
         )
-    save_figure(stem, drawn)
-    save_points(stem.with_name(f"{stem.name}_points.csv"), projections)
+    return drawn
 
 
-def caption(rows: list[dict[str, Any]], panel: str, cases: str) -> str:
-    names = ("silhouette", "cosine_of_means", "probe_accuracy")
-    values = [pick(rows, name, panel=panel, cases=cases)[0] for name in names]
-    return "{}: silhouette {:.2f}, cosine {:.2f}, probe {:.2f}".format(cases, *values)
+def collapse_only(result: Result, panel: str) -> Verdict:
+    collapse, normal = (
+        pair_of(result, panel=panel, cases=cases) for cases in ("collapse", "normal")
+    )
+    apart, others = is_apart(collapse), is_apart(normal)
+    return grade(
+        apart and not others,
+        apart,
+        f"Collapse cases: {measures_of(collapse)}. Normal cases: {measures_of(normal)}.",
+    )
+
+
+def measures_of(row: Mapping[str, Any]) -> str:
+    side = "apart" if is_apart(row) else "not apart"
+    return (
+        f"{side} (probe accuracy {row['probe_accuracy']:.2f}, silhouette {row['silhouette']:.2f}, "
+        f"{row['n']:.0f} vectors of each)"
+    )
+
+
+CLAIMS = (
+    Claim(
+        id="figure2-denominator",
+        place="Figures 2a, 4a and 5a",
+        sentence="The two elements of the denominator, C^-1 k_bar and k^u, lie apart in collapse "
+        "cases and not in normal ones.",
+        rule=f"Collapse cases: {APART}, measured on the vectors and not on the picture. Normal "
+        "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
+        decide=partial(collapse_only, panel="a"),
+        on_collapse=True,
+    ),
+    Claim(
+        id="figure2-keys",
+        place="Figures 2b, 4b and 5b",
+        sentence="The unprefixed key k^u lies apart from the prefixed k_bar in collapse cases and "
+        "not in normal ones.",
+        rule=f"Collapse cases: {APART}, measured on the vectors and not on the picture. Normal "
+        "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
+        decide=partial(collapse_only, panel="b"),
+        on_collapse=True,
+    ),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, claims=CLAIMS))

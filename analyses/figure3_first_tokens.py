@@ -7,22 +7,31 @@ least as many normal ones. Pictures and separations are of keys scaled to norm 1
 and the distance of the means are of the keys as they are.
 """
 
-import argparse
-import time
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from rich.progress import Progress
 
-from firsttok.cases import all_listed_cases
-from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.keys import keys_at
-from firsttok.output import pick, publish
-from firsttok.plots import PALETTE, figure, save_figure
-from firsttok.probes import normalise, project, save_points, scatter, separation, spread
+from firsttok.paper.cases import all_listed_cases
+from firsttok.paper.claims import (
+    SILHOUETTE,
+    Claim,
+    GapError,
+    Result,
+    Verdict,
+    fixed,
+    grade,
+    pair_of,
+)
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.tables import Found
+from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import Prompt, fact_prompt, positions
-from firsttok.script_options import ScriptOptions, parse_script
 
 FIRST, COLLAPSE, NORMAL = "first token of normal", "k^u of collapse", "k^u of normal"
 PREFIXED = "k^u of prefixed collapse"
@@ -38,6 +47,23 @@ STYLES: dict[str, dict[str, Any]] = {
     PREFIXED: {"marker": "s", "facecolors": "#f39c12", "edgecolors": "white"},
     NORMAL: {"marker": "o", "facecolors": PALETTE["normal"], "edgecolors": "white"},
 }
+COLUMNS = {
+    "n": "n",
+    "silhouette": "silhouette",
+    "cosine_of_means": "cos of means",
+    "probe_accuracy": "probe",
+    "probe_chance": "chance",
+    "distance_of_means": "means apart",
+    "d_first": "D of 1st",
+    "d_second": "D of 2nd",
+}
+TWOFOLD = 2.0
+RULE = (
+    "1 - cosine of the means to k^u of {joined} cases is at most half of that to k^u of {left} "
+    f"cases, and the silhouette against the latter is at least {SILHOUETTE} and the larger one. "
+    "Partly: the former is smaller. No probe is asked: some normal cases have their subject in the "
+    "first place, where both groups are the same tokens."
+)
 
 
 def read(options: ScriptOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -82,52 +108,47 @@ def compare(one: torch.Tensor, other: torch.Tensor, seed: int) -> dict[str, Any]
     }
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    with progress_bar() as progress:
-        options = parse_script(parser, progress, without_bos=True)
-        keys, made_from = read(options)
+def measure(options: ScriptOptions, _: Progress) -> Found:
+    keys, made_from = read(options)
     rows: list[dict[str, Any]] = [
         {"panel": panel, "pair": f"{one} / {other}"} | compare(keys[one], keys[other], options.seed)
         for panel, pairs in PAIRS.items()
         for one, other in pairs
     ]
-    columns = ["n", "silhouette", "cosine_of_means", "probe_accuracy", "probe_chance"]
-    columns += ["distance_of_means", "d_first", "d_second"]
-    shown = ["n", "silhouette", "cos of means", "probe", "chance", "means apart", "D of 1st"]
-    stem = options.out / Path(__file__).stem
-    study = options.study
-    publish(
-        stem,
-        title=f"Figure 3. First tokens and subjects of {study.model.label}, layer {study.layer}",
-        columns=["pair", *shown, "D of 2nd"],
-        lines=[
-            [f"({row['panel']}) {row['pair']}", *(row[column] for column in columns)]
-            for row in rows
-        ],
-        rows=rows,
-        provenance=options.provenance()
-        | made_from
-        | {"scale": "norm 1", "seconds": round(time.perf_counter() - start, 1)},
-    )
-    for name, count in made_from["first_token_subjects"].items():
-        show(f"{name}: the subject is the first token in {count} of {len(keys[name])} cases.")
-    show("The paper prints no numbers here; its pictures show the first pair of (a) and of (b) as")
-    show("one cloud, and the second pair as two.")
-    plot(stem, keys, rows)
-
-
-def plot(stem: Path, keys: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
-    drawn, axes = figure(2, height=5.2)
     projections = {
         panel: project({name: normalise(keys[name]) for name in names})
         for panel, names in PANELS.items()
     }
+    study = options.study
+    notes = [
+        f"{name}: the subject is the first token in {count} of {len(keys[name])} cases."
+        for name, count in made_from["first_token_subjects"].items()
+    ]
+    return Found(
+        title=f"Figure 3. First tokens and subjects of {study.model.label}, layer {study.layer}",
+        columns=["pair", *COLUMNS.values()],
+        lines=[
+            [f"({row['panel']}) {row['pair']}", *(row[column] for column in COLUMNS)]
+            for row in rows
+        ],
+        rows=rows,
+        provenance={**made_from, "scale": "norm 1"},
+        notes=[
+            *notes,
+            "The paper prints no numbers here; its pictures show the first pair of (a) and of (b) "
+            "as one cloud, and the second pair as two.",
+        ],
+        draw=partial(plot, projections, rows),
+        points=projections,
+    )
+
+
+def plot(projections: dict[str, Projection], rows: list[dict[str, Any]]) -> Figure:
+    drawn, axes = figure(2, height=5.2)
     for axis, (panel, names) in zip(axes, PANELS.items(), strict=True):
         scatter(axis, projections[panel], {name: STYLES[name] for name in names})
         axis.set_title(TITLES[panel])
-        captions = [caption(rows, f"{one} / {other}") for one, other in PAIRS[panel]]
+        captions = [f"{row['pair']}:\n{caption(row)}" for row in rows if row["panel"] == panel]
         axis.set_xlabel("\n".join(captions).replace("k^u", "$k^u$"), fontsize=8)
         axis.legend(
             [name.replace("k^u", "$k^u$") for name in names],
@@ -138,15 +159,56 @@ def plot(stem: Path, keys: dict[str, torch.Tensor], rows: list[dict[str, Any]]) 
             handletextpad=0.2,
             bbox_to_anchor=(0.5, -0.19),
         )
-    save_figure(stem, drawn)
-    save_points(stem.with_name(f"{stem.name}_points.csv"), projections)
+    return drawn
 
 
-def caption(rows: list[dict[str, Any]], pair: str) -> str:
-    names = ("silhouette", "cosine_of_means", "probe_accuracy")
-    values = [pick(rows, name, pair=pair)[0] for name in names]
-    return "{}:\nsilhouette {:.2f}, cosine {:.2f}, probe {:.2f}".format(pair, *values)
+def joins(result: Result, *, panel: str, joined: str, left: str) -> Verdict:
+    """Whether a group lies with one of two others, by the angle between means."""
+    pairs: dict[str, dict[str, float]] = {}
+    for row in result.chosen(panel=panel):
+        pair = str(row.get("pair"))
+        other = pair.rpartition(" / ")[2]
+        for kind in (joined, left):
+            if kind in other:
+                pairs[kind] = pair_of(result, panel=panel, pair=pair)
+                pairs[kind]["gap"] = (
+                    1 - result.values("cosine_of_means", least=1, panel=panel, pair=pair)[0]
+                )
+    if len(pairs) < 2:
+        raise GapError(
+            f"{result.script} has no rows with panel = {panel} for both {joined} and {left} cases."
+        )
+    near, far = pairs[joined], pairs[left]
+    closer = near["gap"] <= far["gap"] / TWOFOLD
+    parted = far["silhouette"] >= SILHOUETTE and far["silhouette"] > near["silhouette"]
+    return grade(
+        closer and parted,
+        near["gap"] < far["gap"],
+        f"1 - cosine of the means is {fixed(near['gap'])} to k^u of {joined} cases (silhouette "
+        f"{near['silhouette']:.2f}) and {fixed(far['gap'])} to that of {left} cases (silhouette "
+        f"{far['silhouette']:.2f}), {near['n']:.0f} vectors each.",
+    )
+
+
+CLAIMS = (
+    Claim(
+        id="figure3-first-tokens",
+        place="Figure 3a",
+        sentence="First tokens of normal prompts lie where k^u of collapse cases lies.",
+        rule=RULE.format(joined="collapse", left="normal"),
+        decide=partial(joins, panel="a", joined="collapse", left="normal"),
+        on_collapse=True,
+    ),
+    Claim(
+        id="figure3-prefixed",
+        place="Figure 3b",
+        sentence="Behind a prefix, k^u of collapse cases lies where that of normal cases lies.",
+        rule=RULE.format(joined="normal", left="collapse"),
+        decide=partial(joins, panel="b", joined="normal", left="collapse"),
+        on_collapse=True,
+    ),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, claims=CLAIMS, without_bos=True))

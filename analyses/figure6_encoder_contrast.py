@@ -11,38 +11,45 @@ Pictures and separations are of keys scaled to norm 1; D is of the keys as they 
 
 import argparse
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
-from firsttok.cases import CaseSelection, all_listed_cases
-from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.errors import BadInputError
 from firsttok.keys import keys_at
 from firsttok.models import BosPolicy, Model, load
-from firsttok.output import publish
-from firsttok.plots import figure, save_figure
+from firsttok.paper.cases import CaseSelection, all_listed_cases
+from firsttok.paper.claims import (
+    APART,
+    LEAST,
+    Claim,
+    GapError,
+    Result,
+    Verdict,
+    fixed,
+    grade,
+    is_apart,
+    layers_of,
+)
+from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.figures import caption, figure, layer_curve
+from firsttok.paper.tables import Found
 from firsttok.probes import (
     PositionShift,
     Projection,
     later_positions,
     normalise,
     project,
-    save_points,
     scatter,
     separation,
     spread,
 )
 from firsttok.prompts import fact_prompt
-from firsttok.script_options import parse_script
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FIRST, LATER = "first tokens", "subsequent tokens"
 COLOURS = {FIRST: "#c0392b", LATER: "#2c6fbb"}
@@ -54,6 +61,17 @@ PICTURES = 4
 SHIFTED = "without, positions from 1"
 SHOWN = {"encoder": ("without", "with", SHIFTED), "decoder": ("without",)}
 """Views that get a line of pictures, beside the one the tokenizer gives."""
+COLUMNS = {
+    "layer": "layer",
+    "n": "n",
+    "d_first": "D(F)",
+    "d_subsequent": "D(S)",
+    "silhouette": "silhouette",
+    "cosine_of_means": "cos of means",
+    "probe_accuracy": "probe",
+    "probe_chance": "chance",
+}
+TWOFOLD, TENFOLD, HALF = 2.0, 10.0, 0.5
 
 
 def views(model: Model) -> Iterator[tuple[str, Model]]:
@@ -91,7 +109,7 @@ def read(model: Model, cases: CaseSelection, seed: int) -> dict[str, torch.Tenso
     return {name: keys.values for name, keys in found.items()}
 
 
-def measure(keys: dict[str, torch.Tensor], layer: int, seed: int) -> dict[str, Any]:
+def compare(keys: dict[str, torch.Tensor], layer: int, seed: int) -> dict[str, Any]:
     first, later = keys[FIRST][layer], keys[LATER][layer]
     row: dict[str, Any] = {
         **asdict(separation(normalise(first), normalise(later), seed=seed)),
@@ -109,53 +127,53 @@ def pictured(layers: int) -> list[int]:
     return sorted({round(i * (layers - 1) / (PICTURES - 1)) for i in range(PICTURES)})
 
 
-def main() -> None:
-    start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         default="minilm-l6-v2",
         help="an encoder, or an encoder-decoder (t5-3b), whose encoder is read "
         "(default: %(default)s)",
     )
-    with progress_bar() as progress:
-        options = parse_script(parser, progress)
-        args = options.args
-        encoder = load(args.encoder, dtype=args.dtype, device=args.device)
-        if encoder.can_be_edited:
-            raise BadInputError(f"{args.encoder} is a decoder; give an encoder to --encoder")
-        cases = all_listed_cases(options)
-        models = {"encoder": encoder, "decoder": options.study.model}
-        rows, panels, captions = collect(models, cases, options.seed, progress)
-    columns = ["layer", "n", "d_first", "d_subsequent", "silhouette", "cosine_of_means"]
-    columns += ["probe_accuracy", "probe_chance"]
-    lines = [
-        [f"{row['kind']}, {named(row['bos'])}", *(row[column] for column in columns)]
-        for row in rows
-        if row["layer"] in pictured(models[row["kind"]].n_layers)
-    ]
-    stem = options.out / Path(__file__).stem
-    publish(
-        stem,
-        title=f"Figure 6. First tokens of {encoder.label} and of {options.study.model.label}",
-        columns=["", "layer", "n", "D(F)", "D(S)", "silhouette", "cos of means", "probe", "chance"],
-        lines=lines,
-        rows=rows,
-        provenance=options.provenance()
-        | {"encoder": {"name": encoder.label, "source": encoder.source}}
-        | {"encoder_fingerprint": encoder.fingerprint, "scale": "norm 1"}
-        | {"case_ids": {"collapse": [fact.case_id for fact in cases.collapse]}}
-        | {"seconds": round(time.perf_counter() - start, 1)},
-    )
+
+
+def measure(options: ScriptOptions, progress: Progress) -> Found:
+    args = options.args
+    encoder = load(args.encoder, dtype=args.dtype, device=args.device)
+    if encoder.can_be_edited:
+        raise BadInputError(f"{args.encoder} is a decoder; give an encoder to --encoder")
+    cases = all_listed_cases(options)
+    models = {"encoder": encoder, "decoder": options.study.model}
+    rows, panels, captions = collect(models, cases, options.seed, progress)
+    notes: list[str] = []
     for kind, bos in dict.fromkeys((row["kind"], row["bos"]) for row in rows):
         own = [row for row in rows if (row["kind"], row["bos"]) == (kind, bos)]
         least = min(own, key=lambda row: row["d_first"] / row["d_subsequent"])
         ratio = least["d_first"] / least["d_subsequent"]
-        show(
+        notes.append(
             f"{kind}, {named(bos)}: D(F) / D(S) is smallest at layer {least['layer']}, {ratio:.3g}."
         )
-    show("The paper prints no numbers here; its pictures of T5-3B's encoder show one cloud.")
-    plot(stem, rows, panels, captions)
+    return Found(
+        title=f"Figure 6. First tokens of {encoder.label} and of {options.study.model.label}",
+        columns=["", *COLUMNS.values()],
+        lines=[
+            [f"{row['kind']}, {named(row['bos'])}", *(row[column] for column in COLUMNS)]
+            for row in rows
+            if row["layer"] in pictured(models[row["kind"]].n_layers)
+        ],
+        rows=rows,
+        provenance={
+            "encoder": {"name": encoder.label, "source": encoder.source},
+            "encoder_fingerprint": encoder.fingerprint,
+            "scale": "norm 1",
+            "case_ids": {"collapse": [fact.case_id for fact in cases.collapse]},
+        },
+        notes=[
+            *notes,
+            "The paper prints no numbers here; its pictures of T5-3B's encoder show one cloud.",
+        ],
+        draw=partial(plot, rows, panels, captions),
+        points=panels,
+    )
 
 
 def collect(
@@ -171,26 +189,20 @@ def collect(
             task = progress.add_task(f"{model.label}, {named(bos)}", total=model.n_layers)
             for layer in range(model.n_layers):
                 head = {"model": model.label, "kind": kind, "bos": bos, "layer": layer}
-                rows.append(head | measure(keys, layer, seed))
+                rows.append(head | compare(keys, layer, seed))
                 wanted = bos in SHOWN[kind] or view.leading_ids == model.leading_ids
                 if wanted and layer in pictured(model.n_layers):
                     groups = {name: normalise(keys[name][layer]) for name in (LATER, FIRST)}
                     title = f"{kind} {model.label}, {named(bos)}, layer {layer}"
                     panels[title] = project(groups)
-                    captions[title] = (
-                        "silhouette {silhouette:.2f}, cosine {cosine_of_means:.2f},\n"
-                        "probe {probe_accuracy:.2f}"
-                    ).format(**rows[-1])
+                    captions[title] = caption(rows[-1], join=",\n")
                 progress.advance(task)
     return rows, panels, captions
 
 
 def plot(
-    stem: Path,
-    rows: list[dict[str, Any]],
-    panels: dict[str, Projection],
-    captions: dict[str, str],
-) -> None:
+    rows: list[dict[str, Any]], panels: dict[str, Projection], captions: dict[str, str]
+) -> Figure:
     pictures: dict[str, dict[str, Projection]] = {}
     for name, panel in panels.items():
         pictures.setdefault(name.rpartition(", layer")[0], {})[name] = panel
@@ -205,13 +217,14 @@ def plot(
             axis.set_title(name.partition(" ")[2].replace(", layer", ",\nlayer"), fontsize=9)
             axis.set_xlabel(captions[name], fontsize=8)
         shown = [row for row in rows if titled(row) == view]
-        curves(line[-1], shown)
+        for column, label, group in (("d_first", "D(F)", FIRST), ("d_subsequent", "D(S)", LATER)):
+            layer_curve(line[-1], shown, column, label=label, color=COLOURS[group])
+        line[-1].set_yscale("log")
         line[-1].set_title("D of Equation 4", fontsize=9)
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 8, "ncols": 2}
         line[0].legend(**below, columnspacing=0.8, handletextpad=0.2)
         line[-1].legend(**below, columnspacing=0.8)
-    save_figure(stem, drawn)
-    save_points(stem.with_name(f"{stem.name}_points.csv"), panels)
+    return drawn
 
 
 def titled(row: dict[str, Any]) -> str:
@@ -219,16 +232,87 @@ def titled(row: dict[str, Any]) -> str:
     return f"{row['kind']} {row['model']}, {named(row['bos'])}"
 
 
-def curves(axis: "Axes", rows: list[dict[str, Any]]) -> None:
-    layers = [row["layer"] for row in rows]
-    for group, colour in (("first", COLOURS[FIRST]), ("subsequent", COLOURS[LATER])):
-        low, high = ([row[f"d_{group}_{end}"] for row in rows] for end in ("low", "high"))
-        label = f"D({group[0].upper()})"
-        axis.plot(layers, [row[f"d_{group}"] for row in rows], color=colour, label=label)
-        axis.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.set_yscale("log")
-    axis.set_xlabel("layer")
+def encoder_has_none(result: Result) -> Verdict:
+    """Figure 6: in a bidirectional encoder first tokens are as others, in every layer."""
+    views = {"without": layers_of(result, kind="encoder", bos="without")}
+    if result.chosen(kind="encoder", bos="with"):
+        views["with"] = layers_of(result, kind="encoder", bos="with")
+    if min(map(len, views.values())) < LEAST:
+        raise GapError(f"{result.script} has too few layers of the encoder; {LEAST} are needed.")
+    shares: list[float] = []
+    notes: list[str] = []
+    for bos, layers in views.items():
+        rows = list(layers.values())
+        alike = [1 / TWOFOLD <= row["ratio"] <= TWOFOLD and not is_apart(row) for row in rows]
+        ratios = [row["ratio"] for row in rows]
+        shares.append(sum(alike) / len(alike))
+        notes.append(
+            f"{sum(alike)} of {len(alike)} {bos} a special token in front (D(F)/D(S) from "
+            f"{fixed(min(ratios))} to {fixed(max(ratios))}, silhouette at most "
+            f"{max(row['silhouette'] for row in rows):.2f})"
+        )
+    lowest = min(row["ratio"] for row in layers_of(result, kind="decoder", bos="without").values())
+    contrast = lowest < 1 / TWOFOLD
+    return grade(
+        min(shares) == 1 and contrast,
+        max(shares) >= HALF,
+        f"Encoder layers in which first and subsequent tokens are alike: {', '.join(notes)}. In "
+        f"the decoder D(F)/D(S) falls to {fixed(lowest)}.",
+    )
+
+
+def encoder_place(result: Result) -> Verdict:
+    """An encoder's first token is as others once it does not stand at the special token's place."""
+    ratios: dict[str, list[float]] = {}
+    for bos in ("without", SHIFTED):
+        layers = layers_of(result, kind="encoder", bos=bos)
+        if len(layers) < LEAST:
+            raise GapError(
+                f"{result.script} has {len(layers)} layers of the encoder {bos} BOS; {LEAST} are "
+                "needed."
+            )
+        ratios[bos] = [row["ratio"] for row in layers.values()]
+    before, after = min(ratios["without"]), min(ratios[SHIFTED])
+    if before >= 1 / TWOFOLD:
+        raise GapError(
+            "Without a special token the encoder's first tokens are not concentrated, so there is "
+            "nothing to explain."
+        )
+    return grade(
+        after >= 1 / TWOFOLD,
+        after >= TENFOLD * before,
+        f"Without a special token in front D(F)/D(S) falls to {fixed(before)}; with all position "
+        f"ids one higher, and nothing else changed, it is at least {fixed(after)}.",
+    )
+
+
+CLAIMS = (
+    Claim(
+        id="figure6-encoder",
+        place="Figure 6",
+        sentence="In a bidirectional encoder, whose first token sees the others, first tokens do "
+        "not differ from subsequent ones.",
+        rule=f"In every encoder layer D(F)/D(S) lies between 1/{TWOFOLD:g} and {TWOFOLD:g} and "
+        f"the two groups are not apart ({APART}), while in the decoder D(F)/D(S) falls below "
+        f"1/{TWOFOLD:g} somewhere. First tokens stand in the very first place, as in T5, and also "
+        "behind the encoder's special token, where it has one. Partly: in at least half of the "
+        "layers, in one of the two.",
+        decide=encoder_has_none,
+    ),
+    Claim(
+        id="own-encoder-place",
+        place="beside Figure 6",
+        sentence="What concentrates the first token of an encoder with learned positions is "
+        "position 0, which has always held the special token, and not that it comes first.",
+        rule=f"With all position ids one higher, so that no token stands at position 0, D(F)/D(S) "
+        f"is at least 1/{TWOFOLD:g} in every layer. Partly: its smallest value is at least "
+        f"{TENFOLD:g} times the one without the shift. Not judged where first tokens are not "
+        "concentrated in the first place, or where positions are relative.",
+        decide=encoder_place,
+        own=True,
+    ),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(exit_on_error(main))
+    raise SystemExit(run(__file__, __doc__, measure, claims=CLAIMS, add_options=add_options))

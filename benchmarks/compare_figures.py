@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from firsttok.console import print_table
 from firsttok.evaluation import COLLAPSE_THRESHOLD
-from firsttok.output import print_table
 
 __all__ = ["main"]
 

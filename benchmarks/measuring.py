@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from firsttok.engine.products import linear
 from firsttok.models import Model
-from firsttok.models.products import linear
 from firsttok.provenance import versions
 
 __all__ = [

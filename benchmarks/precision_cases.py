@@ -11,10 +11,10 @@ from typing import Any
 from measuring import Extras, Plan, Side, Table
 from setting import REPOSITORY, Setting
 
-from firsttok.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.data import builtin_facts, builtin_sentences
 from firsttok.editing import C_ROME, ROME, Edit, compute_edits
 from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
+from firsttok.paper.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
 __all__ = ["bfloat16"]

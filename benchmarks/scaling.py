@@ -17,11 +17,10 @@ from typing import Any
 
 from setting import Amounts, Setting
 
-from firsttok.console import exit_on_error, progress_bar
+from firsttok.console import exit_on_error, print_table, progress_bar
 from firsttok.data import builtin_sentences
 from firsttok.editing import ROME
 from firsttok.measuring import Plan
-from firsttok.output import print_table
 from firsttok.storage import write_json
 from firsttok.study import Study
 from firsttok.sweep import chunks_of

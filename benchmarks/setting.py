@@ -8,9 +8,8 @@ import torch
 from naive import NaiveModel, naive_inverse, naive_model
 from random_models import SIZES, random_folder
 
-from firsttok.cases import spread_evenly
 from firsttok.contexts import ContextSet, load_contexts
-from firsttok.data import Fact, builtin_facts
+from firsttok.data import Fact, builtin_facts, spread_evenly
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, find_spec, load
 from firsttok.prompts import fact_prompt, with_target

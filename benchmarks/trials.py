@@ -17,8 +17,8 @@ import torch
 import transformers
 
 import firsttok as ft
+from firsttok.engine.products import fast_products, linear
 from firsttok.models import embedded_folder
-from firsttok.models.products import fast_products, linear
 
 __all__ = ["main"]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+from firsttok.display import Table, cell_text
 from firsttok.errors import OutputError, sentence_of
 from firsttok.escapes import as_json, printable
 
@@ -26,10 +27,10 @@ __all__ = [
     "exit_on_error",
     "note",
     "own_bar",
+    "print_table",
     "progress_bar",
     "show",
     "show_json",
-    "show_table",
 ]
 
 _LONGEST = 1500
@@ -57,34 +58,32 @@ def show_json(content: Any) -> None:
     _write(f"{as_json(content, encoding=getattr(sys.stdout, 'encoding', None) or 'utf-8')}\n")
 
 
-def show_table(
-    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], *, left: Sequence[bool]
-) -> None:
-    """Print a table on standard output.
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on standard output, columns of numbers flush right.
 
     Args:
         title: Its title.
         columns: Names of its columns.
-        lines: Its lines, a text for each column.
-        left: Which columns are flush left; the others are flush right.
+        rows: Its lines; a cell is a text, a number, a truth value or None.
 
     Raises:
         OutputError: If the output cannot be written.
     """
-    from rich.table import Table
+    from rich.table import Table as Drawn
 
-    table = Table(title=printable(title), title_justify="left")
+    drawn = Drawn(title=printable(title), title_justify="left")
+    left = Table(columns=columns, lines=rows).left
     for name, flush in zip(columns, left, strict=True):
-        table.add_column(printable(name), justify="left" if flush else "right")
-    for line in lines:
-        table.add_row(*map(printable, line))
+        drawn.add_column(printable(name), justify="left" if flush else "right")
+    for row in rows:
+        drawn.add_row(*(printable(cell_text(cell)) for cell in row))
     console = _console(errors=False)
     if not console.is_terminal:
         # A narrow table would cut its numbers off.
         console.width = _PIPE_WIDTH
-    with _output_errors(), console.capture() as drawn:
-        console.print(table)
-    _write(drawn.get())
+    with _output_errors(), console.capture() as captured:
+        console.print(drawn)
+    _write(captured.get())
 
 
 def note(text: str) -> None:

@@ -12,8 +12,9 @@ from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
+from firsttok.engine.replay import keys_behind
 from firsttok.errors import NonFiniteError
-from firsttok.models import Model, capture, keys_behind
+from firsttok.models import Model, capture
 from firsttok.prompts import (
     Prompt,
     batches,
@@ -21,7 +22,6 @@ from firsttok.prompts import (
     is_changed,
     pad,
     positions,
-    sees_later,
 )
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
@@ -171,7 +171,7 @@ def keys_at(
     values = torch.empty(
         len(sites), len(prompts), sites[0].d_mlp, dtype=model.wide_dtype, device=model.device
     )
-    causal = model.can_be_edited and not sees_later(model)
+    causal = model.can_be_edited and not model.sees_later
     # In a decoder, nothing behind the token that is read changes its key.
     read = [position + 1 for position in at] if causal else None
     for group in batches(prompts, max_tokens=max_tokens, lengths=read):
@@ -257,7 +257,7 @@ def _behind_beginnings(
         for t in range(templates)
     ]
     cut = max(shared)
-    if len(prompts) == templates or not cut or sees_later(model):
+    if len(prompts) == templates or not cut or model.sees_later:
         return None
     # Nothing behind a read token is run, and beginnings stand below one another.
     aligned = [
@@ -272,7 +272,8 @@ def _behind_beginnings(
     columns = batch.columns(torch.tensor(at))
     if batch.tokens.numel() > 2 * _MAX_TOKENS:
         return None
-    keys = keys_behind(model, batch, layer=layer, cut=cut)
+    with model.running() as bridge:
+        keys = keys_behind(bridge, batch, layer=layer, cut=cut)
     if keys is None:
         return None
     rows = torch.arange(len(prompts), device=columns.device)

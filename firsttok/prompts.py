@@ -13,8 +13,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from firsttok.arguments import taken
-from firsttok.batching import cheapest_split
 from firsttok.data import Fact, Join, Straddle, text_joint
+from firsttok.engine.batching import cheapest_split
+from firsttok.engine.trials import Change, changes_of
 from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
@@ -25,7 +26,7 @@ from firsttok.errors import (
     TemplateError,
     UnsupportedModelError,
 )
-from firsttok.models import Change, Model, changes_of, intervene, refuse_processed, sees_later
+from firsttok.models import Model, refuse_processed
 from firsttok.models.bos import special_ids
 from firsttok.models.encoding import encode, encode_subject
 from firsttok.tensors import TokenBatch
@@ -39,7 +40,6 @@ __all__ = [
     "joined_target",
     "pad",
     "positions",
-    "sees_later",
     "subject_prompt",
     "subject_span",
     "text_prompt",
@@ -255,8 +255,8 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         BadInputError: If there are no prompts, one is longer than the model reads, or an
             intervention of the view returns something else than such a batch.
         UnsupportedModelError: If the view asks for what the model does not do, found out by trial
-            on first use (see :class:`firsttok.models.Trials`), or if TransformerLens has changed
-            the weights.
+            on first use (see :class:`~firsttok.engine.trials.Trials`), or if TransformerLens has
+            changed the weights.
     """
     refuse_processed(model.weights.bridge, model.name)
     if not prompts:
@@ -284,13 +284,7 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
         end = start + len(prompt.token_ids)
         tokens[row, start:end] = torch.tensor(prompt.token_ids)
         mask[row, start:end] = 1
-    batch = TokenBatch(
-        tokens=tokens.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(model.device),
-        starts=torch.tensor(starts, device=model.device),
-    )
-    return intervene(model, batch) if model.interventions else batch
+    return model.batch(tokens, mask)
 
 
 def is_changed(model: Model, prompts: Sequence[Prompt]) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "read_safetensors",
     "read_tensors",
     "read_toml",
+    "save_result",
     "write_json",
     "write_record",
     "write_tensors",
@@ -169,6 +170,27 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     """
     # As it will be read: a tuple comes back as a list, and a number as a key as a text.
     write_json(path, sealed(json.loads(_as_json(dict(content))), path.name))
+
+
+def save_result(stem: Path, record: Mapping[str, Any]) -> None:
+    """Write a result as ``stem.json``, and its rows as ``stem.csv``.
+
+    Args:
+        stem: Path without suffix.
+        record: Title, columns and lines of a table, ``provenance``, and ``rows``: flat, one per
+            observation.
+
+    Raises:
+        CacheError: If a file cannot be written.
+        ValueError: If a number is not finite.
+    """
+    import pandas as pd
+
+    rows = [dict(row) for row in record["rows"]]
+    # JSON first: it refuses NaN, and then there is to be no CSV either.
+    write_record(stem.with_name(f"{stem.name}.json"), {**record, "rows": rows})
+    with atomic_path(stem.with_name(f"{stem.name}.csv")) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]:

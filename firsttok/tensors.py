@@ -47,11 +47,24 @@ class TokenBatch:
     attention_mask: Int[Tensor, "prompt pos"]
     """1 on real tokens, 0 on padding."""
     position_ids: Int[Tensor, "prompt pos"]
-    """Position of each real token counted from the prompt's own first token."""
+    """Position id of each real token; interventions see it counted from the prompt's first one."""
     starts: Int[Tensor, "prompt"]
     """Column of each prompt's first real token."""
     visible: Bool[Tensor, "prompt query key"] | None = None
     """Which columns each token attends to; None leaves it to the model (causal in a decoder)."""
+
+    @classmethod
+    def of(
+        cls, tokens: Int[Tensor, "prompt pos"], mask: Int[Tensor, "prompt pos"] | None = None
+    ) -> "TokenBatch":
+        """Return prompts as they are run without changes; without a mask, all tokens are real."""
+        mask = torch.ones_like(tokens) if mask is None else mask.long()
+        return cls(
+            tokens=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            starts=mask.argmax(1),
+        )
 
     @property
     def device(self) -> torch.device:

@@ -35,19 +35,28 @@ def read_source(name: str) -> Any:
     return notebook
 
 
-def execute(name: str) -> Any:
-    """Run one notebook in its folder; raises what a cell raises."""
+def execute(name: str, kernel: Any = None) -> Any:
+    """Run one notebook in its folder; raises what a cell raises.
+
+    A kernel that is given, by its manager, runs on afterwards.
+    """
     notebook = read_source(name)
-    client = NotebookClient(
+    client_of(notebook, kernel).execute()
+    return strip(notebook)
+
+
+def client_of(notebook: Any, kernel: Any = None) -> NotebookClient:
+    """Return what runs a notebook, in a kernel of its own unless one is given."""
+    given = {} if kernel is None else {"km": kernel}
+    return NotebookClient(
         notebook,
         timeout=TIMEOUT,
         kernel_name="python3",
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
         startup_timeout=TIMEOUT,
+        **given,
     )
-    client.execute()
-    return strip(notebook)
 
 
 def strip(notebook: Any) -> Any:

@@ -132,7 +132,7 @@ assert ft.load_methods(file) == (HALF_ROME,)
 # on it, beside whatever the papers' scripts left there.
 
 # %%
-from firsttok.report import write_reports
+from firsttok.paper.pages import write_reports
 
 run.publish(out / "figures")
 html, markdown = write_reports(out / "figures")

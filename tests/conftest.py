@@ -1,6 +1,7 @@
 """Fixtures; every jaxtyping annotation of firsttok is checked by beartype while the tests run."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("firsttok", "beartype.beartype")
 
+import firsttok.data  # noqa: E402
+
+# The same facts each time, and a second to read under type checks: every module gets this one.
+firsttok.data.builtin_facts = cache(firsttok.data.builtin_facts)
+
 from tiny import TinyFactory, build, load_tiny  # noqa: E402
 
 from firsttok.models import Model, load  # noqa: E402
 
+LONGEST = (
+    *("test_docs_code", "test_notebooks", "test_user_types", "test_golden", "test_scripts"),
+    *("test_naive", "test_identity", "test_sweep", "test_packaging", "test_inspection"),
+    *("test_docs", "test_trials", "test_tracing", "test_kept_files", "test_results"),
+)
+"""Files that take longest. They are begun first, so that nobody waits for one at the end."""
 _THREADS = torch.get_num_threads()
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

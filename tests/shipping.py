@@ -9,10 +9,13 @@ import sysconfig
 import venv
 import zipfile
 from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 # Found by name, since either may be lacking: tomllib is part of Python from 3.11 on.
@@ -42,13 +45,60 @@ def copy_of_tree(folder: Path) -> Path:
     return tree
 
 
-def build(tree: Path, out: Path, *options: str, **environment: str) -> tuple[Path, Path]:
-    """Build the sdist, and from it the wheel; returns both files."""
-    command = [sys.executable, "-m", "build", *options, "--outdir", str(out), str(tree)]
-    run(command, tree, **environment)
+def build(tree: Path, out: Path) -> tuple[Path, Path]:
+    """Build the sdist, and from it the wheel, with what is declared for it; returns both files."""
+    # An environment as pip would make it for the build, out of what is here: that takes no network.
+    builder = borrowing(["build", *PROJECT["build-system"]["requires"]], out / "builder")
+    run([str(builder), "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)], tree)
+    shutil.rmtree(out / "builder")
     (sdist,) = out.glob("*.tar.gz")
     (wheel,) = out.glob("*.whl")
     return sdist, wheel
+
+
+def borrowing(requirements: list[str], folder: Path) -> Path:
+    """Make an environment with these requirements, what they need, and nothing else.
+
+    They are linked from the environment that runs the tests, so that nothing is fetched or copied.
+    Returns its Python.
+    """
+    python = environment(folder)
+    site, here = site_of(python), Path(sysconfig.get_path("purelib"))
+    for name in needed(requirements):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(here / top)
+    return python
+
+
+def needed(requirements: list[str]) -> set[str]:
+    """Names of the distributions that requirements ask for, directly or through others."""
+    found: set[tuple[str, str]] = set()
+    left = [(Requirement(text), "") for text in requirements]
+    while left:
+        asked, extra = left.pop()
+        if asked.marker is not None and not asked.marker.evaluate({"extra": extra}):
+            continue
+        for own in ("", *asked.extras):
+            name = canonicalize_name(asked.name)
+            if (name, own) not in found:
+                found.add((name, own))
+                texts = distribution(name).requires or []
+                left += [(Requirement(text), own) for text in texts]
+    return {name for name, _ in found}
+
+
+def environment(folder: Path) -> Path:
+    """Make an environment without anything in it; returns its Python."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def site_of(python: Path) -> Path:
+    """Where an environment has its packages."""
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run([str(python), "-c", code], python.parent).stdout.strip())
 
 
 def run(command: list[str], folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -68,12 +118,8 @@ def run(command: list[str], folder: Path, **environment: str) -> "subprocess.Com
 
 def installed(wheel: Path, folder: Path) -> Path:
     """Unpack a wheel into an environment that borrows its dependencies; returns its Python."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    shown = run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder
-    )
-    site = Path(shown.stdout.strip())
+    python = environment(folder)
+    site = site_of(python)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     borrowed = sysconfig.get_path("purelib")

@@ -1,9 +1,18 @@
 """Made-up script results, from which a claim's rule comes to a known verdict."""
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
-from firsttok.claims import Status
+from firsttok.paper.claims import Claim, Status
+from firsttok.paper.registry import SCRIPTS
+
+CLAIMS_OF: dict[str, tuple[Claim, ...]] = {
+    name: import_module(f"analyses.{name}").CLAIMS for name in SCRIPTS
+}
+"""The claims that each script's rows decide."""
+CLAIMS = tuple(claim for claims in CLAIMS_OF.values() for claim in claims)
+SCRIPT_OF = {claim.id: name for name, claims in CLAIMS_OF.items() for claim in claims}
 
 Rows = list[dict[str, Any]]
 Given = tuple[Rows, dict[str, Any]]

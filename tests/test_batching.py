@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from firsttok.batching import cheapest_split
+from firsttok.engine.batching import cheapest_split
 
 
 def naive_cost(sizes: list[int], most: int, batch_cost: int) -> int:

@@ -1,5 +1,6 @@
 """Rules: each can come out either way, and agrees with what the paper itself prints."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -8,11 +9,14 @@ from typing import Any
 import pytest
 from synthetic import (
     BY_SCRIPT,
+    CLAIMS,
+    CLAIMS_OF,
     LEARNED,
     NO,
     NOT_JUDGED,
     PARTLY,
     ROTARY,
+    SCRIPT_OF,
     SYNTHETIC,
     YES,
     Rows,
@@ -24,25 +28,18 @@ from synthetic import (
     transfer,
 )
 
-from firsttok.claims import (
-    CLAIMS,
-    Claim,
-    ScriptResult,
-    Status,
-    find_inconsistencies,
-    judge,
-    load_result,
-)
-from firsttok.claims.inconsistencies import fits_count, printed_numbers
-from firsttok.claims.results import LEAST, fixed
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
+from firsttok.paper.claims import LEAST, Claim, Judged, Result, Status, fixed, judge
+from firsttok.paper.inconsistencies import find_inconsistencies, fits_count, printed_numbers
+from firsttok.paper.registry import SCRIPTS
+from firsttok.paper.report import load_result
 
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
 
-def result(claim: Claim, rows: Iterable[Mapping[str, Any]], **provenance: Any) -> ScriptResult:
-    return ScriptResult(script=claim.script, rows=tuple(rows), provenance=provenance)
+def result(claim: Claim, rows: Iterable[Mapping[str, Any]], **provenance: Any) -> Result:
+    return Result(script=SCRIPT_OF[claim.id], rows=tuple(rows), provenance=provenance)
 
 
 def status(name: str, rows: Rows, **provenance: Any) -> Status:
@@ -60,10 +57,8 @@ def test_rule_can_come_out_either_way(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
-def test_missing_rows_are_not_run(claim: Claim) -> None:
+def test_missing_rows_are_not_judged(claim: Claim) -> None:
     rows, provenance = next(given for wanted, given in SYNTHETIC[claim.id] if wanted == YES)
-    assert judge(claim, None).status == Status.NOT_RUN
-    assert f"analyses/{claim.script}.py" in judge(claim, None).reason
     assert judge(claim, result(claim, [], **provenance)).status == NOT_JUDGED
     # Rows of another shape, as an older script might have left them.
     assert judge(claim, result(claim, [{"case_id": 1}] * 5, **provenance)).status == NOT_JUDGED
@@ -124,7 +119,7 @@ def test_too_few_cases_are_not_judged(claim: Claim) -> None:
 
 def test_claims_of_one_script_hold_on_the_same_rows() -> None:
     for claim in CLAIMS:
-        rows, provenance = BY_SCRIPT[claim.script]
+        rows, provenance = BY_SCRIPT[SCRIPT_OF[claim.id]]
         named = provenance | {"model": {"name": "smollm2-135m"}}
         # Concentrated first tokens are what the paper denies for the Llama family, and an encoder
         # without them leaves nothing to explain.
@@ -144,10 +139,8 @@ def test_rows_are_only_read() -> None:
 
 
 def test_claims_are_complete_and_frozen() -> None:
-    from firsttok.scripts import SCRIPTS
-
     assert len(BY_ID) == len(CLAIMS)
-    assert {claim.script for claim in CLAIMS} == set(SCRIPTS)
+    assert all(CLAIMS_OF[name] for name in SCRIPTS)
     places = " ".join(claim.place for claim in CLAIMS)
     for number in range(1, 8):
         assert f"Table {number}" in places
@@ -224,8 +217,9 @@ def test_rules_agree_with_what_the_paper_prints() -> None:
 
 
 def test_own_claims_are_marked_and_come_last() -> None:
-    own = [claim.own for claim in CLAIMS]
-    assert own == sorted(own)
+    for claims in CLAIMS_OF.values():
+        own = [claim.own for claim in claims]
+        assert own == sorted(own)
     assert all(claim.own == claim.id.startswith("own-") for claim in CLAIMS)
 
 
@@ -275,16 +269,28 @@ def test_every_other_percentage_fits_its_cases() -> None:
 
 
 def test_results_are_read_strictly(tmp_path: Path) -> None:
-    assert load_result(tmp_path, "table2_perplexity") is None
+    with pytest.raises(BadInputError, match="table2_perplexity"):
+        load_result(tmp_path, "table2_perplexity")
     path = tmp_path / "table2_perplexity.json"
     path.write_text('{"rows": [{"perplexity": 1.5}], "provenance": {"seed": 0}}', "utf-8")
     read = load_result(tmp_path, "table2_perplexity")
-    assert read is not None
-    assert (read.title, read.columns, read.lines) == ("", (), ())
-    for text in ("[]", '{"rows": 3, "provenance": {}}', '{"rows": [1], "provenance": {}}', "{}"):
+    assert (read.title, read.columns, read.lines, read.claims) == ("", (), (), None)
+    odd = ('[{"id": "x"}]', '[{"status": "maybe"}]', "3", '["id"]')
+    for text in (
+        *("[]", '{"rows": 3, "provenance": {}}', '{"rows": [1], "provenance": {}}', "{}"),
+        *(f'{{"rows": [], "provenance": {{}}, "claims": {claims}}}' for claims in odd),
+    ):
         path.write_text(text, "utf-8")
         with pytest.raises(BadInputError, match="table2_perplexity"):
             load_result(tmp_path, "table2_perplexity")
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_a_verdict_comes_back_from_a_file_as_it_was(claim: Claim) -> None:
+    for _, (rows, provenance) in SYNTHETIC[claim.id]:
+        judged = judge(claim, result(claim, rows, **provenance))
+        assert Judged.of(json.loads(json.dumps(judged.as_dict()))) == judged
+        assert (judged.id, judged.rule, judged.own) == (claim.id, claim.rule, claim.own)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from firsttok.data import Fact
 from firsttok.editing import compute_edits, load_edit
 from firsttok.evaluation import perplexity, target_probabilities
 from firsttok.models import CATALOG, load
-from firsttok.scripts import AFTER, SCRIPTS
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.second_moment import SecondMoment
 
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
@@ -209,8 +209,8 @@ def stub_command(tmp_path: Path, log: Path, stop: Path) -> list[str]:
 
 
 def test_a_script_waits_only_for_earlier_ones() -> None:
-    for name, others in AFTER.items():
-        assert all(SCRIPTS.index(other) < SCRIPTS.index(name) for other in others)
+    for each in EXPERIMENTS:
+        assert all(SCRIPTS.index(other) < SCRIPTS.index(each.name) for other in each.after)
 
 
 @pytest.mark.slow
@@ -225,8 +225,8 @@ def test_reproduce_runs_scripts_side_by_side_but_none_before_what_it_reads(
     assert main(command) == 0
     names = [line.split()[0] for line in log.read_text("utf-8").splitlines()]
     assert sorted(names) == sorted(SCRIPTS)
-    for name, others in AFTER.items():
-        assert all(names.index(other) < names.index(name) for other in others)
+    for each in EXPERIMENTS:
+        assert all(names.index(other) < names.index(each.name) for other in each.after)
     printed = capsys.readouterr().out
     assert all(re.search(rf"^{name} \(\d+ s\)$", printed, re.M) for name in SCRIPTS)
     assert str(tmp_path / "out" / "some-model" / "index.html") in printed

@@ -12,7 +12,7 @@ from firsttok.cli import _parser, main
 from firsttok.config import config_keys, configured, read_config, toml_line
 from firsttok.errors import BadInputError
 from firsttok.options import add_edit_options, add_model_options, add_script_options
-from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 
 # Part of Python from 3.11 on.
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -124,7 +124,7 @@ def test_scripts_take_the_same_file(config: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS[:1], *ALONE])
+@pytest.mark.parametrize("script", [EXPERIMENTS[0].name, EXPERIMENTS[-1].name])
 def test_a_script_refuses_a_damaged_one_before_any_work(script: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_text("layr = 3", "utf-8")

@@ -11,9 +11,10 @@ from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
 from firsttok.editing import ROME, Slot, Value, optimise_values, solve_update
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit
+from firsttok.engine.tail import Tail
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import FactKeys, Keys
-from firsttok.models import Model, Place, Tail, capture_tail
+from firsttok.models import Model, Place, capture_tail
 from firsttok.prompts import pad
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import TokenBatch
@@ -146,7 +147,7 @@ def test_objects_of_the_wrong_shape_or_type_are_refused(call: Callable[[], objec
         lambda model: model.site(0).in_layout(torch.zeros(40)),
         lambda model: optimise(model, torch.zeros(24)),
         lambda model: optimise(model, torch.zeros(1, 1, 24)),
-        lambda model: tail(model).logits(model, torch.ones(5)),
+        lambda model: tail(model).logits(model.bridge, torch.ones(5)),
         lambda model: tail(model).rows(torch.ones(2, 2, dtype=torch.long)),
         lambda model: update(model, torch.zeros(1, 40)),
         lambda model: update(model, torch.zeros(40, dtype=torch.long)),

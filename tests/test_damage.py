@@ -19,10 +19,10 @@ from test_results import grid, save
 from tiny import BARE_ONLY, FACTS, TinyFactory
 
 import firsttok as ft
-from firsttok.cases import load_scan
 from firsttok.cli import main
 from firsttok.contexts import load_contexts
 from firsttok.errors import BadInputError, FirsttokError
+from firsttok.paper.cases import load_scan
 from firsttok.rows import FACT, METRIC_COLUMNS, REPORT
 from firsttok.sweep import read_run
 from firsttok.sweep.query import select

@@ -7,8 +7,10 @@ import shlex
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ import yaml
 from markdown_it import MarkdownIt
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
+import firsttok.contexts
 import firsttok.models
+import firsttok.second_moment
 from firsttok.cli import _parser, main
-from firsttok.data import load_facts
+from firsttok.contexts import ContextSet
+from firsttok.data import builtin_sentences, load_facts
 from firsttok.editing import load_methods
+from firsttok.evaluation import continuation
+from firsttok.models import BosPolicy, Model
 from firsttok.storage import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +214,11 @@ def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages speak of: a model of one's own, and a run that has ended."""
     folder = tmp_path_factory.mktemp("furniture")
     build("gpt2", folder / "my-model")
+    build("llama", folder / "embedded")
+    config = folder / "embedded" / "config.json"
+    # The built-in sentences are longer than a tiny model's window.
+    longer = json.loads(config.read_text("utf-8")) | {"max_position_embeddings": 2048}
+    config.write_text(json.dumps(longer), "utf-8")
     write_json(
         folder / "facts.json", [{**f.as_record(), "case_id": i} for i, f in enumerate(FACTS)]
     )
@@ -229,23 +241,75 @@ def desk(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loade
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def shared_models() -> dict[str, Any]:
-    return {}
+EMBEDDED = "smollm2-135m"
+SCALE = {"contexts": 4, "max_tokens": 20_000, "sentences": 4, "steps": 6, "continued": 2}
+"""How little of everything the pages are run with: a page states no number of its own."""
+TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity", "commands.show")
+"""Modules that take the built-in sentences where none are given."""
+MOMENTS = ("inputs", "exploration", "second_moment")
+"""Modules that take the second moment of the default corpus where none is given."""
+LOADING = ("models", "inputs", "commands.show", "commands.audit")
+"""Modules that load a model by its name."""
+
+
+def patch(patches: pytest.MonkeyPatch, modules: Sequence[str], name: str, value: Any) -> None:
+    for module in modules:
+        patches.setattr(import_module(f"firsttok.{module}"), name, value)
 
 
 @pytest.fixture
-def loaded(shared_models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model is loaded once for all pages."""
-    load = firsttok.models.load
+def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pages share one embedded model, one second moment and one set of contexts, all small."""
+    plain: dict[str, Callable[..., Any]] = {
+        "load": firsttok.models.load,
+        "moment": firsttok.second_moment.compute_second_moment,
+        "contexts": firsttok.contexts.kept_contexts,
+        "sampled": firsttok.contexts.sample_contexts,
+    }
 
-    def once(name: str = "smollm2-135m", **settings: Any) -> Any:
-        key = f"{Path(name).resolve() if Path(name).is_dir() else name} {settings}"
-        if key not in shared_models:
-            shared_models[key] = load(name, **settings)
-        return shared_models[key]
+    def load(name: str = EMBEDDED, **settings: Any) -> Model:
+        if name != EMBEDDED:
+            return plain["load"](name, **settings)
+        model: Model = request.getfixturevalue("real_model")
+        assert settings.get("dtype", "float32") == "float32"
+        model = model.with_bos(BosPolicy(settings.get("bos", "as_tokenizer")))
+        return replace(model, hyperparameters=replace(model.hyperparameters, steps=SCALE["steps"]))
 
-    monkeypatch.setattr(firsttok.models, "load", once)
+    def moment(model: Model, *, max_tokens: int = SCALE["max_tokens"], **settings: Any) -> Any:
+        return plain["moment"](model, max_tokens=max_tokens, **settings)
+
+    def contexts(model: Model, *seed: int, **settings: Any) -> ContextSet:
+        # Kept on disk by what decides them: the model, the seed and the policy.
+        found = plain["contexts"](model, *seed, **settings)
+        return replace(found, templates=found.templates[: SCALE["contexts"]])
+
+    def sampled(model: Model, *, path: Path | None = None, **settings: Any) -> ContextSet:
+        if path is None:
+            return contexts(model, **settings)
+        # That is how those that are kept are made.
+        return plain["sampled"](model, path=path, **settings)
+
+    texts = builtin_sentences()[: SCALE["sentences"]]
+    patch(monkeypatch, LOADING, "load", load)
+    patch(monkeypatch, MOMENTS, "compute_second_moment", moment)
+    patch(monkeypatch, ("inputs", "exploration"), "kept_contexts", contexts)
+    patch(monkeypatch, ("contexts",), "sample_contexts", sampled)
+    patch(monkeypatch, TEXTS, "builtin_sentences", lambda: texts)
+    shorter = partial(continuation, tokens=SCALE["continued"])
+    patch(monkeypatch, ("exploration",), "continuation", shorter)
+
+
+@pytest.fixture
+def tiny_embedded(desk: Path, furniture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model goes by the embedded one's name, since commands only have to be obeyed."""
+
+    def load(name: str = EMBEDDED, **settings: Any) -> Model:
+        return plain(str(furniture / "embedded") if name == EMBEDDED else name, **settings)
+
+    # An edit that is saved names its model, and of a folder only the last part.
+    (desk / "embedded").symlink_to(furniture / "embedded")
+    plain = firsttok.models.load
+    patch(monkeypatch, LOADING, "load", load)
 
 
 def pages_with_python() -> list[Any]:
@@ -253,7 +317,7 @@ def pages_with_python() -> list[Any]:
     for page in PAGES:
         text = "".join(block.text for block in blocks_of(page) if block.language == "python")
         if text:
-            real = "smollm2-135m" in text
+            real = EMBEDDED in text
             marks = [pytest.mark.real_model, pytest.mark.slow] if real else []
             found.append(pytest.param(page, marks=marks, id=str(page.relative_to(ROOT))))
     return found
@@ -288,20 +352,12 @@ def runnable() -> list[Any]:
     for block, words in FIRSTTOK:
         if kind_of(words) in RUN and not any(HUB in word for word in words):
             blocks.setdefault(block.place, []).append(words)
-    found: list[Any] = []
-    for place, commands in blocks.items():
-        real = any(
-            words[0] in ("edit", "show") or (words[0] == "tokens" and "--model" not in words)
-            for words in commands
-        )
-        marks = [pytest.mark.real_model, pytest.mark.slow] if real else []
-        found.append(pytest.param(commands, marks=marks, id=place))
-    return found
+    return [pytest.param(commands, id=place) for place, commands in blocks.items()]
 
 
 @pytest.mark.parametrize("commands", runnable())
 def test_cheap_commands_run(
-    commands: list[list[str]], desk: Path, capsys: pytest.CaptureFixture[str]
+    commands: list[list[str]], tiny_embedded: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # One may read what another of its block has written.
     for words in commands:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from firsttok.report.view import build_report
+from firsttok.paper.report import build_report
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures" / "smollm2-135m"
@@ -175,7 +175,7 @@ def test_counts_of_the_scan() -> None:
 
 def test_ratios_in_words() -> None:
     report = build_report(FIGURES)
-    reasons = {item.claim.id: item.verdict.reason for item in report.judged}
+    reasons = {judged.id: judged.reason for judged in report.judged}
     (written,) = re.findall(r"denominator is (\d+) times larger on normal cases", README)
     assert f"{written} times smaller by the mean" in reasons["table1-denominator"]
     shares = re.findall(r"(\d+) % (?:of tokens )?for (C-ROME|FC-ROME)", README)

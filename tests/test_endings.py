@@ -194,7 +194,7 @@ def test_output_that_goes_nowhere_and_arguments_that_are_no_text(
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_an_output_of_another_encoding_escapes_what_it_lacks(encoding: str) -> None:
-    code = "show('Zoë 中'); show_table('中', ['é'], [['😀']], left=[True])"
+    code = "show('Zoë 中'); print_table('中', ['é'], [['😀']])"
     shell = f'{sys.executable} -c "from firsttok.console import *; {code}"'
     ended = run(shell, PYTHONIOENCODING=encoding)
     assert ended.returncode == 0

@@ -21,6 +21,7 @@ from tiny import (
 
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME, Edit, Method, compute_edit
+from firsttok.engine.tail import Replay
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -37,7 +38,7 @@ from firsttok.evaluation import (
     top_predictions,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model, Replay, load
+from firsttok.models import BosPolicy, Model, load
 from firsttok.probes import SeesAll
 from firsttok.prompts import fact_prompt, text_prompt, with_target
 from firsttok.second_moment import SecondMoment

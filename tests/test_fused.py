@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import DECODERS, LAYERS, TinyFactory, fact_prompts, relative, sentence_prompts
 
-from firsttok.models import Model, capture, capture_tail, fusibility, logits
-from firsttok.models import tail as tail_module
-from firsttok.models.blocks import block_arguments
-from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, run_packed
-from firsttok.models.fusibility import has_plain_arguments, is_fusible, plain_norm
-from firsttok.models.kernels import rms_norm, rotate
+from firsttok.engine import fusibility
+from firsttok.engine import tail as tail_module
+from firsttok.engine.blocks import block_arguments
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.fused import PackedCall, Packing, run_packed
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible, plain_norm
+from firsttok.engine.kernels import rms_norm, rotate
+from firsttok.models import Model, capture, capture_tail, logits
 from firsttok.prompts import pad, positions
 from firsttok.tensors import TokenBatch
 
@@ -45,10 +46,10 @@ def test_with_a_hook_in_place_nothing_is_fused(tiny: TinyFactory, name: str) -> 
         shapes.append(activation.shape)
 
     where = batch.attention_mask.bool()
-    expected = capture_tail(model, batch, layer=1).logits(model, where)
+    expected = capture_tail(model, batch, layer=1).logits(model.bridge, where)
     with model.bridge.hooks(fwd_hooks=[(f"blocks.2.{name}", look)]):
         assert not is_fusible(blocks_of(model))
-        found = capture_tail(model, batch, layer=1).logits(model, where)
+        found = capture_tail(model, batch, layer=1).logits(model.bridge, where)
     assert is_fusible(blocks_of(model))
     assert shapes
     assert all(shape[0] == len(batch.tokens) for shape in shapes)
@@ -84,11 +85,12 @@ def test_a_packed_pass_is_the_padded_one(tiny: TinyFactory, arch: str) -> None:
     real = batch.attention_mask.bool()
     assert not bool(real.all())
     blocks = blocks_of(model)
-    hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model, batch))
+    hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model.bridge, batch))
     assert has_plain_arguments(blocks, calls)
     packing = Packing(real)
+    call = PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
     with torch.no_grad():
-        states = run_packed(blocks, packing, packing.pack(hidden), calls)
+        states = run_packed(call)
         bridge: Any = model.bridge
         found = bridge.unembed(bridge.ln_final(states))
     assert relative(found, logits(model, batch)[real]) < 1e-5
@@ -118,7 +120,7 @@ def test_the_gradient_is_the_padded_ones(
         change = torch.zeros_like(tail.residual, requires_grad=True)
         where = batch.attention_mask[:, start:].bool()
         with torch.enable_grad():
-            tail.logits(model, where, change).log_softmax(-1)[:, ::7].sum().backward()
+            tail.logits(model.bridge, where, change).log_softmax(-1)[:, ::7].sum().backward()
         assert change.grad is not None
         return change.grad[where]
 

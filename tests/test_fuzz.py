@@ -25,10 +25,10 @@ from published import KNOWEDIT_ZSRE, MQUAKE, QAEDIT, WIKI_RECENT, ZSRE
 from tiny import FACTS, SENTENCES, TinyFactory, build
 
 import firsttok as ft
-from firsttok.cases import load_scan
 from firsttok.cli import main
 from firsttok.data import JOINS
 from firsttok.errors import BadInputError, FirsttokError
+from firsttok.paper.cases import load_scan
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.second_moment import load_second_moment
 

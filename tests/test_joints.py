@@ -16,7 +16,6 @@ from firsttok.cli import main
 from firsttok.data import JOINS, STRADDLES, Fact, builtin_facts, check_facts, load_facts, text_joint
 from firsttok.data.joints import Join
 from firsttok.editing import FC_ROME, ROME, Slot, ValueStore, compute_edits
-from firsttok.efficacy import measure_accuracy
 from firsttok.errors import FactFormatError, TargetTokenError
 from firsttok.evaluation import counterfact_scores, score_targets, target_probabilities
 from firsttok.exploration import observe
@@ -24,6 +23,7 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import Plan, measure_chunk, measure_facts
 from firsttok.models import Model
 from firsttok.options import add_prompt_options
+from firsttok.paper.cases import measure_accuracy
 from firsttok.probes import answered_facts
 from firsttok.prompts import fact_prompt, joined_target, text_prompt, with_target
 from firsttok.second_moment import SecondMoment

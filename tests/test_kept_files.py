@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
-from firsttok.cases import load_scan, save_scan
 from firsttok.contexts import load_contexts, sample_contexts
 from firsttok.data.downloads import _read_state
 from firsttok.data.pulls import _read_record
@@ -23,6 +22,7 @@ from firsttok.editing import ROME, ValueStore, compute_edit, load_edit
 from firsttok.errors import BadInputError, CacheError, DamagedFileError, FirsttokError
 from firsttok.measuring import measure_facts
 from firsttok.models import Model
+from firsttok.paper.cases import load_scan, save_scan
 from firsttok.rows import Row, Shard, read_rows, write_rows
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.storage import (

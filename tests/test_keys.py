@@ -25,11 +25,11 @@ from tiny import (
 )
 
 from firsttok.contexts import ContextSet
+from firsttok.engine import fused as fused_module
 from firsttok.errors import LayerOutOfRangeError, NonFiniteError
 from firsttok.evaluation import perplexity
 from firsttok.keys import capture_keys, fact_keys, keys_at, keys_of_facts
 from firsttok.models import BosPolicy, capture, logits
-from firsttok.models import fused as fused_module
 from firsttok.prompts import PadSide, fact_prompt, pad, positions, text_prompt
 from firsttok.tensors import TokenBatch
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from firsttok.cli import main
-from firsttok.lanes import Job, run_in_lanes
-from firsttok.scripts import AFTER, LANE_ORDER, SCRIPTS
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS, in_lanes
+from firsttok.paper.reproduce import Job, run_in_lanes
 
 ROOT = Path(__file__).parent.parent
 BODY = """
@@ -68,7 +68,7 @@ def test_output_and_exit_code_come_back_and_the_cores_are_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("firsttok.lanes.cores", lambda: 6)
+    monkeypatch.setattr("firsttok.paper.reproduce.cores", lambda: 6)
     text = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit('what is wrong')"
     script = tmp_path / "one.py"
     script.write_text(text, "utf-8")
@@ -186,6 +186,9 @@ def test_a_circle_is_refused() -> None:
 
 
 def test_every_script_has_its_turn_after_those_it_waits_for() -> None:
-    assert sorted(LANE_ORDER) == sorted(SCRIPTS)
-    for name, earlier in AFTER.items():
-        assert all(LANE_ORDER.index(other) < LANE_ORDER.index(name) for other in earlier)
+    order = [each.name for each in in_lanes()]
+    assert sorted(order) == sorted(SCRIPTS)
+    assert len({each.name for each in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert sum(len(each.after) for each in EXPERIMENTS) > 5
+    for each in EXPERIMENTS:
+        assert all(order.index(other) < order.index(each.name) for other in each.after)

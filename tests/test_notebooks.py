@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nbformat
 import pytest
+from nbclient.util import run_sync
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "execute")
@@ -74,11 +76,39 @@ def test_a_path_would_be_seen() -> None:
         assert not PATHS.search(text)
 
 
+SHARED = """
+def share():
+    from functools import partial
+    from firsttok import exploration, models
+    plain, embedded = models.load, models.load("smollm2-135m")
+    models.load = lambda name: embedded if name == "smollm2-135m" else plain(name)
+    exploration.continuation = partial(exploration.continuation, tokens=3)
+share()
+"""
+"""All notebooks share one embedded model, and what follows a prompt is short."""
+FRESH = f"get_ipython().run_line_magic('reset', '-f')\nimport os\nos.chdir({str(FOLDER)!r})"
+"""No notebook has what another one left."""
+
+
+@pytest.fixture(scope="module")
+def kernel(execute: ModuleType) -> Iterator[Any]:
+    """One kernel for all: a start, with the model, takes as long as many a notebook."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SHARED)])
+    client = execute.client_of(notebook)
+    client.owns_km = False
+    client.create_kernel_manager()
+    client.execute()
+    yield client.km
+    run_sync(client.km.shutdown_kernel)(now=True)
+
+
 @pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs(name: str, execute: ModuleType) -> None:
-    notebook = execute.execute(name)
+def test_a_notebook_runs(name: str, execute: ModuleType, kernel: Any) -> None:
+    fresh = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(FRESH)])
+    execute.client_of(fresh, kernel).execute()
+    notebook = execute.execute(name, kernel)
     assert not PATHS.search(said(notebook))
     # Outputs of the same kind at the same places; numbers may differ in their last digits.
     for fresh, kept in zip(notebook.cells, committed(name).cells, strict=True):

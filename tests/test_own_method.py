@@ -21,8 +21,9 @@ from firsttok.editing import METHODS, SLOTS, Edit, Method, Slot, find_methods, l
 from firsttok.errors import BadInputError
 from firsttok.measuring import Plan
 from firsttok.models import Model
+from firsttok.paper.pages import render_html, write_reports
+from firsttok.paper.report import build_report, result_folders
 from firsttok.prompts import fact_prompt, with_target
-from firsttok.report import build_report, render_html, result_folders, write_reports
 from firsttok.rows import read_rows
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study

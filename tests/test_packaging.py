@@ -3,12 +3,10 @@
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Generator
 from email.message import Message
 from email.parser import Parser
 from importlib.metadata import metadata, packages_distributions, version
@@ -20,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from shipping import PROJECT, ROOT, build, copy_of_tree, pythons, run
+from shipping import PROJECT, ROOT, borrowing, build, copy_of_tree, pythons, run
 from tiny import build as build_model
 
 PACKAGE = ROOT / "firsttok"
@@ -43,7 +41,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Sdist and wheel, by the setuptools that is here: that takes no network."""
     before = files_below(tree)
-    sdist, wheel = build(tree, tmp_path_factory.mktemp("dist"), "--no-isolation")
+    sdist, wheel = build(tree, tmp_path_factory.mktemp("dist"))
     assert before <= files_below(tree)
     return sdist, wheel
 
@@ -267,24 +265,14 @@ def test_the_citation_is_valid(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def clean(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Path]:
-    """The ``bin`` of an environment with the wheel and what it declares; removed afterwards."""
+def clean(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` of an environment with the wheel, what it declares, and nothing else."""
     folder = tmp_path_factory.mktemp("clean")
-    pins = str(tree / "constraints.txt")
-    asked = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
-    asked += ["--retries", "0", "--constraint", pins, "--dest", str(folder), "platformdirs"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        pytest.skip("no package index is reached, so that nothing can be installed")
-    _, wheel = build(tree, folder / "dist", PIP_CONSTRAINT=pins)
-    run([sys.executable, "-m", "venv", str(folder / "venv")], folder)
-    python = str(folder / "venv" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", pins]
-    # As the Makefile does: a looser request fetches gigabytes of CUDA on some machines.
-    run([*install, f"torch=={version('torch').partition('+')[0]}"], folder)
-    run([*install, str(wheel)], folder)
-    yield folder / "venv" / "bin"
-    shutil.rmtree(folder)
+    python = borrowing(PROJECT["project"]["dependencies"], folder / "venv")
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--no-index"]
+    # pip itself refuses what the wheel's own metadata asks for and does not find there.
+    run([*install, str(built[1])], folder)
+    return python.parent
 
 
 EVERY_MODULE = """

@@ -18,13 +18,12 @@ from test_report import leave
 from tiny import FACTS, SENTENCES, build
 
 from firsttok.cli import main
-from firsttok.console import exit_on_error, note, progress_bar, show, show_json
+from firsttok.console import exit_on_error, note, print_table, progress_bar, show, show_json
 from firsttok.display import Note, Panel, Part, Plot, Strip, Table
 from firsttok.errors import BadInputError
 from firsttok.escapes import as_html, as_json, printable
-from firsttok.output import print_table
-from firsttok.plots import figure, plain, save_figure
-from firsttok.report import write_reports
+from firsttok.paper.figures import figure, plain, save_figure
+from firsttok.paper.pages import write_reports
 from firsttok.svg import line_plot
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +167,9 @@ def test_only_one_module_prints() -> None:
                 written = stream in ("sys.stdout", "sys.stderr")
                 rich = isinstance(node, ast.ImportFrom) and (node.module or "") == "rich.console"
                 # A lane sends the output of a script to a file; sinks flush before a pipe.
-                prints = named or rich or (written and path.name not in ("lanes.py", "sinks.py"))
+                prints = (
+                    named or rich or (written and path.name not in ("reproduce.py", "sinks.py"))
+                )
                 assert not prints, f"{path.name}, line {getattr(node, 'lineno', 0)} prints"
 
 

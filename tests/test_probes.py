@@ -340,11 +340,13 @@ def test_a_source_that_leaves_the_anchor_shares_the_value(
     study = study_of(without_bos(tiny, "llama"), tmp_path)
     first = FACTS[0]
     (usual,) = study.edits([first], [ROME])
-    (kept,) = study.store.folder.iterdir()
+    assert study.store is not None
+    folder = study.store.folder
+    (kept,) = folder.iterdir()
     for swap, shared in ((SECOND2FIRST, True), (SeesAll(position=0), False)):
         source = IntervenedKeys(name="changed", interventions=(swap,))
         (found,) = study.varied(key_source=source).edits([first], [ROME])
-        assert (len(list(study.store.folder.iterdir())) == 1) == shared
+        assert (len(list(folder.iterdir())) == 1) == shared
         assert (found[1]["rome"].losses == usual[1]["rome"].losses) == shared
         # The keys are the source's own all the same.
         assert found[1]["rome"].report != usual[1]["rome"].report

@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from firsttok.engine import products
+from firsttok.engine.products import fast_products, linear, linear_into
+from firsttok.engine.replay import keys_behind
+from firsttok.engine.tail import Replay
 from firsttok.evaluation import sample_continuations
-from firsttok.models import Model, Replay, capture, capture_tail, keys_behind, logits, products
-from firsttok.models.products import fast_products, linear, linear_into
+from firsttok.models import Model, capture, capture_tail, logits
 from firsttok.prompts import pad
 
 CPU = torch.device("cpu")
@@ -243,7 +246,7 @@ def passes(model: Model) -> dict[str, Callable[[], Any]]:
     )
     for mode in {model.replay, Replay.FROM, Replay.WHOLE}:
         tail = capture_tail(model, batch, layer=0, replay=mode)
-        found[f"replay, {mode.value}"] = lambda tail=tail: tail.logits(model, ones)
+        found[f"replay, {mode.value}"] = lambda tail=tail: tail.logits(model.bridge, ones)
     found["a cut"] = lambda: capture_tail(model, batch, layer=0, cut=2)
     found["generation"] = lambda: sample_continuations(model, "The key", count=2, tokens=2)
     return found
@@ -270,7 +273,7 @@ def test_keys_behind_a_shared_beginning_take_it(
 ) -> None:
     model = tiny("llama")
     batch = pad(model, sentence_prompts(model))
-    assert keys_behind(model, batch, layer=1, cut=2) is not None
+    assert keys_behind(model.bridge, batch, layer=1, cut=2) is not None
     assert len(calls) >= 8
 
 
@@ -287,7 +290,7 @@ def test_a_replay_and_its_gradient_are_the_plain_ones(
         change = torch.zeros_like(tail.residual).requires_grad_()
         with torch.backends.mkldnn.flags(enabled=enabled):
             calls.clear()
-            output = tail.logits(model, where, change)
+            output = tail.logits(model.bridge, where, change)
             assert bool(calls) == enabled
             calls.clear()
             found += torch.autograd.grad(output.log_softmax(-1)[:, 7].sum(), change)

@@ -3,14 +3,26 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import DECODERS, FACTS, TinyFactory, fact_prompts, sentence_prompts
+from tiny import (
+    CONTEXTS,
+    DECODERS,
+    FACTS,
+    TinyFactory,
+    build,
+    fact_prompts,
+    load_tiny,
+    sentence_prompts,
+)
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 from firsttok.data import Fact
+from firsttok.editing import ROME, compute_edits
 from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
@@ -21,7 +33,10 @@ from firsttok.errors import (
     TargetTokenError,
     TemplateError,
 )
+from firsttok.evaluation import target_probabilities
+from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model
+from firsttok.probes import SeesAll
 from firsttok.prompts import (
     Prompt,
     batches,
@@ -33,6 +48,7 @@ from firsttok.prompts import (
     text_prompt,
     with_target,
 )
+from firsttok.second_moment import SecondMoment
 from firsttok.token_strips import show_tokens
 
 
@@ -335,3 +351,50 @@ def test_padding_at_the_subject_needs_a_subject(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     with pytest.raises(BadInputError, match="no subject position"):
         pad(model, sentence_prompts(model), side="subject")
+
+
+def test_a_text_is_tokenised_once_in_each_state_of_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", tmp_path / "model")
+    model = load_tiny(tmp_path / "model")
+    tokenizer: Any = model.tokenizer
+    asked: list[tuple[str, bool]] = []
+    usual = type(tokenizer).__call__
+
+    def count(self: Any, text: str, *, add_special_tokens: bool = True, **options: Any) -> Any:
+        asked.append((text, add_special_tokens))
+        return usual(self, text, add_special_tokens=add_special_tokens, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", count)
+    moment = SecondMoment.identity(model.site(1).d_mlp)
+    settings = Hyperparameters(steps=1)
+    for _ in range(2):
+        compute_edits(
+            model,
+            FACTS,
+            methods=[ROME],
+            contexts=CONTEXTS,
+            second_moment=moment,
+            layer=1,
+            hyperparameters=settings,
+        )
+        for each in FACTS:
+            target_probabilities(model, each, CONTEXTS)
+            target_probabilities(model.intervened(SeesAll()), each, CONTEXTS)
+    assert len(asked) > len(FACTS) * len(CONTEXTS.templates)
+    assert len(asked) == len(set(asked))
+    first = fact_prompt(model, FACTS[0])
+    asked.clear()
+    assert fact_prompt(model, FACTS[0]) == first
+    assert asked == []
+    for change in (
+        lambda: tokenizer.add_tokens(["England's"]),
+        lambda: tokenizer.add_tokens(["is"], special_tokens=True),
+        lambda: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
+    ):
+        identity = model.identity()
+        change()
+        expected = tokenizer.backend_tokenizer.encode(FACTS[0].prompt, add_special_tokens=False).ids
+        assert text_prompt(model, FACTS[0].prompt).token_ids == (*model.leading_ids, *expected)
+        assert model.identity() != identity

@@ -11,27 +11,28 @@ from typing import Any
 
 import pytest
 from browser import Page, chromium, find_chromium
-from synthetic import BY_SCRIPT
+from synthetic import BY_SCRIPT, CLAIMS, CLAIMS_OF
 
-from firsttok.claims import CLAIMS, Status, find_inconsistencies
 from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.errors import BadInputError
-from firsttok.output import publish
-from firsttok.plots import figure, save_figure
-from firsttok.report import (
-    build_report,
-    render_html,
-    render_markdown,
-    result_folders,
-    write_reports,
-)
-from firsttok.report.view import HEADINGS
-from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.paper.claims import Result, Status, judge
+from firsttok.paper.figures import figure, save_figure
+from firsttok.paper.inconsistencies import find_inconsistencies
+from firsttok.paper.pages import render_html, render_markdown, write_reports
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.report import build_report, result_folders
+from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 HOSTILE = '<script>alert("x")</script> | *bold* & "quoted"'
+
+
+def verdicts(name: str, rows: list[dict[str, Any]], **provenance: Any) -> list[dict[str, Any]]:
+    """What a script's file says of its claims."""
+    result = Result(script=name, rows=tuple(rows), provenance=provenance)
+    return [judge(claim, result).as_dict() for claim in CLAIMS_OF[name]]
 
 
 def leave(out: Path, model: str, scripts: tuple[str, ...] = SCRIPTS, **changed: Any) -> Path:
@@ -43,28 +44,30 @@ def leave(out: Path, model: str, scripts: tuple[str, ...] = SCRIPTS, **changed: 
     save_figure(folder / "picture", drawn)
     for name in scripts:
         rows, provenance = BY_SCRIPT[name]
+        provenance = {
+            **provenance,
+            "model": {
+                "name": model,
+                "source": "nowhere",
+                "fingerprint": "f" * 64,
+                "dtype": "float32",
+                "bos": "without",
+                "bos_token_ids": [],
+            },
+            "layer": 15,
+            "seed": 0,
+            "seconds": 12.5,
+            "command": f"python analyses/{name}.py --profile full",
+            "versions": {"python": "3.11.7", "torch": "2.13.0"},
+            **changed,
+        }
         record = {
             "title": f"Title of {name} {HOSTILE}",
             "columns": ["", f"{model}, measured", "paper, gpt2-xl"],
             "lines": [[f"line of {name}", 0.00123, 26084.66], [HOSTILE, None, "24 of 24"]],
+            "claims": verdicts(name, rows, **provenance),
+            "provenance": provenance,
             "rows": rows,
-            "provenance": provenance
-            | {
-                "model": {
-                    "name": model,
-                    "source": "nowhere",
-                    "fingerprint": "f" * 64,
-                    "dtype": "float32",
-                    "bos": "without",
-                    "bos_token_ids": [],
-                },
-                "layer": 15,
-                "seed": 0,
-                "seconds": 12.5,
-                "command": f"python analyses/{name}.py --profile full",
-                "versions": {"python": "3.11.7", "torch": "2.13.0"},
-            }
-            | changed,
         }
         (folder / f"{name}.json").write_text(json.dumps(record), "utf-8")
         for suffix in (".png", ".svg"):
@@ -82,6 +85,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = json.loads(path.read_text("utf-8"))
     for row in record["rows"]:
         row["efficacy"] = 0.95
+    record["claims"] = verdicts("table4_efficacy", record["rows"], **record["provenance"])
     path.write_text(json.dumps(record), "utf-8")
     (out / "quick").mkdir()
     assert len(write_reports(out)) == 4
@@ -137,24 +141,24 @@ def test_every_claim_stands_with_verdict_rule_and_reason(out: Path, page: Parsed
     assert len(report.judged) == len(CLAIMS)
     for item in report.judged:
         special = {"figure8-llama": Status.NOT, "own-encoder-place": Status.NOT_JUDGED}
-        assert item.verdict.status == special.get(item.claim.id, Status.REPRODUCED)
-        assert ids.count(item.claim.id) == 1
-        for text in (item.claim.sentence, item.claim.rule, item.verdict.reason):
+        assert item.status == special.get(item.id, Status.REPRODUCED)
+        assert ids.count(item.id) == 1
+        for text in (item.sentence, item.rule, item.reason):
             assert plain(text) in page.words
         # In the summary, beside other models, in its section, and among what was not judged.
-        places = 3 + (item.verdict.status == Status.NOT_JUDGED)
-        assert page.words.count(plain(item.claim.sentence)) == places
-    paper = sum(not item.claim.own for item in report.judged)
+        places = 3 + (item.status == Status.NOT_JUDGED)
+        assert page.words.count(plain(item.sentence)) == places
+    paper = sum(not item.own for item in report.judged)
     own = len(report.judged) - paper
-    paper_count = f"{paper - 1} reproduced, 0 partly, 1 not reproduced, 0 not judged, 0 not run"
+    paper_count = f"{paper - 1} reproduced, 0 partly, 1 not reproduced, 0 not judged"
     assert paper_count in page.words
-    assert f"{own - 1} hold, 0 partly, 0 do not hold, 1 not judged, 0 not run" in page.words
+    assert f"{own - 1} hold, 0 partly, 0 do not hold, 1 not judged" in page.words
     assert paper_count in markdown
 
 
 def test_a_script_run_by_itself_has_a_section_where_it_was_run(tmp_path: Path) -> None:
     folder = leave(tmp_path, "smollm2-135m")
-    (name, heading), *_ = ALONE.items()
+    (name, heading), *_ = ((each.name, each.heading) for each in EXPERIMENTS if each.alone)
     without = {section.script for section in build_report(folder).sections}
     assert name not in without
     record = json.loads((folder / f"{SCRIPTS[0]}.json").read_text("utf-8"))
@@ -170,7 +174,6 @@ def test_a_script_run_by_itself_has_a_section_where_it_was_run(tmp_path: Path) -
 
 def test_every_table_and_picture_is_there(out: Path, page: Parsed) -> None:
     markdown = (out / "smollm2-135m" / "README.md").read_text("utf-8")
-    assert set(HEADINGS) == set(SCRIPTS)
     assert len(page.of("img")) == len(SCRIPTS)
     for name in SCRIPTS:
         assert f"Title of {name}" in page.words
@@ -240,9 +243,9 @@ def test_what_a_script_wrote_is_shown_and_not_obeyed(out: Path, page: Parsed) ->
 def test_models_are_compared(out: Path) -> None:
     page = spaced(out)
     report = build_report(out / "smollm2-135m", result_folders(out))
-    assert list(report.across) == ["smollm2-135m", "gemma3-270m"]
+    assert report.models == ("smollm2-135m", "gemma3-270m")
     # Judged on both, and different; what was run on one only differs in nothing.
-    assert [claim.id for claim in report.differing] == ["table4-efficacy"]
+    assert [each.claim.id for each in report.differing] == ["table4-efficacy"]
     assert "1 claim that was judged on several models came out differently" in page
     other = (out / "gemma3-270m" / "README.md").read_text("utf-8")
     claim = "C-ROME spares the model but hardly writes the new target on collapse cases."
@@ -252,13 +255,21 @@ def test_models_are_compared(out: Path) -> None:
     assert 'id="models"' not in render_html(alone)
 
 
-def test_what_was_not_run_says_why(out: Path) -> None:
+def test_what_was_not_run_says_how_to_run_it(out: Path) -> None:
     text = (out / "gemma3-270m" / "README.md").read_text("utf-8")
     report = build_report(out / "gemma3-270m")
-    open_ones = (Status.NOT_RUN, Status.NOT_JUDGED)
-    missing = [item for item in report.judged if item.verdict.status in open_ones]
-    assert len(missing) == len(CLAIMS) - 4
-    assert r"There is no figure2\_keys.json; run analyses/figure2\_keys.py." in text
+    assert len(report.judged) == 4
+    (section,) = [each for each in report.sections if each.script == "figure2_keys"]
+    command = "python analyses/figure2_keys.py --model gemma3-270m"
+    assert section.result is None
+    assert f"{section.heading}, not run.** Run it with `{command}`." in text
+    assert f"Not run; run it with `{command}`." in text
+    page = (out / "gemma3-270m" / "index.html").read_text("utf-8")
+    assert page.count(f"<code>{command}</code>") == 2
+    # A claim is still told where another model's scripts were run.
+    (row,) = [line for line in text.splitlines() if "where that of normal cases lies" in line]
+    assert "| ○ not run | ✓ reproduced |" in row
+    assert page.count("not run</span>") == len(CLAIMS) - 4
     assert "Models that were not there for Table 3: gpt2-xl." in (
         out / "smollm2-135m" / "README.md"
     ).read_text("utf-8")
@@ -297,10 +308,21 @@ def test_results_of_older_scripts_are_shown_as_far_as_they_go(tmp_path: Path) ->
     rows, provenance = BY_SCRIPT["table4_efficacy"]
     record = {"rows": rows, "provenance": provenance}
     (folder / "table4_efficacy.json").write_text(json.dumps(record), "utf-8")
-    text = render_html(build_report(folder))
+    report = build_report(folder)
+    text, markdown = render_html(report), render_markdown(report)
     Parsed(text)
     assert "holds rows but no table" in text
     assert "<img" not in text
+    assert report.judged == ()
+    said = "This result is of an older version, which kept no verdicts; make it again with "
+    assert f"{said}<code>python analyses/table4_efficacy.py --model llama</code>." in text
+    assert f"{said}`python analyses/table4_efficacy.py --model llama`." in markdown
+    # The command it was made with makes it again.
+    record["provenance"] = {**provenance, "command": "python analyses/table4_efficacy.py --seed 3"}
+    (folder / "table4_efficacy.json").write_text(json.dumps(record), "utf-8")
+    assert f"{said}`python analyses/table4_efficacy.py --seed 3`." in render_markdown(
+        build_report(folder)
+    )
 
 
 def test_large_drawings_go_in_as_png(tmp_path: Path) -> None:
@@ -313,26 +335,41 @@ def test_large_drawings_go_in_as_png(tmp_path: Path) -> None:
     assert "data:image/png" in text
 
 
-def test_publish_prints_and_keeps_the_same_table(
+def test_publish_prints_and_keeps_table_and_verdicts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines: list[list[Any]] = [["first", 0.00123, None], ["second", 26084.66, "2 of 3"]]
     given: dict[str, Any] = {"title": "A table", "columns": ["", "here", "paper, gpt2-xl"]}
-    rows = [{"case_id": 1, "perplexity": 2.5}, {"case_id": 2, "perplexity": 1e9}]
-    publish(tmp_path / "table", **given, lines=lines, rows=rows, provenance={"seed": 0})
+    rows, provenance = BY_SCRIPT["table4_efficacy"]
+    found = Found(**given, lines=lines, rows=rows, provenance={"held_out": 1000})
+    claims = CLAIMS_OF["table4_efficacy"]
+    publish(
+        tmp_path / "table4_efficacy", found, provenance={"seed": 0, **provenance}, claims=claims
+    )
     shown = capsys.readouterr().out
     for word in ("A table", "paper, gpt2-xl", "0.00123", "26,084.66", "2 of 3"):
         assert word in shown
-    record = read_json(tmp_path / "table.json", "results")
-    assert record == given | {"lines": lines, "rows": rows, "provenance": {"seed": 0}}
-    kept = (tmp_path / "table.csv").read_text("utf-8").splitlines()
-    assert kept == ["case_id,perplexity", "1,2.5", "2,1000000000.0"]
+    told = [line for line in shown.splitlines() if line.startswith("reproduced (Table 4): ")]
+    assert [line.partition(": ")[2] for line in told] == [claim.sentence for claim in claims]
+    record = read_json(tmp_path / "table4_efficacy.json", "results")
+    provenance = {"seed": 0, **provenance, "held_out": 1000}
+    judged = verdicts("table4_efficacy", rows, **provenance)
+    assert record == given | {
+        "lines": lines,
+        "claims": judged,
+        "provenance": provenance,
+        "rows": rows,
+    }
+    assert [each["status"] for each in judged] == ["reproduced"] * 2
+    kept = (tmp_path / "table4_efficacy.csv").read_text("utf-8").splitlines()
+    assert kept[0] == ",".join(rows[0])
+    assert len(kept) == len(rows) + 1
 
 
 def test_publish_refuses_what_is_no_number(tmp_path: Path) -> None:
-    rows = [{"perplexity": float("inf")}]
+    found = Found(title="", columns=[], lines=[], rows=[{"perplexity": float("inf")}])
     with pytest.raises(ValueError, match="inf"):
-        publish(tmp_path / "table", title="", columns=[], lines=[], rows=rows, provenance={})
+        publish(tmp_path / "table", found, provenance={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,8 +19,8 @@ from firsttok.cli import main
 from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS
-from firsttok.efficacy import accuracy_line
 from firsttok.errors import BadInputError
+from firsttok.paper.tables import accuracy_line
 from firsttok.rows import DONE, FAILED, Row, table_of, write_rows
 from firsttok.sweep.groups import COLUMNS, method_label
 from firsttok.sweep.results import RunResults, read_run

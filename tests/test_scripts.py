@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import in_a_process, in_this_process
+from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, build
 
-from firsttok.cases import all_listed_cases, load_collapse_ids
-from firsttok.claims import CLAIMS, Claim, judge, load_result
-from firsttok.claims.results import NotJudgedError
+from firsttok.cli import main
 from firsttok.console import progress_bar
 from firsttok.data import Fact, load_facts
 from firsttok.editing import find_method
-from firsttok.script_options import parse_script
-from firsttok.scripts import ALONE, SCRIPTS
+from firsttok.paper.cases import all_listed_cases, load_collapse_ids
+from firsttok.paper.claims import Claim, GapError
+from firsttok.paper.experiment import parse_script
+from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
+from firsttok.paper.report import build_report, load_result
 from firsttok.storage import read_json, write_record
 from firsttok.sweep import read_run
 
@@ -71,8 +74,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(
-    setting: dict[str, Path], *command: str, expected: int = 0, warning: str = ""
-) -> subprocess.CompletedProcess[str]:
+    setting: dict[str, Path],
+    *command: str,
+    expected: int = 0,
+    warning: str = "",
+    as_process: bool = False,
+) -> "subprocess.CompletedProcess[str]":
     options = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
     # The script on the anchor draws contexts of its own; a sweep has a folder of its own.
     left_out = {"contexts"} if "extra_value_anchor" in command[0] else set[str]()
@@ -80,15 +87,9 @@ def run(
     for name in GIVEN:
         if name not in left_out:
             options += [f"--{name}", str(setting[name])]
-    environment = os.environ | {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, *options],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    environment = {"FIRSTTOK_CACHE": str(setting["cache"]), "OMP_NUM_THREADS": "1"}
+    runs = in_a_process if as_process else in_this_process
+    result = runs([*command, *options], environment)
     assert result.returncode == expected, result.stderr
     assert ("warning" in result.stderr.lower()) == bool(warning), result.stderr
     assert warning in " ".join(result.stderr.split())
@@ -110,7 +111,7 @@ def cases(setting: dict[str, Path]) -> Path:
 
 
 def test_every_script_is_known_to_reproduce() -> None:
-    assert {path.stem for path in ANALYSES.glob("*.py")} == {*SCRIPTS, *ALONE}
+    assert {path.stem for path in ANALYSES.glob("*.py")} == {each.name for each in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -118,7 +119,9 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     script = str(ANALYSES / f"{name}.py")
     own = [word for option in OPTIONS.get(name, []) for word in (f"--{option}", setting[option])]
     count = ["--collapse", "3", "--normal", "3"]
-    result = run(setting, script, "--cases", str(cases), *count, *map(str, own))
+    # One of them as a user runs it.
+    process = name == SCRIPTS[0]
+    result = run(setting, script, "--cases", str(cases), *count, *map(str, own), as_process=process)
     stem = setting["out"] / "llama" / name
     for suffix in (".csv", ".json", ".png", ".svg"):
         assert stem.with_suffix(suffix).stat().st_size > 100
@@ -135,22 +138,22 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     assert len(lines) == len(record["rows"]) + 1
     assert record["title"] in " ".join(result.stdout.split())
     assert all(len(line) == len(record["columns"]) for line in record["lines"])
-    for claim in CLAIMS:
-        if claim.script == name:
-            # A verdict may lack cases here, but never a field that the script should have written.
-            reason = reason_of(claim, stem.parent)
-            assert "has no number for" not in reason
-            assert "has no row" not in reason
+    for claim in CLAIMS_OF[name]:
+        # A verdict may lack cases here, but never a field that the script should have written.
+        reason = reason_of(claim, name, stem.parent)
+        assert "has no number for" not in reason
+        assert "has no row" not in reason
+        assert f"not judged ({claim.place}): {claim.sentence}" in " ".join(result.stdout.split())
 
 
-def reason_of(claim: Claim, folder: Path) -> str:
+def reason_of(claim: Claim, name: str, folder: Path) -> str:
     """The rule's own reason, though a random model is not judged."""
-    result = load_result(folder, claim.script)
-    assert result is not None
-    assert "above 1000 itself" in judge(claim, result).reason
+    result = load_result(folder, name)
+    (judged,) = [each for each in result.claims or () if each.id == claim.id]
+    assert "above 1000 itself" in judged.reason
     try:
         return claim.decide(result).reason
-    except NotJudgedError as gap:
+    except GapError as gap:
         return str(gap)
 
 
@@ -182,8 +185,8 @@ def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) ->
 
 def test_contexts_that_a_script_cannot_use_are_refused_before_a_model_is_loaded() -> None:
     script = str(ANALYSES / "extra_value_anchor.py")
-    command = [sys.executable, script, "--model", "no-such-model", "--contexts", "contexts.json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    command = [script, "--model", "no-such-model", "--contexts", "contexts.json"]
+    result = in_this_process(command, {})
     assert result.returncode == 2
     assert "leave --contexts out" in result.stderr
     assert "no-such-model" not in result.stderr
@@ -300,3 +303,49 @@ def test_a_sweep_finds_what_the_tables_show(
                 pytest.approx(row[column], rel=1e-5) if isinstance(value, float) else row[column]
             )
             assert value == wanted, (row["case_id"], column)
+
+
+def test_an_experiment_of_one_s_own_is_one_file(
+    setting: dict[str, Path],
+    cases: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (ROOT / "docs" / "howto" / "new-experiment.md").read_text("utf-8")
+    (source, *_) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(source.splitlines()) < 40
+    script = tmp_path / "analyses" / "edit_size.py"
+    script.parent.mkdir()
+    script.write_text(source, "utf-8")
+    words = ["--second-moment", "identity", "--steps", "3", "--bos", "without"]
+    words += ["--cases", str(cases), "--collapse", "3", "--normal", "3"]
+    for name in GIVEN:
+        words += [f"--{name}", str(tmp_path / "out" if name == "out" else setting[name])]
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    # A random model is none to begin with.
+    monkeypatch.setattr("firsttok.paper.claims.COLLAPSE_THRESHOLD", 1e9)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    folder = tmp_path / "out" / "llama"
+    record = json.loads((folder / "edit_size.json").read_text("utf-8"))
+    (claim,) = record["claims"]
+    assert claim["status"] in ("reproduced", "partly", "not")
+    assert (claim["id"], claim["own"]) == ("own-edit-size", True)
+    assert claim["reason"].startswith("The median norm is ")
+    assert len(record["rows"]) == 6
+    claims = load_result(folder, "edit_size").claims
+    assert claims is not None
+    (judged,) = claims
+    assert f"{judged.label} (in no paper): {claim['sentence']}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(["report", "--out", str(tmp_path / "out")]) == 0
+    report = build_report(folder)
+    assert report.judged == (judged,)
+    assert [each.heading for each in report.sections][-1] == "Norm of ROME's update"
+    markdown = (folder / "README.md").read_text("utf-8")
+    assert f"{judged.label}** (in no paper): {claim['sentence']}" in markdown
+    assert claim["reason"] in markdown
+    assert claim["reason"] in (folder / "index.html").read_text("utf-8")

@@ -14,13 +14,6 @@ from published import PERPLEXITY, PUBLISHED
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build
 
-from firsttok.cases import (
-    choose_cases,
-    load_collapse_ids,
-    load_scan,
-    save_scan,
-    second_token_cases,
-)
 from firsttok.cli import main
 from firsttok.data import Fact, check_facts, load_facts
 from firsttok.editing import ROME, Edit
@@ -29,9 +22,16 @@ from firsttok.evaluation import Perplexity, PreparedTexts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import measure_facts
 from firsttok.models import Model, load
+from firsttok.paper.cases import (
+    choose_cases,
+    load_collapse_ids,
+    load_scan,
+    save_scan,
+    second_token_cases,
+)
+from firsttok.paper.experiment import ScriptOptions
 from firsttok.prompts import fact_prompt
 from firsttok.rows import FAILED, Row
-from firsttok.script_options import ScriptOptions
 from firsttok.second_moment import SecondMoment
 from firsttok.sieve import FailedFact, each_or_reason, reason_against, usable_facts
 from firsttok.storage import write_json

@@ -11,7 +11,6 @@ import torch
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
 
 from firsttok import study as study_module
-from firsttok.cases import load_collapse_ids, measure_selection, save_scan, select_cases
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, METHODS, ROME, Edit, compute_edit
 from firsttok.errors import BadInputError
@@ -19,6 +18,7 @@ from firsttok.evaluation import perplexity
 from firsttok.measuring import measure_facts
 from firsttok.metrics import AccuracyMetric, PerplexityMetric
 from firsttok.models import BosPolicy
+from firsttok.paper.cases import load_collapse_ids, measure_selection, save_scan, select_cases
 from firsttok.probes import SECOND2FIRST, SeesAll
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
@@ -38,6 +38,11 @@ def study(tiny: TinyFactory, tmp_path: Path) -> Study:
         texts=SENTENCES,
         work=tmp_path / "work",
     )
+
+
+def work_of(study: Study) -> Path:
+    assert study.work is not None
+    return study.work
 
 
 def test_rows_are_what_single_calls_give(study: Study) -> None:
@@ -129,7 +134,7 @@ def test_finished_values_are_not_optimised_again(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = measure_facts(study, NUMBERED, [ROME])
-    for path in (study.work / "rows").iterdir():
+    for path in (work_of(study) / "rows").iterdir():
         path.unlink()
 
     def never(*_args: object, **_options: object) -> None:
@@ -142,7 +147,7 @@ def test_finished_values_are_not_optimised_again(
 @pytest.mark.parametrize("content", [b"", b"{", b"PAR1"])
 def test_a_damaged_row_is_measured_again(study: Study, content: bytes) -> None:
     rows = measure_facts(study, NUMBERED[:1], [ROME])
-    (path,) = (study.work / "rows").glob("*.parquet")
+    (path,) = (work_of(study) / "rows").glob("*.parquet")
     path.write_bytes(content)
     again = measure_facts(study, NUMBERED[:1], [ROME])
     assert again == rows
@@ -157,9 +162,9 @@ def test_changed_settings_are_measured_anew(study: Study) -> None:
         replace(study, contexts=replace(CONTEXTS, templates=CONTEXTS.templates[:2])),
         replace(study, second_moment=replace(study.second_moment, corpus_hash="other")),
     ):
-        before = len(list((study.work / "rows").glob("*.parquet")))
+        before = len(list((work_of(study) / "rows").glob("*.parquet")))
         measure_facts(changed, NUMBERED[:1], [ROME])
-        assert len(list((study.work / "rows").glob("*.parquet"))) == before + 1
+        assert len(list((work_of(study) / "rows").glob("*.parquet"))) == before + 1
 
 
 def test_the_model_is_untouched(study: Study) -> None:
@@ -263,7 +268,7 @@ def test_the_original_perplexity_is_measured_once_for_a_work_folder(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.keep_original_perplexity()
-    (kept,) = (study.work / "original").iterdir()
+    (kept,) = (work_of(study) / "original").iterdir()
     calls: list[int] = []
 
     def counted(*args: Any, **settings: Any) -> Any:

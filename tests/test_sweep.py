@@ -3,13 +3,13 @@
 import errno
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
-from tiny import CONTEXTS, DECODERS, FACTS, SENTENCES, TinyFactory, build
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build
 
 from firsttok.cli import main
 from firsttok.data import Fact
@@ -28,7 +28,7 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import Plan, measure_chunk, measure_facts
 from firsttok.models import Model
 from firsttok.rows import DONE, FAILED, Row, Shard, read_rows, shard_paths, write_rows
-from firsttok.second_moment import compute_second_moment
+from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
 from firsttok.sweep import Chunk, DoneChunk, LocalEngine, Share, chunks_of, read_run, sweep
@@ -38,11 +38,17 @@ PLAN = Plan(methods=METHODS)
 NUMBERED = tuple(replace(fact, case_id=10 + index) for index, fact in enumerate(FACTS))
 
 
+@cache
+def moment_of(model: Model) -> SecondMoment:
+    """The same for each test, though each has a cache of its own."""
+    return compute_second_moment(model, layer=1, corpus=SENTENCES * 4)
+
+
 def study_of(model: Model, folder: Path) -> Study:
     return Study(
         model=model,
         contexts=CONTEXTS,
-        second_moment=compute_second_moment(model, layer=1, corpus=SENTENCES * 4),
+        second_moment=moment_of(model),
         layer=1,
         hyperparameters=Hyperparameters(steps=3),
         texts=tuple(SENTENCES),
@@ -68,7 +74,8 @@ def same(one: Sequence[Row], other: Sequence[Row], rel: float) -> None:
                 assert found == value, (row.case_id, name)
 
 
-@pytest.mark.parametrize("arch", DECODERS)
+# One whose blocks run with padding, and two that run without, with norms at other places.
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
 def test_rows_are_those_of_one_edit_at_a_time(
     tiny: TinyFactory, arch: str, tmp_path: Path, own_cache: Path
 ) -> None:
@@ -528,13 +535,15 @@ def test_a_run_that_is_not_there_is_told(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def begun_in(folder: Path) -> int:
+    return len(list(folder.glob("chunk-*")))
+
+
 @pytest.mark.slow
-def test_ten_kills_lose_and_repeat_nothing(
-    command: list[str], tmp_path: Path, own_cache: Path
-) -> None:
+def test_kills_lose_and_repeat_nothing(command: list[str], tmp_path: Path, own_cache: Path) -> None:
     facts = [
         replace(FACTS[index % 5], case_id=index, target_new=f"Rome {index}").as_record()
-        for index in range(200)
+        for index in range(40)
     ]
     write_json(tmp_path / "facts.json", facts)
     command = [
@@ -544,36 +553,34 @@ def test_ten_kills_lose_and_repeat_nothing(
     environment = {**os.environ, "FIRSTTOK_CACHE": str(own_cache), "OMP_NUM_THREADS": "1"}
     run = tmp_path / "run"
     folder = run / "rows" / "model"
-    draw = random.Random(0)
     done = 0
-    for _ in range(10):
+    # Before any row is there; as soon as a file of rows is; in the middle of the work behind it.
+    for file, delay in ((run / "manifest.json", 0.0), (None, 0.0), (None, 0.3)):
         process = subprocess.Popen(
             [sys.executable, "-m", "firsttok.cli", *command],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        # Once it is at work, at a moment of its own.
-        begun = len(list(folder.glob("chunk-*"))) if folder.is_dir() else 0
+        begun = begun_in(folder)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
-            now = len(list(folder.glob("chunk-*"))) if folder.is_dir() else 0
-            if now > begun:
+            if file.is_file() if file else begun_in(folder) > begun:
                 break
             time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.6))
+        time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert process.returncode == -signal.SIGKILL, "it was done before the tenth kill"
+        assert process.returncode == -signal.SIGKILL, "it was done before the last kill"
         # Each of them is whole.
         done = len([Shard.at(path) for path in shard_paths(folder)])
         assert done >= begun
-    assert 0 < done < 40
+    assert 0 < done < 8
     torch.set_num_threads(1)
     assert main(command) == 0
     rows = rows_in(folder)
     keys = [(row.case_id, row.method) for row in rows]
-    assert keys == [(case, method) for case in range(200) for method in ("rome", "c-rome")]
+    assert keys == [(case, method) for case in range(40) for method in ("rome", "c-rome")]
     other = [str(tmp_path / "undisturbed") if word == str(run) else word for word in command]
     assert main(other) == 0
     same(rows, rows_in(tmp_path / "undisturbed" / "rows" / "model"), rel=1e-5)

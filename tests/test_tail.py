@@ -20,12 +20,14 @@ from tiny import (
     sentence_prompts,
 )
 
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.replay import find_replay
+from firsttok.engine.tail import Replay
 from firsttok.errors import LayerOutOfRangeError, UnsupportedModelError
 from firsttok.evaluation import score_edits
 from firsttok.exploration import prepare_study
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model, Replay, capture_tail, find_replay, load, logits
-from firsttok.models.forward import call_arguments
+from firsttok.models import BosPolicy, Model, capture_tail, load, logits
 from firsttok.probes import SeesAll
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, with_target
 from firsttok.second_moment import SecondMoment
@@ -52,7 +54,7 @@ def test_replay_equals_the_full_pass(tiny: TinyFactory, arch: str, layer: int) -
     batch = pad(model, sentence_prompts(model))
     where = batch.attention_mask.bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=layer).logits(model, where)
+        found = capture_tail(model, batch, layer=layer).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[where]) < 1e-5
 
 
@@ -65,7 +67,7 @@ def test_replay_behind_a_cut_equals_the_full_pass(tiny: TinyFactory, arch: str, 
     assert int(batch.starts.max()) in (cut, cut - len(model.leading_ids))
     where = batch.attention_mask[:, cut:].bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=layer, cut=cut).logits(model, where)
+        found = capture_tail(model, batch, layer=layer, cut=cut).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[:, cut:][where]) < 1e-5
 
 
@@ -82,7 +84,7 @@ def test_replay_of_some_rows_equals_the_full_pass(
     where = batch.attention_mask[rows, cut:].bool()
     with torch.no_grad():
         tail = capture_tail(model, batch, layer=1, cut=cut)
-        found = tail.rows(rows).logits(model, where)
+        found = tail.rows(rows).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[rows, cut:][where]) < 1e-5
 
 
@@ -97,7 +99,7 @@ def test_rows_are_told_from_columns_when_there_are_as_many(tiny: TinyFactory, ar
     rows = torch.tensor([1, 4, 2])
     where = batch.attention_mask[rows].bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=1).rows(rows).logits(model, where)
+        found = capture_tail(model, batch, layer=1).rows(rows).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[rows][where]) < 1e-5
 
 
@@ -108,7 +110,7 @@ def test_a_tail_of_one_row_can_be_narrowed(tiny: TinyFactory, arch: str) -> None
     rows = torch.tensor([0])
     where = batch.attention_mask.bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=2).rows(rows).logits(model, where)
+        found = capture_tail(model, batch, layer=2).rows(rows).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[where]) < 1e-5
 
 
@@ -129,15 +131,15 @@ def test_replay_follows_a_hook_at_the_cut(tiny: TinyFactory, arch: str, layer: i
     bridge: Any = model.bridge
     with torch.no_grad():
         full = bridge.run_with_hooks(
-            batch.tokens, fwd_hooks=[(site.value_hook, add)], **call_arguments(model, batch)
+            batch.tokens, fwd_hooks=[(site.value_hook, add)], **call_arguments(model.bridge, batch)
         )[:, cut:][where]
         for replay in SHORTCUTS[arch]:
             tail = capture_tail(model, batch, layer=layer, cut=cut, replay=replay)
             change = torch.zeros_like(tail.residual)
             change[:, 0] = delta
-            found = tail.logits(model, where, change)
+            found = tail.logits(model.bridge, where, change)
             assert relative(found, full) < 1e-5
-            assert relative(tail.logits(model, where), full) > 1e-3
+            assert relative(tail.logits(model.bridge, where), full) > 1e-3
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -152,7 +154,7 @@ def test_a_whole_pass_gives_the_same(tiny: TinyFactory, arch: str) -> None:
         ]
         generator = torch.Generator().manual_seed(0)
         change = torch.randn(found[0].residual.shape, generator=generator)
-        whole, *others = (tail.logits(model, where, change) for tail in found)
+        whole, *others = (tail.logits(model.bridge, where, change) for tail in found)
     assert all(relative(other, whole) < 1e-5 for other in others)
     # At padding, there is no key.
     assert all(torch.allclose(tail.keys[where], found[0].keys[where], atol=1e-5) for tail in found)
@@ -170,7 +172,7 @@ def test_a_rank_one_change_is_that_of_the_weights(tiny: TinyFactory, arch: str) 
     tail = capture_tail(model, batch, layer=1)
     before = site.weight.detach().clone()
     with torch.no_grad():
-        found = tail.logits(model, where, (tail.keys @ left)[..., None] * right)
+        found = tail.logits(model.bridge, where, (tail.keys @ left)[..., None] * right)
         site.weight.add_(site.in_layout(torch.outer(left, right)))
         try:
             expected = logits(model, batch)[where]
@@ -188,11 +190,11 @@ def test_logits_come_in_chunks_of_any_size(tiny: TinyFactory, arch: str) -> None
     with torch.no_grad():
         for replay in Replay:
             tail = capture_tail(model, batch, layer=1, replay=replay)
-            chunks = list(tail.logit_chunks(model, where, size=7))
+            chunks = list(tail.logit_chunks(model.bridge, where, size=7))
             assert {len(chunk) for chunk in chunks[:-1]} == {7}
-            expected = tail.logits(model, where)
+            expected = tail.logits(model.bridge, where)
             assert relative(torch.cat(chunks), expected) < 1e-5
-            again = tail.logit_chunks(model, where, size=7, overwrite=True)
+            again = tail.logit_chunks(model.bridge, where, size=7, overwrite=True)
             assert relative(torch.cat([chunk.clone() for chunk in again]), expected) < 1e-5
 
 
@@ -203,8 +205,8 @@ def test_a_tail_can_be_replayed_again(tiny: TinyFactory, arch: str) -> None:
     where = batch.attention_mask[:, cut:].bool()
     with torch.no_grad():
         tail = capture_tail(model, batch, layer=1, cut=cut)
-        first = tail.logits(model, where)
-        second = tail.logits(model, where)
+        first = tail.logits(model.bridge, where)
+        second = tail.logits(model.bridge, where)
     assert torch.equal(first, second)
 
 
@@ -252,7 +254,7 @@ def test_a_tail_keeps_no_graph(tiny: TinyFactory) -> None:
 def test_a_trial_finds_what_has_to_run_again(tiny: TinyFactory, arch: str, dtype: str) -> None:
     # Gemma has a norm behind the MLP.
     expected = Replay.FROM if arch == "gemma3" else Replay.ABOVE
-    assert find_replay(tiny(arch, dtype)) is expected
+    assert find_replay(tiny(arch, dtype).bridge) is expected
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -263,9 +265,9 @@ def test_the_trial_is_made_once(
     model.weights.findings.pop("replay", None)
     calls: list[object] = []
 
-    def trial(model: Model) -> Replay:
-        calls.append(model)
-        return find_replay(model)
+    def trial(bridge: Any) -> Replay:
+        calls.append(bridge)
+        return find_replay(bridge)
 
     monkeypatch.setattr("firsttok.models.model.find_replay", trial)
     found = model.replay
@@ -286,9 +288,9 @@ def test_a_full_device_is_not_taken_for_an_odd_model(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr("firsttok.models.replay.capture_tail", full)
+    monkeypatch.setattr("firsttok.engine.replay.capture_tail", full)
     with pytest.raises(torch.OutOfMemoryError):
-        find_replay(tiny("llama"))
+        find_replay(tiny("llama").bridge)
 
 
 def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
@@ -306,7 +308,7 @@ def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
 
     monkeypatch.setattr(bridge.original_model, "forward", scaled)
     with caplog.at_level("WARNING"):
-        assert find_replay(model) is Replay.WHOLE
+        assert find_replay(bridge) is Replay.WHOLE
     assert "the logits are others" in caplog.text
     assert "runs the whole model" in caplog.text
 
@@ -318,7 +320,7 @@ def test_a_replay_keeps_to_a_sliding_window(tmp_path: Path) -> None:
     assert batch.tokens.shape[1] > 2 * 8
     where = batch.attention_mask[:, cut:].bool()
     with torch.no_grad():
-        found = capture_tail(model, batch, layer=1, cut=cut).logits(model, where)
+        found = capture_tail(model, batch, layer=1, cut=cut).logits(model.bridge, where)
     assert relative(found, logits(model, batch)[:, cut:][where]) < 1e-5
 
 
@@ -361,7 +363,7 @@ def test_no_fast_path_is_taken_where_all_are_off_and_the_numbers_are_the_same(
         with monkeypatch.context() as patch:
             patch.setenv("FIRSTTOK_PLAIN", "1")
             for module, name in FAST:
-                patch.setattr(import_module(f"firsttok.models.{module}"), name, refuse)
+                patch.setattr(import_module(f"firsttok.engine.{module}"), name, refuse)
             assert model.replay is Replay.WHOLE
             assert model.identity() != identity
             plain = measured(model, tmp_path / arch)

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import in_this_process
 from tiny import (
     BARE_ONLY,
     CONTEXTS,
@@ -40,7 +39,7 @@ from firsttok.errors import (
 )
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model, logits
-from firsttok.plots import effect_map, figure, save_figure
+from firsttok.paper.figures import effect_map, figure, save_figure
 from firsttok.probes import (
     KINDS,
     ROLES,
@@ -698,15 +697,7 @@ def given(folder: Path) -> list[str]:
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"FIRSTTOK_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=300,
-    )
+    return in_this_process(list(words), {"FIRSTTOK_CACHE": str(folder / "cache")})
 
 
 def run_script(setting: dict[str, Path], *own: str) -> subprocess.CompletedProcess[str]:

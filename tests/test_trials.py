@@ -31,11 +31,13 @@ from tiny import (
 
 from firsttok.data import Fact
 from firsttok.editing import ROME, compute_edit
+from firsttok.engine import trials
+from firsttok.engine.trials import Change, Trials, changes_of
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.exploration import prepare_study
 from firsttok.keys import IntervenedKeys, capture_keys, fact_keys, keys_at
-from firsttok.models import BosPolicy, Change, Model, Trials, capture, changes_of, load, logits
+from firsttok.models import BosPolicy, Model, capture, load, logits
 from firsttok.probes import (
     FIRST2SECOND,
     SECOND2FIRST,
@@ -101,8 +103,8 @@ def untried(view: Model) -> Model:
 
     @dataclass(frozen=True, eq=False)
     class Trusting(Trials):
-        def obstacle(self, model: Model, usual: TokenBatch, changed: TokenBatch) -> None:
-            del model, usual, changed
+        def obstacle(self, bridge: Any, usual: TokenBatch, changed: TokenBatch) -> None:
+            del bridge, usual, changed
 
     return replace(view, trials=Trusting())
 
@@ -162,6 +164,7 @@ def test_a_mask_is_obeyed_or_refused(arch: str, change: Intervention, tiny: Tiny
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, *MORE, "roberta"])
 def test_position_ids_are_obeyed_or_refused(arch: str, tiny: TinyFactory) -> None:
     model = without_bos(tiny, arch)
+    plain = plain_model(model)
     for change in MOVES:
         view = model.intervened(change)
         prompt = sentence_prompts(view)[0]
@@ -174,7 +177,6 @@ def test_position_ids_are_obeyed_or_refused(arch: str, tiny: TinyFactory) -> Non
         ids = torch.arange(len(prompt.token_ids)) + model.first_position
         ids[change.of] = change.like + model.first_position
         tokens = alone(prompt)
-        plain = plain_model(model)
         reference = plain(tokens, attention_mask=torch.ones_like(tokens), position_ids=ids[None])
         assert relative(found, reference.logits[0]) < 1e-5
         assert relative(found, logits(model, pad(model, [prompt]))[0]) > 1e-4
@@ -239,7 +241,8 @@ def test_a_window_that_no_configuration_names_is_found(
     assert not breaks_the_law(view, short)
     with pytest.raises(UnsupportedModelError, match="no further back than 4 tokens"):
         pad(view, [prompt])
-    monkeypatch.setattr(Model, "attention_window", None)
+    for module in ("interventions", "trials"):
+        monkeypatch.setattr(f"firsttok.engine.{module}.attention_window", lambda _: None)
     blind = replace(view, trials=Trials())
     count = len(prompt.token_ids)
     with pytest.raises(UnsupportedModelError, match=rf"computes something else on {count} tokens"):
@@ -254,7 +257,7 @@ def test_repeated_ids_that_cut_attention_are_found(
     """Without a mask, transformers takes repeated ids for sequences packed one behind the other."""
     model = replace(without_bos(tiny, "llama"), trials=Trials())
     monkeypatch.setattr(
-        "firsttok.models.trials.call_arguments",
+        "firsttok.engine.trials.call_arguments",
         lambda _, batch: {"position_ids": batch.position_ids, "use_cache": False},
     )
     with pytest.raises(UnsupportedModelError, match=r"other tokens than before if .* ids repeat"):
@@ -275,14 +278,12 @@ def test_a_trial_ends_the_same_in_every_type(arch: str, dtype: str, tiny: TinyFa
 def test_each_kind_of_change_is_tried_once_for_all_views(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from firsttok.models import trials
-
     tried: list[tuple[Change, int]] = []
     usual = trials._tried
 
-    def count(model: Model, change: Change, width: int) -> str | None:
+    def count(bridge: Any, change: Change, width: int) -> str | None:
         tried.append((change, width))
-        return usual(model, change, width)
+        return usual(bridge, change, width)
 
     monkeypatch.setattr(trials, "_tried", count)
     build("llama", tmp_path)

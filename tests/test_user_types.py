@@ -29,7 +29,7 @@ Found = set[tuple[str, int, str]]
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder, away from the checkout: programs, and an environment with the wheel."""
     folder = tmp_path_factory.mktemp("user")
-    _, wheel = build(copy_of_tree(folder), folder / "dist", "--no-isolation")
+    _, wheel = build(copy_of_tree(folder), folder / "dist")
     installed(wheel, folder / "venv")
     for program in PROGRAMS.glob("*.py"):
         shutil.copy(program, folder)

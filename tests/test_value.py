@@ -27,11 +27,12 @@ from tiny import (
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import Slot, Value, ValueStore, optimise_values
+from firsttok.engine.tail import Replay
 from firsttok.errors import BadInputError, HyperparameterError, NonFiniteError
 from firsttok.evaluation import score_targets
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import capture_keys
-from firsttok.models import BosPolicy, Model, Replay, load
+from firsttok.models import BosPolicy, Model, load
 from firsttok.prompts import fact_prompt, with_target
 
 STRONG = Hyperparameters(steps=7, learning_rate=0.5)

@@ -29,12 +29,12 @@ PARTS = {
     "Prompts and contexts": ("prompts", "contexts"),
     "Keys and second moment": ("keys", "second_moment"),
     "Edits": ("editing",),
-    "Evaluation": ("evaluation", "metrics", "efficacy"),
-    "Studies, cases, screening": ("study", "measuring", "rows", "cases", "screening"),
+    "Evaluation": ("evaluation", "metrics"),
+    "Studies, rows, screening": ("study", "measuring", "rows", "screening"),
     "Exploring": ("exploration", "auditing", "inspection", "token_strips", "display", "svg"),
     "Probes": ("probes", "probing"),
     "Sweeps": ("sweep",),
-    "Claims and report": ("claims", "report"),
+    "Papers, claims, report": ("paper",),
     "Errors": ("errors",),
 }
 """Pages of the reference and the parts of the package on them; the last page holds all others."""

@@ -14,12 +14,11 @@ import jinja2
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.pages import Page
 
-from firsttok.claims import CLAIMS, Status, find_inconsistencies
-from firsttok.display import Table
+from firsttok.display import Table, cell_text
 from firsttok.models import CATALOG
-from firsttok.output import cell_text
-from firsttok.report.pages import LABELS
-from firsttok.report.view import Judged, ModelReport, build_report, result_folders
+from firsttok.paper.claims import Status
+from firsttok.paper.inconsistencies import find_inconsistencies
+from firsttok.paper.report import ModelReport, build_report, result_folders
 
 __all__ = ["on_page_markdown"]
 
@@ -123,25 +122,22 @@ def settings() -> str:
 
 def reason(claim: str, model: str = MODEL) -> str:
     """What was measured on a claim, in the words of the rule that judged it."""
-    (found,) = [item for item in _report(model).judged if item.claim.id == claim]
-    if found.verdict.status in (Status.NOT_RUN, Status.NOT_JUDGED):
+    (found,) = [judged for judged in _report(model).judged if judged.id == claim]
+    if found.status == Status.NOT_JUDGED:
         raise LookupError(f"nothing was measured on {claim} for {model}")
-    return found.verdict.reason
+    return found.reason
 
 
 def verdict(claim: str, model: str = MODEL) -> str:
     """The verdict on a claim in one or two words."""
-    (found,) = [item for item in _report(model).judged if item.claim.id == claim]
-    return _mark(found)
+    (found,) = [judged for judged in _report(model).judged if judged.id == claim]
+    return found.label
 
 
 def verdicts(*, own: bool, model: str = MODEL) -> str:
     """All claims of the paper, or of our own, with what was measured."""
-    rows = [
-        [item.claim.place, item.claim.sentence, _mark(item)]
-        for item in _report(model).judged
-        if item.claim.own == own
-    ]
+    found = [judged for judged in _report(model).judged if judged.own == own]
+    rows = [[judged.place, judged.sentence, judged.label] for judged in found]
     return _markdown(["where", "claim", "verdict"], rows)
 
 
@@ -149,13 +145,10 @@ def differing() -> str:
     """Claims that come out differently on the models that have results."""
     report = _report(MODEL)
     rows = [
-        [
-            claim.sentence,
-            *(_mark(verdicts[CLAIMS.index(claim)]) for verdicts in report.across.values()),
-        ]
-        for claim in report.differing
+        [each.claim.sentence, *(found.label if found else "not run" for found in each.found)]
+        for each in report.differing
     ]
-    return _markdown(["claim", *report.across], rows)
+    return _markdown(["claim", *report.models], rows)
 
 
 def inconsistencies(*, numeric: bool) -> str:
@@ -170,10 +163,6 @@ def inconsistencies(*, numeric: bool) -> str:
 @cache
 def _report(model: str) -> ModelReport:
     return build_report(FIGURES / model, result_folders(FIGURES))
-
-
-def _mark(judged: Judged) -> str:
-    return LABELS[judged.verdict.status][judged.claim.own]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from firsttok.console import progress_bar, show
+from firsttok.console import print_table, progress_bar, show
 from firsttok.data import DATA_SETS, is_pulled_data, pull_data, write_facts
 from firsttok.data.records import plain_suffix
 from firsttok.errors import BadInputError
-from firsttok.output import print_table
 
 __all__ = ["run"]
 

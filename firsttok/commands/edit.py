@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from firsttok.console import progress_bar, show, show_json
+from firsttok.console import print_table, progress_bar, show, show_json
 from firsttok.data import Fact
 from firsttok.editing import find_methods, load_edit, shown_components
 from firsttok.errors import BadInputError
@@ -17,7 +17,6 @@ from firsttok.exploration import (
     state_lines,
 )
 from firsttok.inputs import open_study
-from firsttok.output import print_table
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
 from firsttok.study import Study

@@ -11,7 +11,7 @@ from firsttok.inspection import FirstTokens, Inspection, inspect_model, named_ch
 from firsttok.inspection.forecast import DOZEN, choose_facts
 from firsttok.models import BosPolicy
 from firsttok.options import folder_name, model_label
-from firsttok.plots import PALETTE, figure, save_figure
+from firsttok.paper.figures import PALETTE, figure, save_figure
 from firsttok.storage import atomic_path, cache_folder, write_json
 
 __all__ = ["run"]

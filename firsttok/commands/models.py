@@ -2,11 +2,10 @@
 
 import argparse
 
-from firsttok.console import note, show
+from firsttok.console import note, print_table, show
 from firsttok.errors import BadInputError
 from firsttok.models import CATALOG, find_spec, load, pull
 from firsttok.models.location import check_hub_copy
-from firsttok.output import print_table
 
 __all__ = ["run"]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from firsttok.console import show
 from firsttok.options import folder_name
-from firsttok.report import result_folders, write_reports
+from firsttok.paper.pages import write_reports
+from firsttok.paper.report import result_folders
 
 __all__ = ["run"]
 

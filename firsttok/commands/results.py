@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from firsttok.console import show, show_json
+from firsttok.console import print_table, show, show_json
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name
-from firsttok.output import print_table
 from firsttok.storage import atomic_path
 from firsttok.sweep.groups import GroupedRows
 from firsttok.sweep.results import RunResults, read_run
@@ -119,7 +118,7 @@ def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
 
 def _scatter(rows: GroupedRows, stem: Path) -> None:
     # They take seconds to import, and only a figure needs them.
-    from firsttok.plots import PALETTE, figure, plain, save_figure
+    from firsttok.paper.figures import PALETTE, figure, plain, save_figure
 
     drawn, axes = figure(len(rows.methods))
     for axis, method in zip(axes, rows.methods, strict=True):

@@ -3,13 +3,12 @@
 import argparse
 from pathlib import Path
 
-from firsttok.cases import save_scan
-from firsttok.console import progress_bar, show
+from firsttok.console import print_table, progress_bar, show
 from firsttok.editing import ROME
 from firsttok.inputs import fact_file, open_study_of
 from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
-from firsttok.output import print_table
+from firsttok.paper.cases import save_scan
 from firsttok.sieve import FailedFact, warn_of_failures
 
 __all__ = ["run"]

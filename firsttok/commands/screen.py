@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from firsttok.cases import load_scan
-from firsttok.console import progress_bar, show
+from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile, resolve_facts, write_facts
 from firsttok.data.records import plain_suffix
 from firsttok.editing import ROME
@@ -18,12 +17,12 @@ from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, open_study_of
 from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
-from firsttok.output import publish
-from firsttok.plots import figure, save_figure, screen_curves
+from firsttok.paper.cases import load_scan
+from firsttok.paper.figures import figure, save_figure, screen_curves
 from firsttok.rows import Row
 from firsttok.screening import RATIO, Calibration, ScreenRow, calibrate, screen
 from firsttok.sieve import FailedFact, warn_of_failures
-from firsttok.storage import write_json
+from firsttok.storage import save_result, write_json
 from firsttok.study import Study
 
 __all__ = ["run"]
@@ -82,14 +81,12 @@ def run(args: argparse.Namespace) -> None:
         for row in rows
     ]
     stem = out / "screen"
-    publish(
-        stem,
-        title=f"{len(rows)} facts by the size of ROME's denominator",
-        columns=["", "prompt", "|denominator|", "cosine", "norm ratio", "first token", "collapsed"],
-        lines=[_line(row) for row in flat[:SHOWN]],
-        rows=flat,
-        provenance=record,
-    )
+    title = f"{len(rows)} facts by the size of ROME's denominator"
+    columns = ["", "prompt", "|denominator|", "cosine", "norm ratio", "first token", "collapsed"]
+    lines = [_line(row) for row in flat[:SHOWN]]
+    print_table(title, columns, lines)
+    table = {"title": title, "columns": columns, "lines": lines}
+    save_result(stem, {**table, "provenance": record, "rows": flat})
     _describe(found, seconds)
     warn_of_failures(failed)
     if found is not None:

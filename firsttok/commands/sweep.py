@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.console import progress_bar, show
+from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile
 from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
@@ -18,7 +18,6 @@ from firsttok.inputs import fact_file, open_study
 from firsttok.measuring import Plan
 from firsttok.models.location import check_name
 from firsttok.options import folder_name
-from firsttok.output import print_table
 from firsttok.rows import FAILED, Shard, read_rows, shard_paths
 from firsttok.study import Study
 from firsttok.sweep import (

@@ -10,7 +10,7 @@ from firsttok.data.fact_files import (
     load_facts,
     write_facts,
 )
-from firsttok.data.facts import Fact
+from firsttok.data.facts import Fact, spread_evenly
 from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle, text_joint
 from firsttok.data.paper import FALL_OF_ROME, SLIDES, PaperValue, paper_values
 from firsttok.data.pulls import is_pulled_data, pull_data, resolve_facts, resolve_texts
@@ -41,6 +41,7 @@ __all__ = [
     "pull_data",
     "resolve_facts",
     "resolve_texts",
+    "spread_evenly",
     "text_joint",
     "write_facts",
 ]

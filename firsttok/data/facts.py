@@ -2,9 +2,10 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from firsttok.arguments import take_fields
 from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
@@ -12,9 +13,10 @@ from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
 
-__all__ = ["LARGEST", "Fact", "builtin_records"]
+__all__ = ["LARGEST", "Fact", "builtin_records", "spread_evenly"]
 
 logger = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 
 _UNSEEN = "".join(
     chr(code)
@@ -243,3 +245,9 @@ def builtin_records() -> list[Any]:
     text = resources.files("firsttok.data.builtin").joinpath("facts.json").read_text("utf-8")
     records: list[Any] = json.loads(text)
     return records
+
+
+def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:
+    """At most ``count`` items, evenly over a list."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]

@@ -11,19 +11,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from firsttok.batching import BATCH_COST, cheapest_split
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.methods import Slot
+from firsttok.engine.batching import BATCH_COST, cheapest_split
+from firsttok.engine.tail import Replay, Tail
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model, Replay, Tail, capture_tail
+from firsttok.models import Model, capture_tail
 from firsttok.prompts import (
     Prompt,
     fact_prompt,
     pad,
     positions,
-    sees_later,
     subject_prompt,
     with_target,
 )
@@ -200,7 +200,7 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
         targets.append(full.target_ids)
     span = (0, len(fact.subject))
     kl_prompt = subject_prompt(model, f"{fact.subject} is a", span, straddle=fact.straddle)
-    if kl_prompt.subject_position is not None and not sees_later(model):
+    if kl_prompt.subject_position is not None and not model.sees_later:
         # What follows the subject's last token is never read, and cannot be seen from there.
         read = kl_prompt.token_ids[: kl_prompt.subject_position + 1]
         kl_prompt = replace(kl_prompt, token_ids=read)
@@ -268,7 +268,7 @@ def _bytes_of(model: Model, batch: Sequence[_FactRows], layer: int, *, packed: b
 def _cuts(model: Model) -> bool:
     """Whether the tokens before the subject's last one need not run again."""
     # Where a token may see later ones, no column is out of delta's reach.
-    return model.replay is not Replay.WHOLE and not sees_later(model)
+    return model.replay is not Replay.WHOLE and not model.sees_later
 
 
 def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
@@ -380,5 +380,6 @@ def _log_probs(model: Model, problem: _Problem, delta: ValueMatrix) -> Float[Ten
     change = torch.nn.functional.pad(
         delta[problem.row_owner][:, None], (0, 0, problem.subject, behind)
     )
-    logits = problem.tail.logits(model, problem.where, change)
+    with model.running() as bridge:
+        logits = problem.tail.logits(bridge, problem.where, change)
     return logits.to(delta.dtype).log_softmax(-1)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from firsttok.arguments import taken, whole_number
 from firsttok.data import Fact
+from firsttok.engine.products import fast_products, runs_plain
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
-from firsttok.models.products import fast_products
 from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
 
 __all__ = [
@@ -230,8 +230,8 @@ def _last_logits(
 ) -> Float[Tensor, "prompt vocab"]:
     """Logits behind the last token of each row; what the cache holds is not run again."""
     batch = pad(model, [Prompt(text="", token_ids=tuple(row)) for row in rows.tolist()])
-    if model.interventions:
-        # They are made to whole prompts, and may let a token see later ones.
+    if model.interventions or runs_plain():
+        # Interventions are made to whole prompts, and may let a token see later ones.
         return logits(model, batch)[:, -1]
     known = cache.get_seq_length()
     with model.running() as bridge, fast_products(model.device):

@@ -13,9 +13,10 @@ from firsttok.arguments import taken
 from firsttok.data import builtin_sentences
 from firsttok.display import Panel, Shown, Table
 from firsttok.editing import Edit
+from firsttok.engine.tail import Tail
 from firsttok.errors import BadInputError, EditMismatchError
-from firsttok.models import BosPolicy, Model, Tail, capture_tail, logits
-from firsttok.prompts import Prompt, batches, pad, sees_later, text_prompt
+from firsttok.models import BosPolicy, Model, capture_tail, logits
+from firsttok.prompts import Prompt, batches, pad, text_prompt
 
 __all__ = [
     "COLLAPSE_THRESHOLD",
@@ -109,8 +110,9 @@ class _Group:
             tail = tail.rows(torch.arange(len(self.indices), device=model.device).repeat(count))
         change = torch.cat([edit.delta.change(self.tail.keys) for edit in edits])
         where = self.where.repeat(count, 1)
-        chunks = tail.logit_chunks(model, where, change, size=_PLACES, overwrite=True)
-        nll = _nlls(model, chunks, self.labels.repeat(count)).split(len(self.labels))
+        with model.running() as bridge:
+            chunks = tail.logit_chunks(bridge, where, change, size=_PLACES, overwrite=True)
+            nll = _nlls(model, chunks, self.labels.repeat(count)).split(len(self.labels))
         return [_by_sentence(each, self.where, self.indices) for each in nll]
 
 
@@ -228,7 +230,7 @@ def prepare_texts(
         batch = pad(model, [prompts[i] for i in indices])
         where = _scored(batch.attention_mask, skip)
         labels = batch.tokens[:, 1:][where[:, :-1]]
-        if not sees_later(model):
+        if not model.sees_later:
             # Nothing is predicted from a sentence's last token, and no other one sees it.
             read = [replace(prompts[i], token_ids=prompts[i].token_ids[:-1]) for i in indices]
             batch, where = pad(model, read), where[:, :-1]

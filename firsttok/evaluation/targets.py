@@ -115,7 +115,8 @@ def _score_by_tail(
         changes += [edit.delta.change(tail.keys) for edit in edits]
         rows = torch.arange(len(chosen), device=model.device).repeat(count)
         where = _places(batch, chosen).repeat(count, 1)
-        there = tail.rows(rows).logits(model, where, torch.cat(changes))
+        with model.running() as bridge:
+            there = tail.rows(rows).logits(bridge, where, torch.cat(changes))
         found = _scores(model, chosen * count, there)
         for number, each in enumerate(scores):
             start = number * len(chosen)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from rich.progress import Progress
 
-from firsttok.cases import spread_evenly
-from firsttok.data import Fact, builtin_facts
+from firsttok.data import Fact, builtin_facts, spread_evenly
 from firsttok.display import Note, Panel, Shown, Table
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError, NonFiniteError

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from firsttok.models.fusibility import hooks_of
+from firsttok.engine.fusibility import hooks_of
 
 __all__ = ["Baseline", "has_dropout"]
 

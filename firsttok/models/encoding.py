@@ -2,6 +2,7 @@
 
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from firsttok.data import Straddle
@@ -12,6 +13,8 @@ from firsttok.models.model import Model
 __all__ = ["Encoding", "encode", "encode_subject"]
 
 _DROPPED = ("Cc", "Cf", "Me", "Mn")
+_LONGEST = 1000
+"""Characters of the longest text whose tokens are kept: a fact's prompts are asked for again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Encoding:
 
 
 def encode(model: Model, text: str) -> Encoding:
-    """Tokenise a text; special tokens stand where the BOS policy puts them, and nowhere else.
+    """Tokenise a text, once; special tokens stand where the BOS policy puts them, and nowhere else.
 
     A BOS that is written out in the text would be a second one, or one in spite of ``without``.
     Under ``as_tokenizer``, where the tokenizer puts none by itself, a text may begin with one.
@@ -76,6 +79,13 @@ def encode(model: Model, text: str) -> Encoding:
         BadInputError: If it yields no token, or holds half a character.
         SpecialTokenError: If it holds a special token that begins or ends whole texts.
     """
+    if len(text) > _LONGEST:
+        return _encoded(model, text)
+    what = (text, model.bos, model.can_be_edited)
+    return model.texts.get(model.tokenizer, what, partial(_encoded, model, text))
+
+
+def _encoded(model: Model, text: str) -> Encoding:
     tokenizer: Any = model.tokenizer
     try:
         text.encode()

@@ -1,10 +1,10 @@
 """Hashes of a model's parts: its weights, its configuration and its tokenizer."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Shaped
@@ -16,7 +16,18 @@ from firsttok.storage import content_hash
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["HashedWeights", "config_hash", "hash_weights", "tensor_hash", "tokenizer_hash"]
+__all__ = [
+    "HashedWeights",
+    "TokenizerFindings",
+    "config_hash",
+    "hash_weights",
+    "tensor_hash",
+    "tokenizer_hash",
+]
+
+_Found = TypeVar("_Found")
+_MOST = 4096
+"""Findings about a tokenizer that are kept."""
 
 _UNDECIDING = frozenset({"dtype", "torch_dtype", "transformers_version", "use_cache"})
 """Fields of a configuration that change no number, or that are told elsewhere."""
@@ -104,6 +115,38 @@ def tokenizer_hash(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     parts = [tokenizer.backend_tokenizer.to_str(), special, sorted(tokenizer.all_special_ids)]
     return content_hash(parts)
+
+
+class TokenizerFindings:
+    """What was found out about a tokenizer, for as long as it stays as it is."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._kept: tuple[list[Any], dict[Hashable, Any]] = ([], {})
+
+    def get(self, tokenizer: Any, what: Hashable, find: Callable[[], _Found]) -> _Found:
+        """Return a finding, which is made once in each state of a tokenizer.
+
+        A change shows in the special and added tokens, the size of the vocabulary, the chat
+        template or the rules before and behind the vocabulary. What escapes is another vocabulary
+        of the same size.
+
+        Args:
+            tokenizer: The tokenizer.
+            what: What is asked, with everything besides the tokenizer that the answer depends on.
+            find: Finds it.
+        """
+        rules = tokenizer.backend_tokenizer
+        parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
+        special = (tokenizer.special_tokens_map, tokenizer.all_special_ids)
+        added, chat = tokenizer.added_tokens_decoder, tokenizer.chat_template
+        state = [tokenizer, rules, len(tokenizer), special, added, chat, *map(repr, parts)]
+        kept = self._kept
+        if kept[0] != state or len(kept[1]) >= _MOST:
+            self._kept = kept = (state, {})
+        if what not in kept[1]:
+            kept[1][what] = find()
+        return kept[1][what]
 
 
 def _is_finite(weight: Shaped[Tensor, "..."]) -> bool:

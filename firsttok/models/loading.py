@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from firsttok.arguments import taken
+from firsttok.engine.norms import skip_idle_hooks
+from firsttok.engine.traits import find_first_position
 from firsttok.errors import (
     BadInputError,
     CheckpointError,
@@ -22,11 +24,9 @@ from firsttok.models.bos import BosPolicy
 from firsttok.models.catalog import find_spec
 from firsttok.models.disturbance import Baseline
 from firsttok.models.fingerprint import hash_weights, tensor_hash
-from firsttok.models.forward import find_first_position
 from firsttok.models.libraries import collection_paused, quiet_libraries
 from firsttok.models.location import Location, hub_file, hub_trouble, locate, reason_of
 from firsttok.models.model import Model
-from firsttok.models.norms import skip_idle_hooks
 from firsttok.models.plain import EXPORT_RECORD
 from firsttok.models.sites import find_inner_sites, find_sites
 from firsttok.models.weight_files import adapter_trouble, check_config, check_files, check_weights

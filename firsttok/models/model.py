@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,15 @@ from torch import nn
 
 from firsttok.arguments import taken, whole_number
 from firsttok.display import Panel, Shown, Table, short_hash
+from firsttok.engine.blocks import undisturbed
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.fusibility import is_fusible
+from firsttok.engine.interventions import intervene, sees_later
+from firsttok.engine.products import runs_plain
+from firsttok.engine.replay import find_replay
+from firsttok.engine.tail import Replay
+from firsttok.engine.traits import attention_window, is_decoder, position_embedding
+from firsttok.engine.trials import Trials
 from firsttok.errors import (
     BadInputError,
     LayerOutOfRangeError,
@@ -17,18 +27,10 @@ from firsttok.errors import (
     ViewError,
 )
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models.blocks import undisturbed
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
-from firsttok.models.fingerprint import config_hash, tokenizer_hash
-from firsttok.models.forward import call_arguments
-from firsttok.models.fusibility import is_fusible
-from firsttok.models.interventions import intervene
-from firsttok.models.products import runs_plain
-from firsttok.models.replay import find_replay
+from firsttok.models.fingerprint import TokenizerFindings, config_hash, tokenizer_hash
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
-from firsttok.models.tail import Replay
-from firsttok.models.trials import Trials
 from firsttok.models.weights import ContentCache, Standing, WeightEdit, Weights, same_edits
 from firsttok.options import model_label
 from firsttok.provenance import described
@@ -71,6 +73,8 @@ class Model(Shown):
     """Position id of a prompt's first token; 0 for all but RoBERTa."""
     trials: Trials = field(default_factory=Trials)
     """What was found out about how these weights take changes; shared by all views."""
+    texts: TokenizerFindings = field(default_factory=TokenizerFindings)
+    """What the tokenizer makes of texts; shared by all views."""
     written: tuple[str, ...] = ()
     """Titles of edits that the checkpoint already held, as firsttok exported it."""
     own_edits: tuple[WeightEdit, ...] | None = None
@@ -135,9 +139,7 @@ class Model(Shown):
     @property
     def can_be_edited(self) -> bool:
         """Whether this is a decoder whose upper layers can be replayed (see ``capture_tail``)."""
-        parts = ("blocks", "ln_final", "unembed")
-        causal = self.weights.bridge.cfg.attention_dir == "causal" and not self.is_encoder_decoder
-        return causal and all(hasattr(self.weights.bridge, part) for part in parts)
+        return is_decoder(self.weights.bridge)
 
     @property
     def replay(self) -> Replay:
@@ -145,7 +147,7 @@ class Model(Shown):
         found, name = self.weights.findings, "plain replay" if runs_plain() else "replay"
         if name not in found:
             with self.running() as bridge, undisturbed(bridge):
-                found[name] = find_replay(self)
+                found[name] = find_replay(bridge)
         return found[name]
 
     @property
@@ -156,15 +158,17 @@ class Model(Shown):
     @property
     def position_embedding(self) -> str:
         """``learned``, ``rotary`` or another name of TransformerLens's configuration."""
-        kind = str(self.weights.bridge.cfg.positional_embedding_type)
-        return "learned" if kind == "standard" else kind
+        return position_embedding(self.weights.bridge)
 
     @property
     def attention_window(self) -> int | None:
         """How far back a token sees at most in some layers (Mistral, Gemma); None without limit."""
-        config: Any = self.weights.bridge.original_model.config
-        window = getattr(config.get_text_config(), "sliding_window", None)
-        return None if window is None else int(window)
+        return attention_window(self.weights.bridge)
+
+    @property
+    def sees_later(self) -> bool:
+        """Whether this view says itself what tokens attend to, so that one may see later ones."""
+        return sees_later(self.weights.bridge, self.interventions)
 
     @property
     def max_tokens(self) -> int:
@@ -183,7 +187,8 @@ class Model(Shown):
         Raises:
             BadInputError: If a BOS token is asked for and the tokenizer has none.
         """
-        return leading_ids(self.tokenizer, self.bos, self.name)
+        find = partial(leading_ids, self.tokenizer, self.bos, self.name)
+        return self.texts.get(self.tokenizer, ("leading", self.bos), find)
 
     @property
     def trailing_ids(self) -> tuple[int, ...]:
@@ -192,7 +197,9 @@ class Model(Shown):
         They are there under every BOS policy, since that is the text an encoder was trained on. A
         decoder goes on where its prompt ends, and has none.
         """
-        return () if self.can_be_edited else trailing_ids(self.tokenizer)
+        if self.can_be_edited:
+            return ()
+        return self.texts.get(self.tokenizer, "trailing", partial(trailing_ids, self.tokenizer))
 
     def site(
         self, layer: int | None = None, *, stack: str | None = None, port: str = "out"
@@ -404,9 +411,9 @@ class Model(Shown):
         Raises:
             UnsupportedModelError: If the model does not do what an intervention asks for.
         """
-        batch = self._batch(tokens, attention_mask)
+        batch = self.batch(tokens, attention_mask)
         with self.running() as bridge:
-            return bridge.run_with_cache(batch.tokens, **call_arguments(self, batch), **options)
+            return bridge.run_with_cache(batch.tokens, **call_arguments(bridge, batch), **options)
 
     def run_with_hooks(
         self,
@@ -427,13 +434,10 @@ class Model(Shown):
         Raises:
             UnsupportedModelError: If the model does not do what an intervention asks for.
         """
-        batch = self._batch(tokens, attention_mask)
+        batch = self.batch(tokens, attention_mask)
         with self.running() as bridge:
             return bridge.run_with_hooks(
-                batch.tokens,
-                fwd_hooks=list(fwd_hooks),
-                **call_arguments(self, batch),
-                **options,
+                batch.tokens, fwd_hooks=list(fwd_hooks), **call_arguments(bridge, batch), **options
             )
 
     def hooks(
@@ -448,15 +452,26 @@ class Model(Shown):
         """
         return self.weights.bridge.hooks(fwd_hooks=list(fwd_hooks))
 
-    def _batch(self, tokens: Tokens, attention_mask: Tokens | None) -> TokenBatch:
-        mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
-        batch = TokenBatch(
-            tokens=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=(mask.cumsum(1) - 1).clamp_min(0).to(self.device),
-            starts=mask.argmax(1).to(self.device),
-        )
-        return intervene(self, batch) if self.interventions else batch
+    def batch(self, tokens: Tokens, attention_mask: Tokens | None = None) -> TokenBatch:
+        """Return padded prompts as this view runs them, its interventions made.
+
+        Args:
+            tokens: Token ids, those of :attr:`leading_ids` included.
+            attention_mask: 1 on real tokens, 0 on padding; None if all are real.
+
+        Raises:
+            BadInputError: If an intervention returns something else than such a batch.
+            UnsupportedModelError: If the model does not do what an intervention asks for, found out
+                by trial on first use (see :class:`firsttok.engine.trials.Trials`).
+        """
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        batch = TokenBatch.of(tokens.to(self.device), mask)
+        if self.interventions:
+            with self.running() as bridge:
+                batch = intervene(
+                    bridge, batch, self.interventions, trials=self.trials, name=self.name
+                )
+        return replace(batch, position_ids=batch.position_ids + self.first_position)
 
     @taken
     def with_bos(self, bos: BosPolicy) -> "Model":
@@ -519,24 +534,12 @@ class Model(Shown):
     @property
     def record_of_type(self) -> dict[str, str]:
         """What decides, besides the weights, what they compute."""
+        find = partial(tokenizer_hash, self.tokenizer)
         return {
             "config": config_hash(self.weights.bridge.original_model.config),
-            "tokenizer": self._tokenizer_hash,
+            "tokenizer": self.texts.get(self.tokenizer, "hash", find),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-    @property
-    def _tokenizer_hash(self) -> str:
-        tokenizer: Any = self.tokenizer
-        rules = tokenizer.backend_tokenizer
-        parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
-        # Writing out a vocabulary takes long; this tells whether it has to be done again.
-        seen = [id(tokenizer), len(tokenizer), tokenizer.all_special_ids, *map(repr, parts)]
-        known = self.weights.findings.get("tokenizer")
-        if known is None or known[:2] != (tokenizer, seen):
-            known = (tokenizer, seen, tokenizer_hash(tokenizer))
-            self.weights.findings["tokenizer"] = known
-        return known[2]
 
 
 def _is_intervention(change: object) -> bool:

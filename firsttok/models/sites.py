@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from firsttok.engine.traits import some_tokens
 from firsttok.errors import UnsupportedModelError
 from firsttok.tensors import ValueMatrix, WeightInOut
 
@@ -215,9 +216,7 @@ def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:
         return enter
 
     names = [name for site in sites for name in (site.key_hook, site.value_hook)]
-    device = sites[0].weight.device
-    vocabulary = int(bridge.cfg.d_vocab)
-    tokens = (torch.arange(6, device=device)[None] * 7 + 11) % vocabulary
+    tokens = some_tokens(bridge, 1, 6)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         for site in sites:
             mlp: Any = getattr(bridge, site.stack)[site.layer].mlp

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
+from firsttok.engine.forward import call_arguments, logits
+from firsttok.engine.products import fast_products
+from firsttok.engine.tail import Replay, Tail, new_cache
 from firsttok.errors import (
     BadInputError,
     HyperparameterError,
     NonFiniteError,
     UnsupportedModelError,
 )
-from firsttok.models import Model, Replay, Tail, capture, capture_tail, logits
-from firsttok.models.forward import call_arguments
-from firsttok.models.products import fast_products
-from firsttok.models.tail import new_cache
-from firsttok.prompts import Prompt, fact_prompt, pad, sees_later
+from firsttok.models import Model, capture, capture_tail
+from firsttok.prompts import Prompt, fact_prompt, pad
 from firsttok.storage import content_hash
 from firsttok.tensors import TokenBatch
 
@@ -237,8 +237,7 @@ class Runs:
         corrupt = _corrupting(self.corruption, self.fact, self.prompt)
         hooks = [(_EMBEDDING, corrupt), *self._hooks(plans, 0)]
         with self.model.running() as bridge, bridge.hooks(fwd_hooks=hooks):
-            output = logits(self.model, batch)
-        return self._means(output[:, -1])
+            return self._means(logits(bridge, batch)[:, -1])
 
     def in_groups(
         self, plans: Sequence[Plan], *, max_tokens: int
@@ -281,7 +280,7 @@ class Runs:
         where[:, -1] = True
         hooks = self._hooks(plans, cut)
         with self.model.running() as bridge, bridge.hooks(fwd_hooks=hooks):
-            return self._means(tail.logits(self.model, where))
+            return self._means(tail.logits(bridge, where))
 
     def _groups(self, plans: Sequence[Plan], max_tokens: int) -> Iterator[list[int]]:
         """Plans of one position and of neighbouring layers, which have most work in common."""
@@ -335,7 +334,7 @@ def run_corrupted(model: Model, fact: Fact, corruption: Corruption) -> Runs:
         )
     prompt = fact_prompt(model, fact)
     batch = pad(model, [prompt])
-    replays = model.replay is not Replay.WHOLE and not sees_later(model)
+    replays = model.replay is not Replay.WHOLE and not model.sees_later
     both = batch.rows(torch.zeros(1 + corruption.samples, dtype=torch.long, device=model.device))
     layers = range(model.n_layers)
     names = {(kind, layer): _hook_name(model, kind, layer) for kind in KINDS for layer in layers}
@@ -351,13 +350,13 @@ def run_corrupted(model: Model, fact: Fact, corruption: Corruption) -> Runs:
     read = (_EMBEDDING, entry, *names.values())
     hooks += [(name, keep) for name in read]
     cache = new_cache((), 0)
-    arguments = call_arguments(model, both) | ({"past_key_values": cache} if replays else {})
+    kept = {"past_key_values": cache} if replays else {}
     with (
         model.running() as bridge,
         bridge.hooks(fwd_hooks=hooks),
         fast_products(model.device),
     ):
-        output: Tensor = bridge(both.tokens, **arguments)[:, -1]
+        output: Tensor = bridge(both.tokens, **call_arguments(bridge, both), **kept)[:, -1]
     missing = [name for name in read if name not in seen]
     if missing:
         raise UnsupportedModelError(

@@ -13,7 +13,7 @@ from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name
 from firsttok.rows import DONE, FAILED, Row, read_table, row_schema
-from firsttok.storage import content_hash
+from firsttok.storage import content_hash, save_result
 from firsttok.sweep.groups import COLUMNS, GroupedRows
 from firsttok.sweep.manifest import read_manifest
 from firsttok.sweep.query import SECONDS, frame_of, select
@@ -211,8 +211,6 @@ class RunResults(Shown):
             BadInputError: If no model has a row yet.
             CacheError: If a file cannot be written.
         """
-        from firsttok.output import save_result
-
         done = set(self.table["model"].unique().to_pylist())
         if not done:
             raise BadInputError(f"the run in {self.folder} holds no rows yet; sweep first")
@@ -220,17 +218,17 @@ class RunResults(Shown):
         for model in (name for name in self.models if name in done):
             table, entry = self.summary(model), self.manifest["models"][model]
             stem = Path(out) / folder_name(model) / f"sweep_{_plain_name(self.folder)}"
-            save_result(
-                stem,
-                title=table.title,
-                columns=table.columns,
-                lines=[[_finite(cell) for cell in line] for line in table.lines],
-                rows=[
+            record = {
+                "title": table.title,
+                "columns": table.columns,
+                "lines": [[_finite(cell) for cell in line] for line in table.lines],
+                "provenance": {**entry, "methods": self.manifest["methods"]},
+                "rows": [
                     {name: _finite(value) for name, value in row.items()}
                     for row in self.of(model).table.to_pylist()
                 ],
-                provenance={**entry, "methods": self.manifest["methods"]},
-            )
+            }
+            save_result(stem, record)
             written.append(Path(f"{stem}.json"))
         return tuple(written)
 

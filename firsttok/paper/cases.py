@@ -6,19 +6,20 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from rich.progress import Progress
 
-from firsttok.data import SKIP_HINT, Fact, LeftOut
+from firsttok.data import SKIP_HINT, Fact, LeftOut, spread_evenly
 from firsttok.editing import ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.measuring import measure_facts
+from firsttok.paper.experiment import ScriptOptions
+from firsttok.paper.tables import MEASURES
 from firsttok.prompts import fact_prompt
 from firsttok.rows import COLUMNS, Row
-from firsttok.script_options import ScriptOptions
 from firsttok.sieve import FailedFact, reason_against
 from firsttok.storage import content_hash, read_json, write_record
 from firsttok.study import Study
@@ -31,15 +32,14 @@ __all__ = [
     "first_token_cases",
     "load_collapse_ids",
     "load_scan",
+    "measure_accuracy",
     "measure_selection",
     "save_scan",
     "second_token_cases",
     "select_cases",
-    "spread_evenly",
 ]
 
 logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 _PERPLEXITIES = ("perplexity", "corpus_perplexity")
 
 
@@ -197,12 +197,6 @@ def select_cases(
     return CaseSelection(collapse=tuple(by_id[case_id] for case_id in chosen), normal=tuple(drawn))
 
 
-def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:
-    """At most ``count`` items, evenly over a list that is sorted by how much they collapse."""
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def choose_cases(options: ScriptOptions) -> CaseSelection:
     """Choose the cases a script was asked for, among the facts that can be edited.
 
@@ -353,6 +347,47 @@ def measure_selection(
         {"cases": "collapse" if row.case_id in listed else "normal", **row}
         for row in rows
         if row.case_id not in listed or row.case_id in kept
+    ]
+
+
+def measure_accuracy(
+    study: Study,
+    facts: Sequence[Fact],
+    methods: Sequence[Method],
+    *,
+    prefixed: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    label: str = "accuracies",
+) -> list[dict[str, Any]]:
+    """Edit every fact by every method and measure efficacy, generalization and locality.
+
+    Args:
+        study: The study; what is in its work folder is not measured again.
+        facts: The facts.
+        methods: The methods.
+        prefixed: Whether a prefix stands before the rewriting prompt at test time (Table 5).
+        seed: Seed of the prefixes.
+        progress: Where to show progress.
+        label: What the progress bar says.
+
+    Returns:
+        A row for each fact and method, by the method's label.
+    """
+    names = {method.name: method.label for method in methods}
+    rows = measure_facts(
+        study, facts, methods, metrics=["accuracy"], seed=seed, progress=progress, label=label
+    )
+    return [
+        {
+            "case_id": row.case_id,
+            "subject": row.subject,
+            "method": names[row.method],
+            "prefix": row.prefix if prefixed else "{}",
+            **{column: row[column] for column in MEASURES},
+        }
+        | ({"efficacy": row.prefixed_efficacy} if prefixed else {})
+        for row in rows
     ]
 
 

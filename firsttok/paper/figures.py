@@ -16,8 +16,12 @@ __all__ = [
     "PALETTE",
     "RESOLUTION",
     "accuracy_bars",
+    "caption",
+    "dots",
     "effect_map",
     "figure",
+    "layer_curve",
+    "perplexity_axis",
     "plain",
     "save_figure",
     "screen_curves",
@@ -48,6 +52,23 @@ def plain(text: str) -> str:
     return printable(text, lines=False).replace("$", "\\$")
 
 
+def dots(axis: "Axes", rows: Sequence[Mapping[str, Any]], **settings: Any) -> None:
+    """One dot per row; ``x``, ``y`` and the like name columns, as in seaborn."""
+    import pandas as pd
+    import seaborn as sns
+
+    settings = {"alpha": 0.75, **settings}
+    sns.stripplot(data=pd.DataFrame([dict(row) for row in rows]), ax=axis, **settings)
+
+
+def perplexity_axis(axis: "Axes", label: str = "perplexity after ROME") -> None:
+    """A logarithmic axis, with a line at the perplexity that counts as collapse."""
+    axis.axhline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
+    axis.set_yscale("log")
+    axis.set_xlabel("")
+    axis.set_ylabel(label)
+
+
 def strip_plot(
     axis: "Axes",
     rows: Sequence[Mapping[str, Any]],
@@ -58,26 +79,32 @@ def strip_plot(
     order: Sequence[str],
 ) -> None:
     """One dot per row, coloured by its ``cases``, on a logarithmic axis."""
-    import pandas as pd
-    import seaborn as sns
-
-    sns.stripplot(
-        data=pd.DataFrame([dict(row) for row in rows]),
-        x=x,
-        y=y,
-        hue="cases",
-        order=list(order),
-        palette=PALETTE,
-        dodge=True,
-        jitter=0.2,
-        alpha=0.75,
-        size=5,
-        ax=axis,
-    )
+    style: dict[str, Any] = {"dodge": True, "jitter": 0.2, "size": 5, "palette": PALETTE}
+    dots(axis, rows, x=x, y=y, hue="cases", order=list(order), **style)
     axis.set_yscale("log")
     axis.set_xlabel("")
     axis.set_ylabel(label)
     axis.legend(title=None, frameon=True)
+
+
+def caption(row: Mapping[str, Any], join: str = ", ") -> str:
+    """How far two groups of keys are apart, in the words of a caption."""
+    return (
+        f"silhouette {row['silhouette']:.2f}, cosine {row['cosine_of_means']:.2f}{join}"
+        f"probe {row['probe_accuracy']:.2f}"
+    )
+
+
+def layer_curve(
+    axis: "Axes", rows: Sequence[Mapping[str, Any]], column: str, **settings: Any
+) -> None:
+    """A column over layers, with its interval where the rows have one."""
+    layers = [row["layer"] for row in rows]
+    axis.plot(layers, [row[column] for row in rows], **settings)
+    if f"{column}_low" in rows[0]:
+        low, high = ([row[f"{column}_{end}"] for row in rows] for end in ("low", "high"))
+        axis.fill_between(layers, low, high, color=settings["color"], alpha=0.2, linewidth=0)
+    axis.set_xlabel("layer")
 
 
 def save_figure(stem: Path, drawn: "Figure") -> None:
@@ -122,17 +149,13 @@ def accuracy_bars(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     axis.legend(title=None)
 
 
-def stage_plot(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
+def stage_plot(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Perplexity of every edit by the stage a swap acts in, on a logarithmic axis."""
-    import pandas as pd
-    import seaborn as sns
-
-    frame = pd.DataFrame([dict(row) for row in rows])
-    sns.stripplot(data=frame, x="stage", y="perplexity", alpha=0.75, ax=axis)
-    axis.axhline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
-    axis.set_yscale("log")
+    drawn, (axis,) = figure(1)
+    dots(axis, rows, x="stage", y="perplexity")
+    perplexity_axis(axis)
     axis.set_xlabel("the swap acts on")
-    axis.set_ylabel("perplexity after ROME")
+    return drawn
 
 
 def screen_curves(axes: "Sequence[Axes]", rows: Sequence[Mapping[str, Any]]) -> None:

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from firsttok.models.blocks import block_arguments, replaced_forward
-from firsttok.models.fusibility import has_plain_arguments, is_fusible, is_watched, plain_norm
-from firsttok.models.kernels import rms_norm, rotate
-from firsttok.models.products import fast_products, linear, linear_into
+from firsttok.engine.blocks import block_arguments, replaced_forward
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible, is_watched, plain_norm
+from firsttok.engine.kernels import rms_norm, rotate
+from firsttok.engine.products import fast_products, linear, linear_into
 
 __all__ = ["PackedCall", "Packing", "pack_call", "run_packed", "unembed"]
 
@@ -51,23 +51,33 @@ class Packing:
         return flat.index_copy(0, self.places, packed).unflatten(0, (rows, columns))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedCall:
+    """What blocks are run on, real tokens only, which stand one behind the other."""
+
+    blocks: Sequence[Any]
+    """Blocks that can be fused."""
+    packing: Packing
+    """Where the tokens stand in their padded batch."""
+    hidden: Float[Tensor, "place d_model"]
+    """What enters the first block."""
+    arguments: Sequence[Mapping[str, Any]]
+    """What each block is called with on the padded batch."""
+
+
 def run_packed(
-    blocks: Sequence[Any],
-    packing: Packing,
-    hidden: Float[Tensor, "place d_model"],
-    arguments: Sequence[Mapping[str, Any]],
+    call: PackedCall,
+    count: int | None = None,
     *,
     past: Sequence[tuple[Tensor, Tensor]] = (),
     keep: list[tuple[Tensor, Tensor]] | None = None,
     last: Callable[[Any], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Float[Tensor, "place d_model"]:
-    """Run blocks on real tokens only, which stand one behind the other.
+    """Run blocks on real tokens only.
 
     Args:
-        blocks: Blocks that can be fused.
-        packing: Where the tokens stand in their padded batch.
-        hidden: What enters the first block.
-        arguments: What each block is called with on the padded batch.
+        call: The blocks and what they are run on.
+        count: How many of the blocks, from the lowest on; None for all.
         past: Each attention's keys and values ``[prompt, head, pos, d_head]`` of earlier columns,
             which no gradient flows into; empty without.
         keep: Where to put each attention's keys and values of these columns.
@@ -76,9 +86,10 @@ def run_packed(
     Returns:
         What leaves the last block.
     """
-    state = hidden[None]
-    for index, (block, given) in enumerate(zip(blocks, arguments, strict=True)):
-        attend = _attention_forward(block.attn, packing, given, past[index] if past else None, keep)
+    state, blocks = call.hidden[None], call.blocks[:count]
+    for index, (block, given) in enumerate(zip(blocks, call.arguments, strict=False)):
+        before = past[index] if past else None
+        attend = _attention_forward(block.attn, call.packing, given, before, keep)
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaced_forward(block.attn, attend))
             for name in ("ln1", "ln2"):
@@ -88,47 +99,10 @@ def run_packed(
                     stack.enter_context(replaced_forward(norm, _norm_forward(*plain)))
             if index == len(blocks) - 1:
                 stack.enter_context(last(block))
-            stack.enter_context(fast_products(hidden.device))
+            stack.enter_context(fast_products(state.device))
             output = block(state, **given)
         state = output[0] if isinstance(output, tuple) else output
     return state[0]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PackedCall:
-    """A forward pass up to its first block, whose blocks can be run packed."""
-
-    blocks: Sequence[Any]
-    """All blocks."""
-    packing: Packing
-    """Where the tokens stand."""
-    hidden: Float[Tensor, "place d_model"]
-    """What enters the first block."""
-    arguments: Sequence[dict[str, Any]]
-    """What each block is called with."""
-
-    def run(
-        self,
-        count: int | None = None,
-        *,
-        past: Sequence[tuple[Tensor, Tensor]] = (),
-        keep: list[tuple[Tensor, Tensor]] | None = None,
-    ) -> Float[Tensor, "place d_model"]:
-        """Run the lowest blocks; see :func:`run_packed`.
-
-        Args:
-            count: How many; None for all.
-            past: Keys and values of earlier columns, of those blocks at least.
-            keep: Where to put each attention's keys and values of these columns.
-        """
-        return run_packed(
-            self.blocks[:count],
-            self.packing,
-            self.hidden,
-            self.arguments[:count],
-            past=past[:count],
-            keep=keep,
-        )
 
 
 def pack_call(

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from firsttok.claims import Status, Verdict
 from firsttok.display import Table, cell_text
 from firsttok.errors import BadInputError
 from firsttok.escapes import printable
-from firsttok.plots import RESOLUTION
-from firsttok.report.view import ModelReport, Section, build_report, result_folders
+from firsttok.paper.claims import Status
+from firsttok.paper.figures import RESOLUTION
+from firsttok.paper.report import ModelReport, Section, build_report, result_folders
 from firsttok.storage import atomic_path
 
 if TYPE_CHECKING:
@@ -23,13 +23,6 @@ __all__ = ["render_html", "render_markdown", "write_reports"]
 
 LARGEST_SVG = 150_000
 """Larger drawings, as of many points, are smaller and no worse as PNG."""
-LABELS = {
-    Status.REPRODUCED: ("reproduced", "holds"),
-    Status.PARTLY: ("partly", "partly"),
-    Status.NOT: ("not reproduced", "does not hold"),
-    Status.NOT_JUDGED: ("not judged", "not judged"),
-    Status.NOT_RUN: ("not run", "not run"),
-}
 SYMBOLS = {
     "C^-1": "<i>C</i><sup>−1</sup>",  # noqa: RUF001
     "k_bar": "<i>k̄</i>",
@@ -40,7 +33,6 @@ SIGNS = {
     Status.PARTLY: "◐",
     Status.NOT: "✗",
     Status.NOT_JUDGED: "–",  # noqa: RUF001
-    Status.NOT_RUN: "○",
 }
 
 
@@ -119,21 +111,21 @@ def _environment() -> "Environment":
         finalize=_printable,
     )
     filters: Any = environment.filters
-    filters.update(cell=cell_text, code=_code, label=_label, left=_left, math=_math, md=_markdown)
-    filters.update(sign=_sign)
+    filters.update(cell=cell_text, code=_code, left=_left, math=_math, md=_markdown)
     return environment
 
 
 def _names(report: ModelReport) -> dict[str, Any]:
-    return {"report": report, "Status": Status, "missing": _missing(report.sections)}
-
-
-def _label(verdict: Verdict, own: bool) -> str:
-    return LABELS[verdict.status][own]
-
-
-def _sign(verdict: Verdict) -> str:
-    return SIGNS[verdict.status]
+    unjudged = [judged for judged in report.judged if judged.status == Status.NOT_JUDGED]
+    not_run = [section for section in report.sections if section.result is None]
+    return {
+        "report": report,
+        "Status": Status,
+        "signs": SIGNS,
+        "unjudged": unjudged,
+        "not_run": not_run,
+        "missing": _missing(report.sections),
+    }
 
 
 def _printable(value: object) -> object:

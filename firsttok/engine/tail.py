@@ -2,7 +2,7 @@
 
 An edit at layer L changes nothing below L but the output of L's own MLP, and a causal model
 changes nothing before the edited token. So only the blocks above run again, on the tokens from the
-edited one on, with the very arguments the model itself passed (see :mod:`firsttok.models.replay`).
+edited one on, with the very arguments the model itself passed (see :mod:`firsttok.engine.replay`).
 """
 
 import contextlib
@@ -10,21 +10,20 @@ import inspect
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from firsttok.models.blocks import CACHE_NAMES, replaced_forward
-from firsttok.models.forward import call_arguments
-from firsttok.models.fused import Packing, run_packed, unembed
-from firsttok.models.fusibility import has_plain_arguments, is_fusible
-from firsttok.models.products import fast_products
+from firsttok.engine.blocks import CACHE_NAMES, replaced_forward
+from firsttok.engine.forward import logits
+from firsttok.engine.fused import PackedCall, Packing, run_packed, unembed
+from firsttok.engine.fusibility import has_plain_arguments, is_fusible
+from firsttok.engine.products import fast_products
+from firsttok.engine.traits import VALUE
 from firsttok.tensors import TokenBatch
-
-if TYPE_CHECKING:
-    from firsttok.models.model import Model
 
 __all__ = ["Replay", "Tail", "new_cache"]
 
@@ -84,22 +83,22 @@ class Tail:
 
     def logits(
         self,
-        model: "Model",
+        bridge: Any,
         where: Bool[Tensor, "prompt suffix"],
         change: Float[Tensor, "prompt suffix d_model"] | None = None,
     ) -> Float[Tensor, "place vocab"]:
         """Run what has to be run and return logits at chosen places.
 
         Args:
-            model: The model the tail was captured on.
+            bridge: The bridge the tail was captured on.
             where: The places whose logits are wanted, in row-major order.
             change: What is added to the MLP's output at layer L.
         """
-        return torch.cat(list(self.logit_chunks(model, where, change, size=int(where.sum()))))
+        return torch.cat(list(self.logit_chunks(bridge, where, change, size=int(where.sum()))))
 
     def logit_chunks(
         self,
-        model: "Model",
+        bridge: Any,
         where: Bool[Tensor, "prompt suffix"],
         change: Float[Tensor, "prompt suffix d_model"] | None = None,
         *,
@@ -109,41 +108,25 @@ class Tail:
         """As :meth:`logits`, a few places at a time, so that they need not all be in memory.
 
         Args:
-            model: The model the tail was captured on.
+            bridge: The bridge the tail was captured on.
             where: The places whose logits are wanted, in row-major order.
             change: What is added to the MLP's output at layer L.
             size: Places of a chunk.
             overwrite: Put a chunk where the one before it was, which is lost; not for gradients.
         """
         if self.replay is Replay.WHOLE:
-            with (
-                model.running() as bridge,
-                _changed(model, self.layer, change),
-                fast_products(model.device),
-            ):
-                whole: Tensor = bridge(self.batch.tokens, **call_arguments(model, self.batch))
+            with _changed(bridge, self.layer, change):
+                whole = logits(bridge, self.batch)
             yield from whole[where].split(size)
             return
         found: Tensor | None = None
-        for chunk in self._normed(model, where, change).split(size):
-            # A generator that waits for its caller must not hold the model in the meantime.
-            with model.running() as bridge:
-                found = unembed(bridge, chunk, into=found if overwrite else None)
+        for chunk in bridge.ln_final(self._run(bridge, where, change)).split(size):
+            found = unembed(bridge, chunk, into=found if overwrite else None)
             yield found
-
-    def _normed(
-        self,
-        model: "Model",
-        where: Bool[Tensor, "prompt suffix"],
-        change: Float[Tensor, "prompt suffix d_model"] | None,
-    ) -> Float[Tensor, "place d_model"]:
-        """What the final norm puts out at the chosen places."""
-        with model.running() as bridge:
-            return bridge.ln_final(self._run(model, where, change))
 
     def _run(
         self,
-        model: "Model",
+        bridge: Any,
         where: Bool[Tensor, "prompt suffix"],
         change: Float[Tensor, "prompt suffix d_model"] | None,
     ) -> Float[Tensor, "place d_model"]:
@@ -153,27 +136,27 @@ class Tail:
             hidden = hidden + change.to(hidden.dtype)
         # Nothing reads what an MLP puts out at padding, nor what the last one does elsewhere.
         packing = Packing(self.batch.attention_mask[:, self.cut :].bool())
-        blocks = list(model.weights.bridge.blocks[self._first :])
+        blocks = list(bridge.blocks[self._first :])
         if above and is_fusible(blocks) and has_plain_arguments(blocks, self.arguments):
             wanted = packing.pack(where)
-            return run_packed(
-                blocks,
-                packing,
-                packing.pack(hidden),
-                self.arguments,
-                past=self.past,
-                last=lambda block: _mlp_only_at(block, wanted[None]),
-            )[wanted]
-        with _changed(model, self.layer, None if above else change):
-            return self._run_padded(model, hidden, packing.real, where)[where]
+            call = PackedCall(
+                blocks=blocks,
+                packing=packing,
+                hidden=packing.pack(hidden),
+                arguments=self.arguments,
+            )
+            last = partial(_mlp_only_at, where=wanted[None])
+            return run_packed(call, past=self.past, last=last)[wanted]
+        with _changed(bridge, self.layer, None if above else change):
+            return self._run_padded(bridge, hidden, packing.real, where)[where]
 
     def _run_padded(
-        self, model: "Model", hidden: Tensor, real: Tensor, where: Tensor
+        self, bridge: Any, hidden: Tensor, real: Tensor, where: Tensor
     ) -> Float[Tensor, "prompt suffix d_model"]:
         cache = new_cache(self.past, self._first) if self.past else None
-        last = model.n_layers - 1
+        last = len(bridge.blocks) - 1
         for layer, arguments in enumerate(self.arguments, self._first):
-            block: Any = model.weights.bridge.blocks[layer]
+            block: Any = bridge.blocks[layer]
             with_cache = {} if cache is None else {_cache_name(block): cache}
             read = None if layer == self.layer else where if layer == last else real
             with _mlp_only_at(block, read), fast_products(hidden.device):
@@ -188,7 +171,7 @@ class Tail:
 
 @contextlib.contextmanager
 def _changed(
-    model: "Model", layer: int, change: Float[Tensor, "prompt suffix d_model"] | None
+    bridge: Any, layer: int, change: Float[Tensor, "prompt suffix d_model"] | None
 ) -> Generator[None, None, None]:
     """Add something to the MLP's output at a layer."""
     if change is None:
@@ -198,7 +181,7 @@ def _changed(
     def add(output: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return output + change.to(output.dtype)
 
-    with model.weights.bridge.hooks(fwd_hooks=[(model.site(layer).value_hook, add)]):
+    with bridge.hooks(fwd_hooks=[(VALUE.format(layer), add)]):
         yield
 
 

@@ -1,9 +1,14 @@
-"""What an analysis script was asked for: its options, parsed once, and the study they open."""
+"""An experiment, run as its command line asks: options, study, table, verdicts, figure.
+
+A file of ``analyses/`` defines a function that measures and returns what it
+:class:`~firsttok.paper.tables.Found`, and gives it to :func:`run`.
+"""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,15 +16,19 @@ from typing import Any, cast
 from rich.progress import Progress
 
 from firsttok.config import configured
+from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, LeftOut
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, kept_contexts, open_study
 from firsttok.options import add_script_options, folder_name
+from firsttok.paper.claims import Claim
+from firsttok.paper.figures import save_figure
+from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 from firsttok.study import Study
 
-__all__ = ["ScriptOptions", "parse_script"]
+__all__ = ["ScriptOptions", "parse_script", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,56 @@ class ScriptOptions:
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
         return kept_contexts(self.study.model, seed, look_in=[self.cases.parent], leave_in=self.out)
+
+
+def run(
+    file: str,
+    summary: str | None,
+    measure: Callable[[ScriptOptions, Progress], Found],
+    *,
+    claims: Sequence[Claim] = (),
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    without_bos: bool = False,
+    own_contexts: bool = False,
+) -> int:
+    """Run an experiment; its files lie in the folder of the model, under the name of its script.
+
+    Args:
+        file: The script, ``__file__``.
+        summary: Its docstring, whose first line its help shows.
+        measure: Measures.
+        claims: What the rows decide.
+        add_options: Adds options of its own.
+        without_bos: As for :func:`parse_script`.
+        own_contexts: As for :func:`parse_script`.
+
+    Returns:
+        The exit code.
+    """
+
+    def main() -> None:
+        start = time.perf_counter()
+        parser = argparse.ArgumentParser(description=(summary or "").partition("\n")[0])
+        if add_options is not None:
+            add_options(parser)
+        with progress_bar() as progress:
+            options = parse_script(
+                parser, progress, without_bos=without_bos, own_contexts=own_contexts
+            )
+            found = measure(options, progress)
+        stem = options.out / Path(file).stem
+        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+        publish(stem, found, provenance=options.provenance() | seconds, claims=claims)
+        for note in found.notes:
+            show(note)
+        if found.draw is not None:
+            save_figure(stem, found.draw())
+        if found.points is not None:
+            from firsttok.probes import save_points
+
+            save_points(stem.with_name(f"{stem.name}_points.csv"), found.points)
+
+    return exit_on_error(main)
 
 
 def parse_script(

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.models.kernels import rms_norm
-from firsttok.models.products import runs_plain
+from firsttok.engine.kernels import rms_norm
+from firsttok.engine.products import runs_plain
 
 __all__ = ["has_plain_arguments", "hooks_of", "is_fusible", "is_watched", "plain_norm"]
 

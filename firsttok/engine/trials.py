@@ -7,20 +7,24 @@ reached past the mask for one that attention does not explain. So each kind of c
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.models.blocks import undisturbed
-from firsttok.models.forward import call_arguments
+from firsttok.engine.blocks import undisturbed
+from firsttok.engine.forward import call_arguments
+from firsttok.engine.traits import (
+    RESIDUAL,
+    attention_window,
+    position_embedding,
+    some_tokens,
+    some_weight,
+)
 from firsttok.tensors import TokenBatch
 
-if TYPE_CHECKING:
-    from firsttok.models.model import Model
-
-__all__ = ["Change", "Trials", "changes_of", "influences"]
+__all__ = ["Change", "Trials", "changes_of"]
 
 _TOKENS = 5
 """Tokens of a trial, fewer where an attention window is shorter."""
@@ -64,7 +68,7 @@ class Trials:
     found: dict[Hashable, str | None] = field(default_factory=dict[Hashable, str | None])
     """The reason against each kind of change that was tried, None where there is none."""
 
-    def obstacle(self, model: "Model", usual: TokenBatch, changed: TokenBatch) -> str | None:
+    def obstacle(self, bridge: Any, usual: TokenBatch, changed: TokenBatch) -> str | None:
         """Why the model does not do what a changed batch asks for.
 
         Three laws are tried for a mask, on tokens and states that come from a seed:
@@ -79,7 +83,7 @@ class Trials:
         depends on: transformers may take repeated ids for packed sequences.
 
         Args:
-            model: The model; its interventions are left out.
+            bridge: The bridge.
             usual: A batch as it was.
             changed: The same batch after the interventions.
 
@@ -87,31 +91,30 @@ class Trials:
             A clause that gives the reason; None if the model obeys.
         """
         for change in changes_of(usual, changed):
-            reason = self._reason(model, change, usual.tokens.shape[1])
+            reason = self._reason(bridge, change, usual.tokens.shape[1])
             if reason is not None:
                 return reason
         return None
 
-    def _reason(self, model: "Model", change: Change, width: int) -> str | None:
-        window = model.attention_window or model.max_tokens
+    def _reason(self, bridge: Any, change: Change, width: int) -> str | None:
+        longest = min(int(bridge.cfg.n_ctx), attention_window(bridge) or int(bridge.cfg.n_ctx))
         if change is not Change.MASK:
-            return self._kept(model, change, min(_TOKENS, window))
-        longest = min(model.max_tokens, window)
+            return self._kept(bridge, change, min(_TOKENS, longest))
         rounded = min(max(8, 1 << (width - 1).bit_length()), longest)
-        reason = self._kept(model, change, rounded)
+        reason = self._kept(bridge, change, rounded)
         # A window that ends between the two widths does not concern this batch.
-        return self._kept(model, change, width) if reason and rounded > width else reason
+        return self._kept(bridge, change, width) if reason and rounded > width else reason
 
-    def _kept(self, model: "Model", change: Change, width: int) -> str | None:
-        config: Any = model.weights.bridge.original_model.config
-        attention = getattr(config, "_attn_implementation", None)
-        key = (change, width, model.dtype, model.device, attention)
+    def _kept(self, bridge: Any, change: Change, width: int) -> str | None:
+        attention = getattr(bridge.original_model.config, "_attn_implementation", None)
+        weight = some_weight(bridge)
+        key = (change, width, weight.dtype, weight.device, attention)
         if key not in self.found:
-            self.found[key] = _tried(model, change, width)
+            self.found[key] = _tried(bridge, change, width)
         return self.found[key]
 
 
-def influences(model: "Model", batch: TokenBatch) -> Float[Tensor, "layer row key"]:
+def _influences(bridge: Any, batch: TokenBatch) -> Float[Tensor, "layer row key"]:
     """How far each token behind a block depends on each token before that block alone.
 
     It is the norm of the gradient of a random projection of the one by the other, so a token
@@ -119,7 +122,7 @@ def influences(model: "Model", batch: TokenBatch) -> Float[Tensor, "layer row ke
     noise: what is measured is the path, not what a trained model makes of it.
 
     Args:
-        model: A model whose blocks have ``hook_in`` and ``hook_out``.
+        bridge: A bridge whose blocks have ``hook_in`` and ``hook_out``.
         batch: One prompt without padding, as many times as it has tokens or a multiple of that.
     """
     generator = torch.Generator().manual_seed(0)
@@ -140,38 +143,39 @@ def influences(model: "Model", batch: TokenBatch) -> Float[Tensor, "layer row ke
         states = (output[0] if isinstance(output, tuple) else output)[rows, looked_at]
         left[hook.name] = (states * noise(states)).sum()
 
-    before = [f"blocks.{layer}.hook_in" for layer in range(model.n_layers)]
-    behind = [f"blocks.{layer}.hook_out" for layer in range(model.n_layers)]
+    before = [f"blocks.{layer}.hook_in" for layer in range(len(bridge.blocks))]
+    behind = [RESIDUAL.format(layer) for layer in range(len(bridge.blocks))]
     with torch.enable_grad():
-        _run(model, batch, [(name, enter) for name in before] + [(name, leave) for name in behind])
+        _run(bridge, batch, [(name, enter) for name in before] + [(name, leave) for name in behind])
         total = torch.stack([left[name] for name in behind]).sum()
         gradients = torch.autograd.grad(total, [entered[name] for name in before])
     return torch.stack([each.double().flatten(2).norm(dim=2) for each in gradients])
 
 
-def _tried(model: "Model", change: Change, width: int) -> str | None:
+def _tried(bridge: Any, change: Change, width: int) -> str | None:
     try:
-        with model.running() as bridge, undisturbed(bridge):
+        with undisturbed(bridge):
             if change is Change.MASK:
-                return _mask_trouble(model, width)
+                return _mask_trouble(bridge, width)
             if change is Change.MOVED:
-                return _position_trouble(model, width)
-            return _attention_trouble(model, width, opened=change is Change.OPENED)
+                return _position_trouble(bridge, width)
+            return _attention_trouble(bridge, width, opened=change is Change.OPENED)
     except torch.OutOfMemoryError:
         raise
     except _ERRORS as error:
         first = (str(error).strip().splitlines() or ["no reason given"])[0]
         given = "such position ids" if change is Change.MOVED else "a mask for each pair of tokens"
-        alibi = change is not Change.MOVED and model.position_embedding == "alibi"
+        alibi = change is not Change.MOVED and position_embedding(bridge) == "alibi"
         why = "its ALiBi distances are made from a mask for each token: " if alibi else ""
         return f"it cannot be run with {given} ({why}{type(error).__name__}: {first})"
 
 
-def _mask_trouble(model: "Model", width: int) -> str | None:
-    batch = _batch(model, width)
+def _mask_trouble(bridge: Any, width: int) -> str | None:
+    batch = _batch(bridge, width)
     explicit = replace(batch, visible=batch.causally_visible())
-    difference = _difference(model, explicit, batch, [site.residual_hook for site in model.sites])
-    if difference <= _tolerance(model):
+    states = [RESIDUAL.format(layer) for layer in range(len(bridge.blocks))]
+    difference = _difference(bridge, explicit, batch, states)
+    if difference <= _tolerance(bridge):
         return None
     return (
         "with its own causal mask given explicitly it computes something else on "
@@ -179,9 +183,9 @@ def _mask_trouble(model: "Model", width: int) -> str | None:
     )
 
 
-def _attention_trouble(model: "Model", width: int, *, opened: bool) -> str | None:
+def _attention_trouble(bridge: Any, width: int, *, opened: bool) -> str | None:
     """What is wrong with a mask that only opens, or only closes, about half of the places."""
-    batch = _batch(model, width, rows=width)
+    batch = _batch(bridge, width, rows=width)
     causal = batch.causally_visible()
     generator = torch.Generator().manual_seed(0)
     half = (torch.rand(width, width, generator=generator) < 0.5).to(batch.device)
@@ -192,12 +196,12 @@ def _attention_trouble(model: "Model", width: int, *, opened: bool) -> str | Non
     else:
         visible = causal & (half | own)
         visible[:, -1] = own[-1]
-    found = influences(model, replace(batch, visible=visible))
+    found = _influences(bridge, replace(batch, visible=visible))
     leaking = ((found > 0) & ~visible[0]).any(2).any(1).tolist()
     # Not at all: in float16 some gradients vanish.
     deaf = ~((found != 0) & visible[0] & ~causal[0]).any(2).any(1) & opened
-    for layer in range(model.n_layers):
-        parts = " and ".join(_mixers(model.weights.bridge.blocks[layer]))
+    for layer in range(len(bridge.blocks)):
+        parts = " and ".join(_mixers(bridge.blocks[layer]))
         if leaking[layer]:
             through = f", through its {parts}, where no mask acts" if parts else ""
             return f"at layer {layer} a token depends on one that it must not attend to{through}"
@@ -211,20 +215,20 @@ def _attention_trouble(model: "Model", width: int, *, opened: bool) -> str | Non
     return None
 
 
-def _position_trouble(model: "Model", width: int) -> str | None:
-    usual = _batch(model, width)
+def _position_trouble(bridge: Any, width: int) -> str | None:
+    usual = _batch(bridge, width)
     # Repeated, left out and out of order.
     ids = torch.tensor([[0, 0, 3, 1, 1]], device=usual.device)[:, :width]
     moved = replace(usual, position_ids=ids)
-    keys = [site.key_hook for site in model.sites]
-    if not _difference(model, moved, usual, keys) > _tolerance(model):
-        kind = model.position_embedding
+    keys = [name for name in bridge.hook_dict if name.endswith(".mlp.out.hook_in")]
+    if not _difference(bridge, moved, usual, keys) > _tolerance(bridge):
+        kind = position_embedding(bridge)
         named = kind in ("learned", "rotary")
         what = "" if named else f": its position embedding is {kind}, neither learned nor rotary"
         return f"position ids do not change what it computes{what}"
-    both = _batch(model, width, rows=2 * width)
+    both = _batch(bridge, width, rows=2 * width)
     both.position_ids[width:] = ids
-    usually, then = (influences(model, both) > 0).split(width, dim=1)
+    usually, then = (_influences(bridge, both) > 0).split(width, dim=1)
     cut = (usually != then).any(2).any(1)
     if not bool(cut.any()):
         return None
@@ -232,22 +236,13 @@ def _position_trouble(model: "Model", width: int) -> str | None:
     return f"at layer {layer} a token depends on other tokens than before if position ids repeat"
 
 
-def _batch(model: "Model", width: int, rows: int = 1) -> TokenBatch:
-    device = model.device
-    tokens = (torch.arange(width, device=device) * 7 + 11) % int(model.weights.bridge.cfg.d_vocab)
-    tokens = tokens.expand(rows, width)
-    ones = torch.ones_like(tokens)
-    return TokenBatch(
-        tokens=tokens,
-        attention_mask=ones,
-        position_ids=ones.cumsum(1) - 1,
-        starts=torch.zeros(rows, dtype=torch.long, device=device),
-    )
+def _batch(bridge: Any, width: int, rows: int = 1) -> TokenBatch:
+    return TokenBatch.of(some_tokens(bridge, 1, width).expand(rows, width))
 
 
-def _difference(model: "Model", one: TokenBatch, other: TokenBatch, names: Sequence[str]) -> float:
+def _difference(bridge: Any, one: TokenBatch, other: TokenBatch, names: Sequence[str]) -> float:
     """Largest relative difference of any token's activation at some hook points."""
-    pairs = zip(_states(model, one, names), _states(model, other, names), strict=True)
+    pairs = zip(_states(bridge, one, names), _states(bridge, other, names), strict=True)
     found = [
         (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
         for a, b in pairs
@@ -258,25 +253,24 @@ def _difference(model: "Model", one: TokenBatch, other: TokenBatch, names: Seque
 
 
 @torch.no_grad()
-def _states(model: "Model", batch: TokenBatch, names: Sequence[str]) -> list[Tensor]:
+def _states(bridge: Any, batch: TokenBatch, names: Sequence[str]) -> list[Tensor]:
     seen: list[Tensor] = []
 
     def keep(output: Any, hook: Any) -> None:  # noqa: ARG001
         seen.append(output[0] if isinstance(output, tuple) else output)
 
-    _run(model, batch, [(name, keep) for name in names])
+    _run(bridge, batch, [(name, keep) for name in names])
     return seen
 
 
-def _run(model: "Model", batch: TokenBatch, hooks: Sequence[tuple[str, Any]]) -> None:
-    bridge: Any = model.weights.bridge
-    bridge.run_with_hooks(batch.tokens, fwd_hooks=list(hooks), **call_arguments(model, batch))
+def _run(bridge: Any, batch: TokenBatch, hooks: Sequence[tuple[str, Any]]) -> None:
+    bridge.run_with_hooks(batch.tokens, fwd_hooks=list(hooks), **call_arguments(bridge, batch))
 
 
-def _tolerance(model: "Model") -> float:
+def _tolerance(bridge: Any) -> float:
     """As for replays: the same kernels run, so that what is the same differs in the last bits."""
-    eps = torch.finfo(model.dtype).eps
-    return eps / 8 if torch.finfo(model.dtype).bits < 32 else 1e-5
+    precision = torch.finfo(some_weight(bridge).dtype)
+    return precision.eps / 8 if precision.bits < 32 else 1e-5
 
 
 def _mixers(block: Any) -> list[str]:

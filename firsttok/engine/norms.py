@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from firsttok.models.products import runs_plain
+from firsttok.engine.products import runs_plain
 
 __all__ = ["skip_idle_hooks"]
 

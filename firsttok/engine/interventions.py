@@ -1,76 +1,82 @@
 """What a view changes in a batch: made, checked for its form, and tried on the model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from firsttok.engine.traits import attention_window, is_decoder, some_tokens
+from firsttok.engine.trials import Trials
 from firsttok.errors import BadInputError, UnsupportedModelError
-from firsttok.tensors import TokenBatch
-
-if TYPE_CHECKING:
-    from firsttok.models.model import Model
+from firsttok.tensors import Intervention, TokenBatch
 
 __all__ = ["intervene", "sees_later"]
 
 
-def intervene(model: "Model", batch: TokenBatch) -> TokenBatch:
+def intervene(
+    bridge: Any,
+    batch: TokenBatch,
+    interventions: Sequence[Intervention],
+    *,
+    trials: Trials,
+    name: str,
+) -> TokenBatch:
     """Make a view's changes to a batch.
 
     Args:
-        model: A view with interventions.
+        bridge: The bridge that will run it.
         batch: The batch without them, which is left as it is.
+        interventions: The changes, in order.
+        trials: What was tried on the bridge before.
+        name: What the model is called.
 
     Raises:
         BadInputError: If an intervention returns something else than the same prompts with other
             position ids or another visibility, or one that no attention can have.
         UnsupportedModelError: If the model does not do what is asked for, found out by trial on
-            first use (see :class:`firsttok.models.Trials`).
+            first use (see :class:`firsttok.engine.trials.Trials`).
     """
-    changed = _changed(model, batch)
-    names = ", ".join(intervention.name for intervention in model.interventions)
+    changed = _changed(bridge, batch, interventions)
+    names = ", ".join(intervention.name for intervention in interventions)
     if changed.visible is not None:
         _check_visibility(changed, changed.visible, names)
-        if not model.can_be_edited:
+        if not is_decoder(bridge):
             raise UnsupportedModelError(
-                f"{model.name} is no decoder with a final norm and an unembedding, and only a "
+                f"{name} is no decoder with a final norm and an unembedding, and only a "
                 f"decoder's attention mask is opened or closed ({names})"
             )
-        window = model.attention_window
+        window = attention_window(bridge)
         if window is not None and changed.tokens.shape[1] > window:
             # The mask given stands for all layers, and some of this model's see no further.
             raise UnsupportedModelError(
-                f"{model.name} attends no further back than {window} tokens in some layers, so a "
+                f"{name} attends no further back than {window} tokens in some layers, so a "
                 f"mask is only opened or closed on prompts of at most as many ({names})"
             )
-        if not sees_later(model):
+        if not sees_later(bridge, interventions):
             raise BadInputError(
                 f"{names}: `visible` is given for some batches and not for others, and prompts "
                 "without it may be cut; give it for every batch (`batch.causally_visible()`)"
             )
-    reason = model.trials.obstacle(model, batch, changed)
+    reason = trials.obstacle(bridge, batch, changed)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{model.name} does not do what {names!r} asks for: {reason}; leave it out, or choose "
+            f"{name} does not do what {names!r} asks for: {reason}; leave it out, or choose "
             "another model"
         )
     return changed
 
 
-def sees_later(model: "Model") -> bool:
-    """Whether the view says itself what tokens attend to, so that one may see later ones."""
-    if not model.interventions:
+def sees_later(bridge: Any, interventions: Sequence[Intervention]) -> bool:
+    """Whether interventions say what tokens attend to, so that one may see later ones."""
+    if not interventions:
         return False
-    two = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    ones = torch.ones_like(two)
-    batch = TokenBatch(
-        tokens=two, attention_mask=ones, position_ids=ones.cumsum(1) - 1, starts=two[:, 0]
-    )
-    return _changed(model, batch).visible is not None
+    batch = TokenBatch.of(some_tokens(bridge, 1, 2))
+    return _changed(bridge, batch, interventions).visible is not None
 
 
-def _changed(model: "Model", batch: TokenBatch) -> TokenBatch:
+def _changed(bridge: Any, batch: TokenBatch, interventions: Sequence[Intervention]) -> TokenBatch:
     """A copy of the batch after a view's changes, each of which is of the right form."""
     # An intervention may change in place what it is given.
     changed = replace(
@@ -80,25 +86,21 @@ def _changed(model: "Model", batch: TokenBatch) -> TokenBatch:
         position_ids=batch.position_ids.clone(),
         starts=batch.starts.clone(),
     )
-    for intervention in model.interventions:
+    for intervention in interventions:
         changed = intervention(changed)
-        fault = _form_fault(changed) or _fault(batch, changed, model.max_tokens)
+        fault = _fault(batch, changed, int(bridge.cfg.n_ctx))
         if fault is not None:
             raise BadInputError(f"the intervention {intervention.name!r} {fault}")
     return changed
 
 
-def _form_fault(changed: object) -> str | None:
-    if isinstance(changed, TokenBatch):
-        return None
-    return (
-        f"returned {type(changed).__name__} where a TokenBatch is needed; end it with "
-        "`return dataclasses.replace(batch, ...)`"
-    )
-
-
-def _fault(usual: TokenBatch, changed: TokenBatch, max_tokens: int) -> str | None:
+def _fault(usual: TokenBatch, changed: object, max_tokens: int) -> str | None:
     """What is wrong with what an intervention returned."""
+    if not isinstance(changed, TokenBatch):
+        return (
+            f"returned {type(changed).__name__} where a TokenBatch is needed; end it with "
+            "`return dataclasses.replace(batch, ...)`"
+        )
     for name in ("tokens", "attention_mask", "starts"):
         before, after = getattr(usual, name), getattr(changed, name)
         if not (_is_like(after, before.shape, before) and torch.equal(before, after)):

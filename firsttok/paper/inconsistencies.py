@@ -1,6 +1,6 @@
 """Where "The Fall of ROME" contradicts itself or its code, computed from the printed numbers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -48,7 +48,8 @@ def find_inconsistencies(numbers: Numbers | None = None) -> tuple[Inconsistency,
         numbers: Printed numbers to compute from; None for those of the paper.
     """
     given = printed_numbers() if numbers is None else numbers
-    return (*(check(given) for check in _NUMERIC), *_WORDED)
+    numeric = (_maxima, _originals, _percentage, _numerators, _mitigated)
+    return (*(check(given) for check in numeric), *_WORDED)
 
 
 def fits_count(percent: float, cases: int, *, parts: int = 1, decimals: int = 2) -> bool:
@@ -155,13 +156,6 @@ def _mitigated(numbers: Numbers) -> Inconsistency:
     )
 
 
-_NUMERIC: tuple[Callable[[Numbers], Inconsistency], ...] = (
-    _maxima,
-    _originals,
-    _percentage,
-    _numerators,
-    _mitigated,
-)
 _WORDED = (
     Inconsistency(
         id="normal-cases",

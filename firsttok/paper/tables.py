@@ -1,0 +1,101 @@
+"""An experiment's table: printed beside the paper's numbers, and kept with rows and verdicts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from firsttok.console import print_table, show
+from firsttok.data import paper_values
+from firsttok.paper.claims import Claim, Result, judge
+from firsttok.storage import save_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from firsttok.probes import Projection
+
+__all__ = ["MEASURES", "Found", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
+
+MEASURES = ("efficacy", "generalization", "locality")
+"""Columns of Tables 4 and 5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What an experiment found: rows, the table they give, and what is said and drawn of them."""
+
+    title: str
+    """Title of the table."""
+    columns: Sequence[str]
+    """Its columns."""
+    lines: Sequence[Sequence[Any]]
+    """Its lines; a cell is a text, a number or None."""
+    rows: Sequence[Mapping[str, Any]]
+    """The measured rows, flat, one per observation; claims are judged by them."""
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What they were made with, beyond study and options."""
+    notes: Sequence[str] = ()
+    """Sentences below the table."""
+    draw: "Callable[[], Figure] | None" = None
+    """Draws the figure; None for none."""
+    points: "Mapping[str, Projection] | None" = None
+    """Points of its pictures, kept beside it."""
+
+
+def publish(
+    stem: Path, found: Found, *, provenance: Mapping[str, Any], claims: Sequence[Claim] = ()
+) -> None:
+    """Print a script's table and the verdicts on its claims, and keep them with its rows.
+
+    Args:
+        stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
+        found: What was found.
+        provenance: What the rows were made with; beside what ``found`` says.
+        claims: What the rows decide.
+
+    Raises:
+        ValueError: If a number is not finite.
+        CacheError: If a file cannot be written.
+    """
+    made_with = {**provenance, **found.provenance}
+    result = Result(script=stem.name, rows=tuple(found.rows), provenance=made_with)
+    judged = [judge(claim, result) for claim in claims]
+    print_table(found.title, found.columns, found.lines)
+    for each in judged:
+        show(f"{each.label} ({each.place}): {each.sentence}")
+    table = {"title": found.title, "columns": found.columns, "lines": found.lines}
+    verdicts = {"claims": [each.as_dict() for each in judged]}
+    save_result(stem, {**table, **verdicts, "provenance": made_with, "rows": found.rows})
+
+
+def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
+    """One column of the rows whose other columns have the given values."""
+    return [
+        float(row[column])
+        for row in rows
+        if all(row[name] == wanted for name, wanted in match.items())
+    ]
+
+
+def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
+    """How many of the rows that match are edits which destroyed the model."""
+    flags = pick(rows, "collapsed", **match)
+    return f"{int(sum(flags))} of {len(flags)}"
+
+
+def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
+    """Models of a table of the paper, in its order, and its numbers by row and model."""
+    values = paper_values(table)
+    models = list(dict.fromkeys(value.model for value in values))
+    return models, {(value.row, value.model): value.value for value in values}
+
+
+def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
+    """One line of Table 4 or 5: name, number of cases, and three means in percent."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
+    line: list[object] = [name, len(chosen)]
+    for column in MEASURES:
+        values = [row[column] for row in chosen if row[column] is not None]
+        line.append(100.0 * sum(values) / len(values) if values else None)
+    return line
