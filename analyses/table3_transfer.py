@@ -92,10 +92,9 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             [name, "yes" if bos else "no", original, max(values), mean(values), int(collapsed)]
         )
     models, paper = printed("Table 3")
-    lines += [
-        [f"paper, {model}", "-", paper["Ori PPL", model], paper["Max PPL", model], None, None]
-        for model in models
-    ]
+    for model in models:
+        cells = [paper[row, model] for row in ("Ori PPL", "Max PPL")]
+        lines.append([f"paper, {model}", "-", *cells, None, None])
     made_on = options.provenance()["case_list"]["model"]
     return Found(
         title=f"Table 3. ROME on {len(facts)} collapse cases of {made_on}",
