@@ -12,7 +12,7 @@ from naive import NaiveEdit, naive_edit
 from setting import Setting
 
 from firsttok.data import Fact
-from firsttok.editing import ROME, Edit, compute_edits
+from firsttok.editing import ROME, Edit, RomeEditor, edit_each
 from firsttok.hyperparameters import Hyperparameters
 
 __all__ = ["edit_sides", "fast_edits", "fixed_steps", "many_edits", "one_edit", "profile", "warm"]
@@ -101,15 +101,14 @@ def profile(setting: Setting) -> Plan:
 
 
 def fast_edits(setting: Setting, facts: Sequence[Fact], settings: Hyperparameters) -> list[Edit]:
-    found = compute_edits(
-        setting.model,
-        facts,
-        methods=[ROME],
+    editor = RomeEditor(
+        method=ROME,
         contexts=setting.contexts,
         second_moment=setting.moment,
         layer=setting.layer,
         hyperparameters=settings,
     )
+    found = edit_each(setting.model, facts, [editor])
     return [edits[ROME.name] for _, edits in found]
 
 

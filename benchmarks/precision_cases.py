@@ -12,7 +12,7 @@ from measuring import Extras, Plan, Side, Table
 from setting import REPOSITORY, Setting
 
 from firsttok.data import builtin_facts, builtin_sentences
-from firsttok.editing import C_ROME, ROME, Edit, compute_edits
+from firsttok.editing import C_ROME, ROME, Edit, RomeEditor, edit_each
 from firsttok.evaluation import Perplexity, PreparedTexts, perplexity, prepare_texts
 from firsttok.paper.cases import CaseSelection, load_collapse_ids, select_cases
 from firsttok.second_moment import SecondMoment, compute_second_moment
@@ -53,15 +53,18 @@ class _Work:
 
     def edits(self, count: int | None = None) -> _Edits:
         """The edits of the first facts, by method."""
-        found = compute_edits(
-            self.setting.model,
-            [*self.cases.collapse, *self.cases.normal][:count],
-            methods=METHODS,
-            contexts=self.setting.contexts,
-            second_moment=self.moment,
-            layer=self.setting.layer,
-            hyperparameters=self.setting.hyperparameters,
-        )
+        editors = [
+            RomeEditor(
+                method=method,
+                contexts=self.setting.contexts,
+                second_moment=self.moment,
+                layer=self.setting.layer,
+                hyperparameters=self.setting.hyperparameters,
+            )
+            for method in METHODS
+        ]
+        facts = [*self.cases.collapse, *self.cases.normal][:count]
+        found = edit_each(self.setting.model, facts, editors)
         rows = [edits for _, edits in found]
         return {method.name: [edits[method.name] for edits in rows] for method in METHODS}
 

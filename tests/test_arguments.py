@@ -91,8 +91,8 @@ SAME: dict[str, Callable[[Given], tuple[Any, Any]]] = {
     "its other name": lambda g: (edited(g, "R_ROME"), edited(g, find_methods("c-rome")[0])),
     "a method spelled out": lambda g: (edited(g, SPELLED), edited(g, ft.ROME)),
     "methods by name, one fact": lambda g: (
-        all_edited(ft.compute_edits(g.model, FACT, methods="rome", **g.settings)),
-        all_edited(ft.compute_edits(g.model, [FACT], methods=[ft.ROME], **g.settings)),
+        all_edited(ft.edit_each(g.model, FACT, ft.RomeEditor(method=ft.ROME, **g.settings))),
+        all_edited(ft.edit_each(g.model, [FACT], [ft.RomeEditor(method=ft.ROME, **g.settings)])),
     ),
     "a study's edits": lambda g: (
         all_edited(g.study.edits(FACT, ["rome", ft.FC_ROME])),

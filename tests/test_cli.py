@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SENTENCES, build, relative
+from tiny import SENTENCES, build, edits_of, relative
 
 from firsttok.cli import main
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing import compute_edits, load_edit
+from firsttok.editing import ROME, load_edit
 from firsttok.evaluation import perplexity, target_probabilities
 from firsttok.models import CATALOG, load
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
@@ -299,10 +299,10 @@ def test_an_edit_after_others_is_that_of_the_model_in_which_they_stand(
     assert [each["hash"] for each in record["provenance"]["model"]["edits"]] == [first.content_hash]
 
     model = load(str(llama))
-    ((_, edits),) = compute_edits(
+    ((_, edits),) = edits_of(
         model.edited(first),
         [Fact(subject="England", template="{}'s capital city is", target_new="Rome")],
-        methods=["rome"],
+        methods=[ROME],
         contexts=ContextSet(templates=tuple(CONTEXTS)),
         second_moment=SecondMoment.identity(model.site(None).d_mlp),
         hyperparameters=replace(model.hyperparameters, steps=4),

@@ -347,7 +347,7 @@ def search(page: browser.Page, words: str) -> list[str]:
     ("words", "expected"),
     [
         ("denominator", "explanation/update.html"),
-        ("compute_edits", "reference/edits.html"),
+        ("edit_each", "reference/edits.html"),
         ("second moment corpus", "explanation/limits.html"),
         ("job array", "sweeps.html"),
     ],

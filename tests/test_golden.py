@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import relative
+from tiny import edits_of, relative
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing import C_ROME, ROME, Edit, ValueStore, compute_edits
+from firsttok.editing import C_ROME, ROME, Edit, ValueStore
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import SecondMoment, load_second_moment
@@ -76,7 +76,7 @@ def golden(shared: Path, real_model: Model, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(os.cpu_count() or 1)
     edits: dict[str, Edit] = {}
     for kind, moment in moments.items():
-        computed = compute_edits(
+        computed = edits_of(
             model,
             list(facts.values()),
             methods=list(METHODS.values()),

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from text_models import ADDED, byte_level, sentence_piece, spoken, unigram
-from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory
+from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory, edits_of
 
 from firsttok.cli import main
 from firsttok.data import JOINS, STRADDLES, Fact, builtin_facts, check_facts, load_facts, text_joint
 from firsttok.data.joints import Join
-from firsttok.editing import FC_ROME, ROME, Slot, ValueStore, compute_edits
+from firsttok.editing import FC_ROME, ROME, Slot, ValueStore
 from firsttok.errors import FactFormatError, TargetTokenError
 from firsttok.evaluation import counterfact_scores, score_targets, target_probabilities
 from firsttok.exploration import observe
@@ -379,7 +379,7 @@ def test_the_losses_of_an_edit_are_those_of_its_joined_target(tiny: TinyFactory)
     contexts = BARE_ONLY
     plain = {
         join: next(
-            compute_edits(
+            edits_of(
                 model,
                 [replace(QUOTED, join=join)],
                 methods=[ROME],

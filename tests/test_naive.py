@@ -14,6 +14,7 @@ from tiny import (
     SENTENCES,
     TRAINING,
     TinyFactory,
+    edits_of,
     plain_model,
     relative,
     same_weights,
@@ -33,7 +34,7 @@ from benchmarks.naive import (
 )
 from firsttok.contexts import ContextSet, load_contexts
 from firsttok.data import Fact, builtin_facts, builtin_sentences
-from firsttok.editing import METHODS, ROME, Edit, Method, Slot, compute_edits
+from firsttok.editing import METHODS, ROME, Edit, Method, Slot
 from firsttok.engine import products
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
@@ -136,7 +137,7 @@ def compare(
     inverse = naive_inverse(moment.matrix)
     of_loss, of_value = tolerances
     firsts: list[NaiveEdit] = []
-    found = compute_edits(
+    found = edits_of(
         model,
         facts,
         methods=methods,
@@ -321,7 +322,7 @@ def test_the_perplexity_of_edited_models(
     )
     edits = [
         edit
-        for _, by_name in compute_edits(
+        for _, by_name in edits_of(
             model,
             FACTS,
             methods=METHODS,
@@ -363,7 +364,7 @@ def test_one_fact_of_the_embedded_model(real_model: Model) -> None:
     fact = next(fact for fact in builtin_facts() if fact.subject == "England")
     moment = SecondMoment.identity(model.site().d_mlp)
     layer = model.default_layer
-    ((_, edits),) = compute_edits(
+    ((_, edits),) = edits_of(
         model,
         [fact],
         methods=[ROME],

@@ -14,6 +14,7 @@ from tiny import (
     SENTENCES,
     TinyFactory,
     alone,
+    edits_of,
     plain_model,
     relative,
     sentence_prompts,
@@ -21,7 +22,7 @@ from tiny import (
 
 from firsttok.contexts import ContextSet, sample_contexts
 from firsttok.data import Fact
-from firsttok.editing import ROME, Slot, ValueStore, compute_edits, optimise_values
+from firsttok.editing import ROME, Slot, ValueStore, optimise_values
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import perplexity
 from firsttok.hyperparameters import Hyperparameters
@@ -379,7 +380,7 @@ def test_provenance_says_what_was_changed_and_where(tiny: TinyFactory, tmp_path:
     assert stages["key_source"] == "Second2First keys"
     assert stages["value_interventions"] == ["Second2First"]
     assert stages["evaluation_interventions"] == []
-    ((_, edits),) = compute_edits(
+    ((_, edits),) = edits_of(
         study.model.intervened(SECOND2FIRST),
         FACTS[:1],
         methods=[ROME],

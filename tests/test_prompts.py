@@ -14,6 +14,7 @@ from tiny import (
     FACTS,
     TinyFactory,
     build,
+    edits_of,
     fact_prompts,
     load_tiny,
     sentence_prompts,
@@ -22,7 +23,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 from firsttok.data import Fact
-from firsttok.editing import ROME, compute_edits
+from firsttok.editing import ROME
 from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
@@ -370,7 +371,7 @@ def test_a_text_is_tokenised_once_in_each_state_of_the_tokenizer(
     moment = SecondMoment.identity(model.site(1).d_mlp)
     settings = Hyperparameters(steps=1)
     for _ in range(2):
-        compute_edits(
+        edits_of(
             model,
             FACTS,
             methods=[ROME],

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from rich.progress import Progress
-from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, edits_of
 
 from firsttok.cli import main
 from firsttok.data import Fact
-from firsttok.editing import C_ROME, FC_ROME, ROME, compute_edits
+from firsttok.editing import C_ROME, FC_ROME, ROME
 from firsttok.errors import BadInputError, CacheError
 from firsttok.evaluation import counterfact_scores, edit_accuracy, generated_match
 from firsttok.hyperparameters import Hyperparameters
@@ -87,7 +87,7 @@ def test_rows_are_those_of_one_edit_at_a_time(
     ]
     edits = {
         (fact.case_id, name): (fact, edit)
-        for fact, found in compute_edits(
+        for fact, found in edits_of(
             study.model,
             NUMBERED,
             methods=METHODS,

@@ -12,6 +12,7 @@ from tiny import (
     FACTS,
     PREFIXED_ONLY,
     TinyFactory,
+    edits_of,
     naive_keys,
     relative,
     same_weights,
@@ -33,7 +34,6 @@ from firsttok.editing import (
     Value,
     ValueStore,
     compute_edit,
-    compute_edits,
     find_method,
     solve_update,
 )
@@ -61,7 +61,7 @@ def some_moment(d_mlp: int, *, scale: float = 1.0) -> SecondMoment:
     )
 
 
-def edits_of(
+def edits_by_name(
     model: Model,
     fact: Fact,
     *,
@@ -70,7 +70,7 @@ def edits_of(
     store: ValueStore | None = None,
 ) -> dict[str, Edit]:
     """A fact's edits by all methods."""
-    ((_, edits),) = compute_edits(
+    ((_, edits),) = edits_of(
         model,
         [fact],
         methods=METHODS,
@@ -119,7 +119,7 @@ def test_the_edited_layer_maps_the_methods_key_to_its_value(
     store = ValueStore(tmp_path)
     for fact in FACTS[:2]:
         keys = naive_pair(model, fact, contexts)
-        edits = edits_of(model, fact, contexts=contexts, store=store)
+        edits = edits_by_name(model, fact, contexts=contexts, store=store)
         for method in METHODS:
             path = store.path(
                 model.identity(),
@@ -147,7 +147,7 @@ def test_a_running_model_puts_out_the_value_at_the_subject(tiny: TinyFactory, ar
     fact = FACTS[1]
     prompt = fact_prompt(model, fact)
     site = model.site(LAYER)
-    edit = edits_of(model, fact)["p-rome"]
+    edit = edits_by_name(model, fact)["p-rome"]
     tokens = torch.tensor([prompt.token_ids])
     place = subject_positions([prompt])[0]
 
@@ -171,7 +171,7 @@ def test_a_running_model_puts_out_the_value_at_the_subject(tiny: TinyFactory, ar
 def test_the_change_of_the_weight_has_rank_one(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch, "float64")
     site = model.site(LAYER)
-    for edit in edits_of(model, FACTS[0]).values():
+    for edit in edits_by_name(model, FACTS[0]).values():
         before = weights(model)
         plain = site.matrix.clone()
         with edit.applied(model):
@@ -189,7 +189,7 @@ def test_the_left_vector_is_the_whitened_direction_key(tiny: TinyFactory, arch: 
     model = tiny(arch, "float64")
     moment = some_moment(model.site(LAYER).d_mlp)
     keys = naive_pair(model, FACTS[0], CONTEXTS)
-    edits = edits_of(model, FACTS[0], moment=moment)
+    edits = edits_by_name(model, FACTS[0], moment=moment)
     for method in METHODS:
         edit = edits[method.name]
         whitened = torch.linalg.solve(moment.matrix, keys[method.direction])
@@ -199,7 +199,7 @@ def test_the_left_vector_is_the_whitened_direction_key(tiny: TinyFactory, arch: 
 @pytest.mark.parametrize("arch", DECODERS)
 def test_with_identity_the_left_vector_is_the_unit_key(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch, "float64")
-    edits = edits_of(model, FACTS[0], moment=SecondMoment.identity(model.site(LAYER).d_mlp))
+    edits = edits_by_name(model, FACTS[0], moment=SecondMoment.identity(model.site(LAYER).d_mlp))
     keys = naive_pair(model, FACTS[0], CONTEXTS)
     for method in METHODS:
         key = keys[method.direction]
@@ -209,7 +209,7 @@ def test_with_identity_the_left_vector_is_the_unit_key(tiny: TinyFactory, arch: 
 @pytest.mark.parametrize("arch", DECODERS)
 def test_with_the_bare_context_alone_all_methods_are_one(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch, "float64")
-    edits = edits_of(model, FACTS[0], contexts=BARE_ONLY)
+    edits = edits_by_name(model, FACTS[0], contexts=BARE_ONLY)
     for method in (C_ROME, P_ROME, FC_ROME):
         assert relative(edits[method.name].left, edits["rome"].left) < 1e-6
         assert relative(edits[method.name].right, edits["rome"].right) < 1e-6
@@ -219,7 +219,7 @@ def test_with_the_bare_context_alone_all_methods_are_one(tiny: TinyFactory, arch
 
 def test_with_prefixes_all_methods_differ(tiny: TinyFactory) -> None:
     model = tiny("llama", "float32").with_bos(BosPolicy.WITHOUT)
-    deltas = [edit.delta.matrix for edit in edits_of(model, FACTS[0]).values()]
+    deltas = [edit.delta.matrix for edit in edits_by_name(model, FACTS[0]).values()]
     for index, delta in enumerate(deltas):
         for other in deltas[:index]:
             assert relative(delta, other) > 1e-2
@@ -229,8 +229,8 @@ def test_with_prefixes_all_methods_differ(tiny: TinyFactory) -> None:
 def test_the_scale_of_the_second_moment_does_not_matter(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch, "float64")
     d_mlp = model.site(LAYER).d_mlp
-    plain = edits_of(model, FACTS[0], moment=some_moment(d_mlp))
-    scaled = edits_of(model, FACTS[0], moment=some_moment(d_mlp, scale=1e-7))
+    plain = edits_by_name(model, FACTS[0], moment=some_moment(d_mlp))
+    scaled = edits_by_name(model, FACTS[0], moment=some_moment(d_mlp, scale=1e-7))
     for name, edit in plain.items():
         assert relative(scaled[name].left, edit.left) < 1e-9
         assert relative(scaled[name].right, edit.right) < 1e-9
@@ -246,7 +246,7 @@ def test_the_scale_of_the_second_moment_does_not_matter(tiny: TinyFactory, arch:
 def test_the_model_is_left_as_it_was(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)
     before = weights(model)
-    edits_of(model, FACTS[0])
+    edits_by_name(model, FACTS[0])
     assert same_weights(weights(model), before)
 
 
@@ -299,7 +299,7 @@ def test_many_facts_give_the_edits_of_each_alone(tiny: TinyFactory, tmp_path: Pa
 
     def run(on_step: list[int] | None = None) -> list[tuple[Fact, dict[str, Edit]]]:
         return list(
-            compute_edits(
+            edits_of(
                 model,
                 FACTS,
                 methods=[ROME, FC_ROME],
@@ -335,26 +335,26 @@ def test_stored_values_are_not_computed_again(
 ) -> None:
     model = tiny("gpt2")
     store = ValueStore(tmp_path)
-    first = edits_of(model, FACTS[0], store=store)
+    first = edits_by_name(model, FACTS[0], store=store)
 
     def fail(*_args: object, **_kwargs: object) -> list[Value]:
         raise AssertionError("optimised again")
 
     monkeypatch.setattr("firsttok.editing.edits.optimise_values", fail)
-    again = edits_of(model, FACTS[0], store=store)
+    again = edits_by_name(model, FACTS[0], store=store)
     for name, edit in first.items():
         assert torch.equal(again[name].left, edit.left)
         assert torch.equal(again[name].right, edit.right)
         assert again[name].losses == edit.losses
         assert again[name].report == edit.report
     with pytest.raises(AssertionError, match="optimised again"):
-        edits_of(model, FACTS[1], store=store)
+        edits_by_name(model, FACTS[1], store=store)
 
 
 def test_an_edit_knows_where_it_comes_from(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     moment = some_moment(model.site(LAYER).d_mlp)
-    edit = edits_of(model, FACTS[0], moment=moment)["c-rome"]
+    edit = edits_by_name(model, FACTS[0], moment=moment)["c-rome"]
     record = edit.provenance
     assert record["model"]["fingerprint"] == model.fingerprint
     assert record["model"]["dtype"] == "float32"

@@ -1,6 +1,6 @@
 """Tiny random models with a byte-level tokenizer, loaded through the real loading path."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from tokenizers.models import BPE
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
+from firsttok.editing import Edit, Method, RomeEditor, edit_each
 from firsttok.models import EditSite, Model, load
 from firsttok.models.libraries import quiet_libraries
 from firsttok.prompts import Prompt, fact_prompt, positions, text_prompt
@@ -131,6 +132,19 @@ def tokenizer(*, begin: bool, end: bool = False) -> transformers.PreTrainedToken
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def edits_of(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    methods: Sequence[Method],
+    on_step: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[Fact, dict[str, Edit]]]:
+    """The edits of each fact by several methods under the same settings."""
+    editors = [RomeEditor(method=method, **settings) for method in methods]
+    return edit_each(model, facts, editors, on_step=on_step)
 
 
 def load_tiny(folder: Path, dtype: str = "float32") -> Model:

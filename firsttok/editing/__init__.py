@@ -2,7 +2,7 @@
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
-from firsttok.editing.edits import RomeEditor, compute_edit, compute_edits, edit_each
+from firsttok.editing.edits import RomeEditor, compute_edit, edit_each
 from firsttok.editing.exports import check_export, export_model
 from firsttok.editing.methods import (
     C_ROME,
@@ -45,7 +45,6 @@ __all__ = [
     "check_export",
     "check_methods",
     "compute_edit",
-    "compute_edits",
     "edit_each",
     "export_model",
     "find_editors",

@@ -25,7 +25,7 @@ from firsttok.provenance import described, versions
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
-__all__ = ["RomeEditor", "compute_edit", "compute_edits", "edit_each"]
+__all__ = ["RomeEditor", "compute_edit", "edit_each"]
 
 WINDOW = 24
 """Facts looked at together, to find those that fit into one batch; no more are in memory."""
@@ -114,7 +114,7 @@ def compute_edit(
     """
     chosen = find_methods(method)
     if len(chosen) != 1:
-        raise BadInputError(f"{method} holds {len(chosen)} methods; give one, or ft.compute_edits")
+        raise BadInputError(f"{method} holds {len(chosen)} methods; give one, or ft.edit_each")
     editor = RomeEditor(
         method=chosen[0],
         contexts=contexts,
@@ -123,57 +123,6 @@ def compute_edit(
         hyperparameters=hyperparameters,
     )
     return editor.edit(model, [fact])
-
-
-@taken
-def compute_edits(
-    model: Model,
-    facts: Sequence[Fact],
-    *,
-    methods: Sequence[Method | str],
-    contexts: ContextSet,
-    second_moment: SecondMoment,
-    layer: int | None = None,
-    hyperparameters: Hyperparameters | None = None,
-    key_source: KeySource = ORDINARY_KEYS,
-    store: ValueStore | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Fact, dict[str, Edit]]]:
-    """Compute the edits of many facts by several methods; see :func:`edit_each`.
-
-    Args:
-        model: The model.
-        facts: The facts to write.
-        methods: The methods, or their names as ``--method`` takes them.
-        contexts: As in :class:`RomeEditor`, like all up to ``store``.
-        second_moment: C.
-        layer: Layer to edit.
-        hyperparameters: Settings of the value optimisation.
-        key_source: Where the keys come from.
-        store: Where values are kept.
-        on_step: Called with the number of facts that took one optimisation step.
-
-    Yields:
-        Each fact with its edits by method name, in order.
-
-    Raises:
-        BadInputError: If no method goes by a name, two different ones go by one, or the second
-            moment is of another layer or model.
-        EditMismatchError: If the model is changed while edits are computed.
-    """
-    editors = [
-        RomeEditor(
-            method=method,
-            contexts=contexts,
-            second_moment=second_moment,
-            layer=layer,
-            hyperparameters=hyperparameters,
-            key_source=key_source,
-            store=store,
-        )
-        for method in find_methods(methods)
-    ]
-    return edit_each(model, facts, editors, on_step=on_step)
 
 
 @taken
