@@ -1,5 +1,6 @@
 """What a result was made with."""
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -140,9 +141,14 @@ def _package(thing: Any) -> str:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Global names and attributes that code and the functions inside it read."""
+    """Global names that code and the functions inside it read, without names of attributes."""
     inside = [part for part in code.co_consts if isinstance(part, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inside))
+    read = {
+        str(step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return read.union(*map(_names, inside))
 
 
 def _code(code: types.CodeType) -> str:

@@ -430,3 +430,21 @@ def test_what_cannot_be_described_is_measured_and_not_kept(study: Study, tmp_pat
     assert "word_count" not in read_rows(kept)[0]
     with pytest.raises(BadInputError, match="'words' cannot be told from another one"):
         ft.sweep_facts(tmp_path / "run", study, FACTS[:1], ["rome"], metrics=[Open()])
+
+
+def test_an_attribute_of_a_globals_name_is_no_global(study: Study) -> None:
+    # In a notebook there is a global model, and a metric reads study.model.
+    source = (
+        "class Rows:\n"
+        "    name = 'layers'\n"
+        "    columns = {'layers': int}\n"
+        "    def measure(self, study, fact, edits):\n"
+        "        return [{'layers': study.model.n_layers + extra} for _ in edits]\n"
+    )
+    page: dict[str, Any] = {"model": study.model, "__name__": "page", "extra": 0}
+    exec(source, page)
+    for extra in (0, 1):
+        page["extra"] = extra
+        (row,) = ft.measure_facts(study, FACTS[:1], ["rome"], metrics=[page["Rows"]()])
+        assert row.layers == study.model.n_layers + extra
+    assert len(list((study.work or Path()).glob("rows/*.parquet"))) == 2
