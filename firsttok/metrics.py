@@ -1,7 +1,7 @@
 """What can be measured after an edit: each metric fills columns of its own in a row."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol, runtime_checkable
 
 from firsttok.data import Fact
@@ -64,12 +64,11 @@ class Metric(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class PerplexityMetric:
     """Mean and corpus-level perplexity on the study's sentences, and whether that is a collapse."""
 
     name = "perplexity"
-    columns = METRIC_COLUMNS["perplexity"]
+    columns: Mapping[str, type] = METRIC_COLUMNS["perplexity"]
 
     def measure(
         self,
@@ -88,15 +87,15 @@ class PerplexityMetric:
         ]
 
 
-@dataclass(frozen=True)
 class AccuracyMetric:
     """Efficacy, generalization and locality (Table 4), and efficacy behind a prefix (Table 5)."""
 
-    seed: int = 0
-    """Seed of the prefix that is drawn for each fact."""
-
     name = "accuracy"
-    columns = METRIC_COLUMNS["accuracy"]
+    columns: Mapping[str, type] = METRIC_COLUMNS["accuracy"]
+
+    def __init__(self, *, seed: int = 0) -> None:
+        """Take the seed of the prefix that is drawn for each fact."""
+        self.seed: int = seed
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """As :meth:`Metric.measure`."""
@@ -112,12 +111,11 @@ class AccuracyMetric:
         return rows
 
 
-@dataclass(frozen=True)
 class ScoresMetric:
     """COUNTERFACT's ES, PS, NS, EM, PM, NM and their Score."""
 
     name = "scores"
-    columns = METRIC_COLUMNS["scores"]
+    columns: Mapping[str, type] = METRIC_COLUMNS["scores"]
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """As :meth:`Metric.measure`."""
@@ -125,12 +123,11 @@ class ScoresMetric:
         return [asdict(each) | {"score": each.score} for each in scores]
 
 
-@dataclass(frozen=True)
 class GeneratedMetric:
     """What the edited model writes behind the bare prompt, and whether that is the target."""
 
     name = "generated"
-    columns = METRIC_COLUMNS["generated"]
+    columns: Mapping[str, type] = METRIC_COLUMNS["generated"]
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """As :meth:`Metric.measure`."""
@@ -145,15 +142,15 @@ class GeneratedMetric:
         ]
 
 
-@dataclass(frozen=True)
 class EntropyMetric:
     """Normalised entropy of the words of ten generations ("Rebuilding ROME")."""
 
-    seed: int = 0
-    """Seed of the generations."""
-
     name = "entropy"
-    columns = METRIC_COLUMNS["entropy"]
+    columns: Mapping[str, type] = METRIC_COLUMNS["entropy"]
+
+    def __init__(self, *, seed: int = 0) -> None:
+        """Take the seed of the generations."""
+        self.seed: int = seed
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """As :meth:`Metric.measure`."""
