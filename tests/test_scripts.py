@@ -294,8 +294,8 @@ def test_a_sweep_finds_what_the_tables_show(
     assert record["rows"]
     for row in record["rows"]:
         found = swept[row["case_id"], row["method"]]
-        for column in vars(found).keys() & row.keys() - {"method"}:
-            value = getattr(found, column)
+        for column in found.keys() & row.keys() - {"method"}:
+            value = found[column]
             if column == "denominator":
                 # Table 1 shows its size.
                 value, row[column] = abs(value), abs(row[column])
