@@ -10,6 +10,7 @@ from tiny import (
     CONTEXTS,
     DECODERS,
     FACTS,
+    ON_BOTH,
     PREFIXED_ONLY,
     SENTENCES,
     TRAINING,
@@ -226,7 +227,8 @@ def test_the_facts_are_as_ragged_as_the_tests_need(tiny: TinyFactory, arch: str)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_edits_of_a_ragged_list_that_stop_at_different_steps(
     tiny: TinyFactory, arch: str, dtype: str
 ) -> None:
@@ -274,7 +276,8 @@ def test_every_method_at_every_depth(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_keys(tiny: TinyFactory, arch: str, dtype: str) -> None:
     model = tiny(arch, dtype).with_bos(BosPolicy.WITHOUT)
     naive = naive_model(model, 2)
@@ -293,7 +296,8 @@ def test_keys(tiny: TinyFactory, arch: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_the_second_moment(tiny: TinyFactory, own_cache: Path, arch: str, dtype: str) -> None:
     assert own_cache.name
     model = tiny(arch, dtype)
@@ -305,7 +309,8 @@ def test_the_second_moment(tiny: TinyFactory, own_cache: Path, arch: str, dtype:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_the_perplexity_of_edited_models(
     tiny: TinyFactory, tmp_path: Path, arch: str, dtype: str
 ) -> None:
