@@ -77,19 +77,19 @@ def computed(
         for record in content["cases"]
         if (key := record["key"]).split(".")[0] in cases
     }
-    moments = {
-        "mom2": load_second_moment(folder / "second_moment_layer15.safetensors", d_mlp=d_mlp),
-        "identity": SecondMoment.identity(d_mlp),
-    }
     torch.set_num_threads(os.cpu_count() or 1)
     edits: dict[str, Edit] = {}
     for kind in kinds:
+        moment = SecondMoment.identity(d_mlp)
+        if kind == "mom2":
+            path = folder / "second_moment_layer15.safetensors"
+            moment = load_second_moment(path, d_mlp=d_mlp)
         found = compute_edits(
             model,
             list(facts.values()),
             methods=[METHODS[name] for name in methods],
             contexts=ContextSet(templates=tuple(content["templates"])),
-            second_moment=moments[kind],
+            second_moment=moment,
             layer=layer,
             hyperparameters=replace(setting(content), **settings),
             store=ValueStore(work),
