@@ -268,9 +268,8 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
             f"reads at most {model.max_tokens}; shorten it"
         )
     # What is to stand in one column: the first tokens, the ends or the subjects' last tokens.
-    aligned = {"right": [0] * len(prompts), "left": lengths}.get(side)
-    aligned = positions(prompts).tolist() if aligned is None else aligned
-    starts = [max(aligned) - position for position in aligned]
+    at = {"right": [0] * len(prompts), "left": lengths}.get(side) or positions(prompts).tolist()
+    starts = [max(at) - each for each in at]
     width = max(start + length for start, length in zip(starts, lengths, strict=True))
     tokenizer: Any = model.tokenizer
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -488,8 +488,8 @@ class Model(Shown):
         Raises:
             BadInputError: If one has no name, cannot be called, or is a class.
         """
-        for change in interventions:
-            # The class of one looks like one, too.
+        given: Sequence[object] = interventions
+        for change in given:
             if isinstance(change, type) or not isinstance(change, Intervention):
                 raise BadInputError(
                     f"{change!r} is no intervention; give an object with a `name` that takes a "
