@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -288,12 +289,7 @@ def _finite(model: Model, keys: Float[Tensor, "... d_mlp"]) -> Float[Tensor, "..
 
 def _shared_beginning(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
-    count = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += 1
-    return count
+    return len([*takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))])
 
 
 @runtime_checkable

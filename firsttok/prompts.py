@@ -254,9 +254,8 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
     Raises:
         BadInputError: If there are no prompts, one is longer than the model reads, or an
             intervention of the view returns something else than such a batch.
-        UnsupportedModelError: If the view asks for what the model does not do, found out by trial
-            on first use (see :class:`~firsttok.engine.trials.Trials`), or if TransformerLens has
-            changed the weights.
+        UnsupportedModelError: If the view asks for what the model does not do (see
+            :meth:`Model.batch`), or if TransformerLens has changed the weights.
     """
     refuse_processed(model.weights.bridge, model.name)
     if not prompts:
@@ -268,13 +267,9 @@ def pad(model: Model, prompts: Sequence[Prompt], *, side: PadSide = "right") -> 
             f"{prompts[longest].text[:60]!r}... has {lengths[longest]} tokens, but {model.name} "
             f"reads at most {model.max_tokens}; shorten it"
         )
-    if side == "right":
-        starts = [0] * len(prompts)
-    elif side == "left":
-        starts = [max(lengths) - length for length in lengths]
-    else:
-        found = positions(prompts).tolist()
-        starts = [max(found) - position for position in found]
+    # What is to stand in one column: the first tokens, the ends or the subjects' last tokens.
+    at = {"right": [0] * len(prompts), "left": lengths}.get(side) or positions(prompts).tolist()
+    starts = [max(at) - each for each in at]
     width = max(start + length for start, length in zip(starts, lengths, strict=True))
     tokenizer: Any = model.tokenizer
     filler = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

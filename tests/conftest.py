@@ -75,3 +75,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("FIRSTTOK_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(params=[False, True], ids=["fast", "plain"])
+def plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether every fast path is off; a test of numbers that asks for it runs on both settings."""
+    if request.param:
+        monkeypatch.setenv("FIRSTTOK_PLAIN", "1")
+    else:
+        monkeypatch.delenv("FIRSTTOK_PLAIN", raising=False)
+    return bool(request.param)

@@ -12,6 +12,7 @@ from tiny import (
     CONTEXTS,
     DECODERS,
     FACTS,
+    ON_BOTH,
     SENTENCES,
     TinyFactory,
     build,
@@ -88,6 +89,7 @@ def naive_target(model: Model, text: str, target: str) -> tuple[float, list[int]
 
 @pytest.mark.parametrize("bos", list(BosPolicy))
 @pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("plain")
 def test_perplexity_equals_that_of_each_sentence_alone(
     tiny: TinyFactory, arch: str, bos: BosPolicy
 ) -> None:
@@ -109,7 +111,8 @@ def test_perplexity_leaves_bos_out_unless_told(tiny: TinyFactory, arch: str) -> 
 
 @pytest.mark.parametrize("bos", [BosPolicy.WITH, BosPolicy.WITHOUT])
 @pytest.mark.parametrize("layer", [0, 1, 3])
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_prepared_texts_measure_what_perplexity_does(
     tiny: TinyFactory, arch: str, layer: int, bos: BosPolicy
 ) -> None:
@@ -216,6 +219,7 @@ def test_collapse_is_above_the_threshold_or_no_number() -> None:
 
 
 @pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("plain")
 def test_scores_equal_those_of_each_prompt_alone(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)
     cases = [(fact.prompt, target) for fact in FACTS for target in (fact.target_new, "the city")]
@@ -246,6 +250,7 @@ def test_target_probabilities_follow_the_contexts(tiny: TinyFactory, target: str
 
 @pytest.mark.parametrize("context", ["{}", "I know. {}"])
 @pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("plain")
 def test_accuracy_equals_a_direct_computation(tiny: TinyFactory, arch: str, context: str) -> None:
     model = tiny(arch)
     # What the model says itself is the target, so that the shares are neither all 0 nor all 1.
@@ -292,6 +297,7 @@ def test_an_edit_that_changes_nothing_keeps_all_locality(tiny: TinyFactory) -> N
 
 
 @pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("plain")
 def test_counterfact_scores_equal_a_direct_computation(tiny: TinyFactory, arch: str) -> None:
     model = tiny(arch)
     fact = FACTS[0]

@@ -88,7 +88,7 @@ def test_a_packed_pass_is_the_padded_one(tiny: TinyFactory, arch: str) -> None:
     hidden, calls = block_arguments(model.bridge, batch.tokens, call_arguments(model.bridge, batch))
     assert has_plain_arguments(blocks, calls)
     packing = Packing(real)
-    call = PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
+    call = PackedCall(blocks, packing, packing.pack(hidden), calls)
     with torch.no_grad():
         states = run_packed(call)
         bridge: Any = model.bridge

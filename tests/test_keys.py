@@ -25,7 +25,7 @@ from tiny import (
 )
 
 from firsttok.contexts import ContextSet
-from firsttok.engine import fused as fused_module
+from firsttok.engine import replay as replay_module
 from firsttok.errors import LayerOutOfRangeError, NonFiniteError
 from firsttok.evaluation import perplexity
 from firsttok.keys import capture_keys, fact_keys, keys_at, keys_of_facts
@@ -320,13 +320,13 @@ def test_what_prompts_begin_with_runs_once(
 ) -> None:
     model = tiny("llama").with_bos(BosPolicy.WITHOUT)
     tokens: list[int] = []
-    run = fused_module.run_packed
+    run = replay_module.run_packed
 
     def counted(*args: Any, **options: Any) -> Any:
-        tokens.append(len(args[2]))
+        tokens.append(len(args[0].hidden))
         return run(*args, **options)
 
-    monkeypatch.setattr(fused_module, "run_packed", counted)
+    monkeypatch.setattr(replay_module, "run_packed", counted)
     facts = [fact for fact in FACTS if fact.template.startswith("{}")]
     keys_of_facts(model, facts, CONTEXTS, layer=2)
     beginnings, rest = tokens

@@ -10,6 +10,7 @@ from tiny import (
     CONTEXTS,
     DECODERS,
     FACTS,
+    ON_BOTH,
     PREFIXED_ONLY,
     SENTENCES,
     TRAINING,
@@ -66,6 +67,10 @@ TOLERANCES = {"float64": (1e-6, 1e-6), "float32": (2e-3, 1e-2)}
 """Largest relative differences of a loss and of v*."""
 TYPED = [*((arch, "float64") for arch in DECODERS), ("gpt2", "float32"), ("llama", "float32")]
 """All in the type that shows a difference; in the usual one, one with padding and one without."""
+TYPED_ON_BOTH = [
+    (arch, dtype, plain) for arch, dtype in TYPED for known, plain in ON_BOTH if known == arch
+]
+"""The same with and without fast paths."""
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +233,8 @@ def test_the_facts_are_as_ragged_as_the_tests_need(tiny: TinyFactory, arch: str)
     assert len({len(prompt.token_ids) for prompt in prompts}) >= 5
 
 
-@pytest.mark.parametrize(("arch", "dtype"), TYPED)
+@pytest.mark.parametrize(("arch", "dtype", "plain"), TYPED_ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_edits_of_a_ragged_list_that_stop_at_different_steps(
     tiny: TinyFactory, arch: str, dtype: str
 ) -> None:
@@ -276,7 +282,8 @@ def test_every_method_at_every_depth(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_keys(tiny: TinyFactory, arch: str, dtype: str) -> None:
     model = tiny(arch, dtype).with_bos(BosPolicy.WITHOUT)
     naive = naive_model(model, 2)
@@ -295,7 +302,8 @@ def test_keys(tiny: TinyFactory, arch: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_the_second_moment(tiny: TinyFactory, own_cache: Path, arch: str, dtype: str) -> None:
     assert own_cache.name
     model = tiny(arch, dtype)
@@ -306,7 +314,8 @@ def test_the_second_moment(tiny: TinyFactory, own_cache: Path, arch: str, dtype:
     assert relative(found.matrix, matrix) < (1e-9 if dtype == "float64" else 1e-5)
 
 
-@pytest.mark.parametrize(("arch", "dtype"), TYPED)
+@pytest.mark.parametrize(("arch", "dtype", "plain"), TYPED_ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_the_perplexity_of_edited_models(
     tiny: TinyFactory, tmp_path: Path, arch: str, dtype: str
 ) -> None:

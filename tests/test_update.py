@@ -10,6 +10,7 @@ from tiny import (
     CONTEXTS,
     DECODERS,
     FACTS,
+    ON_BOTH,
     PREFIXED_ONLY,
     TinyFactory,
     edits_of,
@@ -110,7 +111,8 @@ def example() -> tuple[FactKeys, Value]:
 
 
 @pytest.mark.parametrize("contexts", [CONTEXTS, PREFIXED_ONLY])
-@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
 def test_the_edited_layer_maps_the_methods_key_to_its_value(
     tiny: TinyFactory, arch: str, contexts: ContextSet, tmp_path: Path
 ) -> None:

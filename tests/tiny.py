@@ -25,6 +25,8 @@ HYBRIDS = ("bamba", "falcon_h1", "jamba", "lfm2")
 """Decoders with state spaces or convolutions beside, or in place of, attention."""
 BEGINS_WITH_BOS = ("llama", "mistral", "gemma3", "bert")
 """Architectures whose tiny tokenizer puts a BOS token before every text by itself."""
+ON_BOTH = (*((arch, False) for arch in DECODERS), ("llama", True))
+"""Architectures with the fast paths, and the one that has all of these without (see ``plain``)."""
 LAYERS = 4
 VOCABULARY = 400
 

@@ -51,7 +51,7 @@ class Packing:
         return flat.index_copy(0, self.places, packed).unflatten(0, (rows, columns))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PackedCall:
     """What blocks are run on, real tokens only, which stand one behind the other."""
 
@@ -61,7 +61,7 @@ class PackedCall:
     """Where the tokens stand in their padded batch."""
     hidden: Float[Tensor, "place d_model"]
     """What enters the first block."""
-    arguments: Sequence[Mapping[str, Any]]
+    arguments: Sequence[dict[str, Any]]
     """What each block is called with on the padded batch."""
 
 
@@ -123,7 +123,7 @@ def pack_call(
     if not has_plain_arguments(blocks, calls):
         return None
     packing = Packing(mask.bool())
-    return PackedCall(blocks=blocks, packing=packing, hidden=packing.pack(hidden), arguments=calls)
+    return PackedCall(blocks, packing, packing.pack(hidden), calls)
 
 
 def unembed(

@@ -35,8 +35,7 @@ def intervene(
     Raises:
         BadInputError: If an intervention returns something else than the same prompts with other
             position ids or another visibility, or one that no attention can have.
-        UnsupportedModelError: If the model does not do what is asked for, found out by trial on
-            first use (see :class:`firsttok.engine.trials.Trials`).
+        UnsupportedModelError: If the model does not do what is asked for, found out by trial.
     """
     changed = _changed(bridge, batch, interventions)
     names = ", ".join(intervention.name for intervention in interventions)

@@ -142,6 +142,7 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pays(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    trained = (weight,) if bias is None else (weight, bias)
     return (
         weight.ndim == 2
         and inputs.numel() > weight.shape[1]
@@ -149,7 +150,7 @@ def _pays(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and inputs.shape[-1] == weight.shape[1]
         and all(map(_is_plain, (inputs, weight)))
         and (bias is None or (_is_plain(bias) and bias.shape == weight.shape[:1]))
-        and not (torch.is_grad_enabled() and _is_trained(weight, bias))
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in trained))
         and _is_on()
     )
 
@@ -160,10 +161,6 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
     )
-
-
-def _is_trained(weight: Tensor, bias: Tensor | None) -> bool:
-    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def runs_plain() -> bool:

@@ -42,18 +42,23 @@ def capture_tail(
     """
     if cut and batch.visible is not None:
         raise ValueError("a batch with its own visibility cannot be cut: cut must be 0")
-    if replay is Replay.WHOLE:
-        return _whole(bridge, batch, layer, cut)
     first = layer + (replay is Replay.ABOVE)
-    arguments = call_arguments(bridge, batch)
     past: _Past = ()
-    if cut:
-        past = _prefix_pass(bridge, batch, cut, blocks=len(bridge.blocks))
-        arguments |= _behind(batch, cut, past)
-    found = None
-    if replay is Replay.ABOVE:
-        found = _seen_packed(bridge, batch, layer, cut, arguments, past)
-    seen, calls = found or _seen_padded(bridge, batch, layer, cut, arguments, first)
+    if replay is Replay.WHOLE:
+        if cut:
+            raise ValueError("a model that runs whole cannot be cut: cut must be 0")
+        names = {"keys": KEY.format(layer), "residual": RESIDUAL.format(layer)}
+        whole = capture(bridge, batch, [*names.values()], stop_at_layer=None)
+        seen, calls = {name: whole[hook] for name, hook in names.items()}, []
+    else:
+        arguments = call_arguments(bridge, batch)
+        if cut:
+            past = _prefix_pass(bridge, batch, cut, blocks=len(bridge.blocks))
+            arguments |= _behind(batch, cut, past)
+        found = None
+        if replay is Replay.ABOVE:
+            found = _seen_packed(bridge, batch, layer, cut, arguments, past)
+        seen, calls = found or _seen_padded(bridge, batch, layer, cut, arguments, first)
     return Tail(
         replay=replay,
         layer=layer,
@@ -152,24 +157,6 @@ def _difference(bridge: Any, batch: TokenBatch, mode: Replay) -> str | None:
     return None
 
 
-def _whole(bridge: Any, batch: TokenBatch, layer: int, cut: int) -> Tail:
-    """A tail of a model that has to run whole; its prompts are not cut."""
-    if cut:
-        raise ValueError("a model that runs whole cannot be cut: cut must be 0")
-    names = [KEY.format(layer), RESIDUAL.format(layer)]
-    seen = capture(bridge, batch, names, stop_at_layer=None)
-    return Tail(
-        replay=Replay.WHOLE,
-        layer=layer,
-        cut=0,
-        batch=batch,
-        keys=seen[names[0]],
-        residual=seen[names[1]],
-        arguments=(),
-        past=(),
-    )
-
-
 @torch.no_grad()
 def _seen_packed(
     bridge: Any, batch: TokenBatch, layer: int, cut: int, arguments: dict[str, Any], past: _Past
@@ -243,8 +230,7 @@ def _seen_padded(
         as_tuple.append(isinstance(output, tuple))
 
     def keep(activation: Any, hook: Any) -> None:
-        found = activation[0] if isinstance(activation, tuple) else activation
-        seen[names[hook.name]] = found
+        seen[names[hook.name]] = activation[0] if isinstance(activation, tuple) else activation
 
     with contextlib.ExitStack() as stack:
         stack.callback(edited.register_forward_hook(leave).remove)

@@ -87,13 +87,7 @@ class Tail:
         where: Bool[Tensor, "prompt suffix"],
         change: Float[Tensor, "prompt suffix d_model"] | None = None,
     ) -> Float[Tensor, "place vocab"]:
-        """Run what has to be run and return logits at chosen places.
-
-        Args:
-            bridge: The bridge the tail was captured on.
-            where: The places whose logits are wanted, in row-major order.
-            change: What is added to the MLP's output at layer L.
-        """
+        """All of :meth:`logit_chunks`."""
         return torch.cat(list(self.logit_chunks(bridge, where, change, size=int(where.sum()))))
 
     def logit_chunks(
@@ -105,7 +99,7 @@ class Tail:
         size: int,
         overwrite: bool = False,
     ) -> Iterator[Float[Tensor, "place vocab"]]:
-        """As :meth:`logits`, a few places at a time, so that they need not all be in memory.
+        """Run what has to be run; logits at chosen places, which need not all be in memory at once.
 
         Args:
             bridge: The bridge the tail was captured on.
@@ -139,14 +133,9 @@ class Tail:
         blocks = list(bridge.blocks[self._first :])
         if above and is_fusible(blocks) and has_plain_arguments(blocks, self.arguments):
             wanted = packing.pack(where)
-            call = PackedCall(
-                blocks=blocks,
-                packing=packing,
-                hidden=packing.pack(hidden),
-                arguments=self.arguments,
-            )
-            last = partial(_mlp_only_at, where=wanted[None])
-            return run_packed(call, past=self.past, last=last)[wanted]
+            call = PackedCall(blocks, packing, packing.pack(hidden), self.arguments)
+            at_end = partial(_mlp_only_at, where=wanted[None])
+            return run_packed(call, past=self.past, last=at_end)[wanted]
         with _changed(bridge, self.layer, None if above else change):
             return self._run_padded(bridge, hidden, packing.real, where)[where]
 

@@ -65,16 +65,24 @@ def find_first_position(bridge: Any) -> int:
     Raises:
         UnsupportedModelError: If positions are numbered in another way.
     """
-    tokens = some_tokens(bridge, 1, 6)
+    tokens, last = some_tokens(bridge, 1, 6), RESIDUAL.format(bridge.cfg.n_layers - 1)
+
+    def last_states(**arguments: Tensor) -> Tensor:
+        # Logits may be zero, as of an encoder's head.
+        found: list[Tensor] = []
+        hooks = [(last, lambda states, hook: found.append(states))]  # noqa: ARG005 (called by name)
+        bridge.run_with_hooks(tokens, fwd_hooks=hooks, **arguments)
+        return found[0]
+
     ones = torch.ones_like(tokens)
-    implied = _last_states(bridge, tokens, attention_mask=ones)
+    implied = last_states(attention_mask=ones)
     padding = getattr(bridge.original_model.config, "pad_token_id", None)
     # Replays of a decoder count from 0.
     behind = [] if bridge.cfg.attention_dir == "causal" or padding is None else [int(padding) + 1]
     errors: dict[int, float] = {}
     for first in (0, *behind):
         ids = ones.cumsum(1) - 1 + first
-        explicit = _last_states(bridge, tokens, attention_mask=ones, position_ids=ids)
+        explicit = last_states(attention_mask=ones, position_ids=ids)
         difference = explicit.double() - implied.double()
         errors[first] = float(difference.norm() / implied.double().norm())
     found = min(errors, key=lambda first: errors[first])
@@ -85,15 +93,3 @@ def find_first_position(bridge: Any) -> int:
         f"{bridge.cfg.architecture} does not number the tokens of a prompt from 0 on, and firsttok "
         "passes such numbers; this architecture is not supported"
     )
-
-
-def _last_states(bridge: Any, tokens: Tensor, **arguments: Tensor) -> Tensor:
-    """The residual stream behind the last block; logits may be zero, as of an encoder's head."""
-    found: list[Tensor] = []
-
-    def keep(states: Tensor, hook: object) -> None:  # noqa: ARG001 (called by name)
-        found.append(states)
-
-    last = RESIDUAL.format(bridge.cfg.n_layers - 1)
-    bridge.run_with_hooks(tokens, fwd_hooks=[(last, keep)], **arguments)
-    return found[0]

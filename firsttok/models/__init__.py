@@ -1,6 +1,6 @@
 """Models: what there is, how it is loaded, and where it can be edited.
 
-The only package that knows architectures.
+With ``engine``, the only package that knows architectures.
 """
 
 from firsttok.models.bos import BosPolicy

@@ -488,8 +488,9 @@ class Model(Shown):
         Raises:
             BadInputError: If one has no name, cannot be called, or is a class.
         """
-        for change in interventions:
-            if not _is_intervention(change):
+        given: Sequence[object] = interventions
+        for change in given:
+            if isinstance(change, type) or not isinstance(change, Intervention):
                 raise BadInputError(
                     f"{change!r} is no intervention; give an object with a `name` that takes a "
                     "TokenBatch and returns one, such as probes.SeesAll(position=0)"
@@ -540,11 +541,6 @@ class Model(Shown):
             "tokenizer": self.texts.get(self.tokenizer, "hash", find),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-
-
-def _is_intervention(change: object) -> bool:
-    """Whether it is one, and not the class of some."""
-    return isinstance(change, Intervention) and not isinstance(change, type)
 
 
 def _reaches(place: Place, layer: int) -> bool:

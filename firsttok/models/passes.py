@@ -33,14 +33,9 @@ def capture(
 def capture_tail(
     model: Model, batch: TokenBatch, *, layer: int, cut: int = 0, replay: Replay | None = None
 ) -> Tail:
-    """Run a view once, as :func:`firsttok.engine.replay.capture_tail` does.
+    """Run a view as :func:`firsttok.engine.replay.capture_tail` does.
 
-    Args:
-        model: A decoder.
-        batch: The prompts, padded so that no column before ``cut`` depends on what will change.
-        layer: The layer whose MLP's output will be changed.
-        cut: The first column to be replayed.
-        replay: What is to be run again; None for the least that is right for this model.
+    With ``replay=None`` the least that is right for this model is run again.
 
     Raises:
         UnsupportedModelError: If the model is no decoder with a final norm and an unembedding.
