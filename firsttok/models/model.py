@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -488,8 +488,7 @@ class Model(Shown):
         Raises:
             BadInputError: If one has no name, cannot be called, or is a class.
         """
-        given: Sequence[object] = interventions
-        for change in given:
+        for change in cast(Sequence[object], interventions):
             if isinstance(change, type) or not isinstance(change, Intervention):
                 raise BadInputError(
                     f"{change!r} is no intervention; give an object with a `name` that takes a "
