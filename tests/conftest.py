@@ -12,10 +12,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 install_import_hook("firsttok", "beartype.beartype")
 
-import firsttok.data  # noqa: E402
+import firsttok.data.fact_files  # noqa: E402
 
 # The same facts each time, and a second to read under type checks: every module gets this one.
-firsttok.data.builtin_facts = cache(firsttok.data.builtin_facts)
+firsttok.data.fact_files.builtin_facts = cache(firsttok.data.builtin_facts)
+firsttok.data.builtin_facts = firsttok.data.fact_files.builtin_facts
 
 from tiny import TinyFactory, build, load_tiny  # noqa: E402
 

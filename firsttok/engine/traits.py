@@ -20,8 +20,12 @@ __all__ = [
     "some_weight",
 ]
 
-KEY, VALUE, RESIDUAL = "blocks.{}.mlp.out.hook_in", "blocks.{}.mlp.hook_out", "blocks.{}.hook_out"
-"""Hook points of a layer: what its MLP's last matrix is given, the MLP's output, what it leaves."""
+KEY = "blocks.{}.mlp.out.hook_in"
+"""Hook point of what the last matrix of a layer's MLP is given."""
+VALUE = "blocks.{}.mlp.hook_out"
+"""Hook point of that MLP's output."""
+RESIDUAL = "blocks.{}.hook_out"
+"""Hook point of the residual stream behind the layer."""
 
 
 def is_decoder(bridge: Any) -> bool:
