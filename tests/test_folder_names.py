@@ -126,7 +126,7 @@ def test_models_that_differ_in_a_slash_are_both_swept(
 
 def test_labels_that_differ_in_case_alone_are_not_in_one_run(tmp_path: Path) -> None:
     entry = {
-        "format": 1,
+        "format": 2,
         "facts": {"hash": "0", "count": 1},
         "methods": {},
         "metrics": [],
