@@ -184,7 +184,7 @@ def place(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (folder / "methods.toml").write_text(f"[a]\n{slots}[b]\n{slots}", "utf-8")
     (folder / "bad.toml").write_text("steps = 0\n", "utf-8")
     manifest = {
-        "format": 1,
+        "format": 2,
         "models": {},
         "facts": {"hash": "abc", "count": 1},
         "methods": {"rome": {}},
