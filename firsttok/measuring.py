@@ -56,7 +56,7 @@ class Plan:
         """Check the methods and metrics."""
         take_fields(self)
         if not self.methods:
-            raise BadInputError("a sweep needs at least one method; give one")
+            raise BadInputError("there is no method; give at least one method")
         find_editors(self.methods)
         if not self.measures:
             raise BadInputError(f"there is no metric; give at least one of {', '.join(METRICS)}")
@@ -227,7 +227,7 @@ def measure_facts(
                 kept.add(fact, missing, rows)
             yield kept.rows(fact)
 
-    open_facts = [fact for fact in facts if any(True for _ in kept.missing(fact))]
+    open_facts = [fact for fact in facts if kept.missing(fact)]
     done = len(facts) - len(open_facts)
     failed: FailedFact | None = None
     try:
@@ -365,7 +365,7 @@ class _Kept:
         name = content_hash([self.settings, *parts])[:24]
         return self.study.work / "rows" / f"{name}.parquet"
 
-    def missing(self, fact: Fact) -> Iterator[_Missing]:
+    def missing(self, fact: Fact) -> list[_Missing]:
         """What is to be measured of a fact, methods that lack the same metrics together."""
         key = fact.content_hash
         lacking: dict[tuple[str, ...], list[Method | Editor]] = {}
@@ -377,10 +377,12 @@ class _Kept:
             )
             if names:
                 lacking.setdefault(names, []).append(method)
-        for names, methods in lacking.items():
-            yield _Missing(
+        return [
+            _Missing(
                 tuple(methods), tuple(each for each in self.plan.measures if each.name in names)
             )
+            for names, methods in lacking.items()
+        ]
 
     def rows(self, fact: Fact) -> list[Row]:
         """The rows of a fact, as far as they are whole."""
@@ -391,11 +393,13 @@ class _Kept:
         for method in self.plan.methods:
             parts = [self.held[method.name, metric.name].get(key) for metric in self.plan.measures]
             if all(part is not None for part in parts):
-                whole = {name: value for part in parts if part for name, value in part.items()}
-                order = dict.fromkeys(
-                    [*(name for name in COLUMNS if name in whole), *whole, *empty]
-                )
-                rows.append(Row({name: whole.get(name) for name in order}))
+                whole: dict[str, Any] = dict.fromkeys(empty)
+                for part in parts:
+                    whole |= part or {}
+                # The same model may have gone by another name then.
+                whole["model"] = self.study.model.label
+                order = dict.fromkeys([*(name for name in COLUMNS if name in whole), *whole])
+                rows.append(Row({name: whole[name] for name in order}))
         return rows
 
     def add(self, fact: Fact, missing: _Missing, rows: Sequence[Row]) -> None:

@@ -1,10 +1,10 @@
 """The row of a measurement, one fact edited by one editor, and the files that hold rows.
 
-A row is flat: columns of the fact, of the edit's report, and of every metric. Rows lie in Parquet
-files, each there as a whole or not at all. A file holds a SHA-256 of its name and of all its other
-bytes, in a gap before the footer, where Parquet's readers do not look. Every byte is checked before
-Arrow sees the first one: page checksums leave out the footer, which says what the bytes of the
-pages mean.
+A row is flat: columns of the fact, of the edit's report, and of every metric. Rows are kept in
+Parquet files, each there as a whole or not at all. A file holds a SHA-256 of its name and of all
+its other bytes, in a gap before the footer, where Parquet's readers do not look. Every byte is
+checked before Arrow sees the first one: page checksums leave out the footer, which says what the
+bytes of the pages mean.
 """
 
 import hashlib

@@ -74,7 +74,7 @@ def states(model: Model, prompt: Prompt) -> tuple[list[torch.Tensor], list[torch
     block's own output is taken by a hook.
     """
     plain = plain_model(model)
-    if model.is_encoder_decoder:
+    if any(site.stack != "blocks" for site in model.sites):
         plain = plain.encoder
     blocks: Any = next(m for m in plain.modules() if isinstance(m, torch.nn.ModuleList))
     last: list[Any] = []

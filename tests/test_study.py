@@ -289,3 +289,12 @@ def test_the_original_perplexity_is_measured_once_for_a_work_folder(
     damaged.keep_original_perplexity()
     assert len(calls) == 2
     assert damaged.original_perplexity == study.original_perplexity
+
+
+def test_a_kept_row_names_the_model_as_it_is_called_now(study: Study) -> None:
+    (row,) = measure_facts(study, NUMBERED[:1], [ROME])
+    renamed = study.varied(model=replace(study.model, name="other"))
+    (again,) = measure_facts(renamed, NUMBERED[:1], [ROME])
+    assert (row.model, again.model) == (study.model.label, "other")
+    assert {**again, "model": row.model} == dict(row)
+    assert len(list((work_of(study) / "rows").glob("*.parquet"))) == 1

@@ -132,11 +132,6 @@ class Model(Shown):
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether there is an encoder beside the decoder (T5)."""
-        return any(site.stack != "blocks" for site in self.sites)
-
-    @property
     def can_be_edited(self) -> bool:
         """Whether this is a decoder whose upper layers can be replayed (see ``capture_tail``)."""
         return is_decoder(self.weights.bridge)
