@@ -14,6 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from typing_extensions import is_typeddict
+
 from firsttok.errors import BadInputError
 
 __all__ = [
@@ -188,6 +190,7 @@ def _converter(hint: Any, what: str) -> _Converter | None:
         return lambda given: _member(given, hint, what)
     own = getattr(hint, "__module__", "").startswith("firsttok.") and isinstance(hint, type)
     checkable = not getattr(hint, "_is_protocol", False) or hasattr(hint, "_is_runtime_protocol")
+    checkable = checkable and not is_typeddict(hint)
     return (lambda given: _instance(given, hint, what)) if own and checkable else None
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tiny import (
 
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME, Delta, Edit, Method, compute_edit, load_edit
+from firsttok.editing.record import edit_record
 from firsttok.errors import (
     BadInputError,
     EditMismatchError,
@@ -152,6 +153,9 @@ def test_a_saved_edit_comes_back_bit_for_bit(
 ) -> None:
     model = tiny(arch, dtype)
     edit = edit_of(model, FACTS[2])
+    # A later version may say more.
+    more = cast("Any", edit.provenance) | {"model": {**edit.provenance["model"], "more": [1]}}
+    edit = replace(edit, provenance=more)
     path = tmp_path / "folder" / "edit.safetensors"
     edit.save(path)
     loaded = load_edit(path)
@@ -255,6 +259,8 @@ def record_of(edit: Edit, **changes: object) -> dict[str, str]:
         ({}, {"components": {"numerator": "1"}}, BadInputError, "no edit saved by firsttok"),
         ({}, {"components": None}, BadInputError, "no edit saved by firsttok"),
         ({}, {"losses": 3}, BadInputError, "no edit saved by firsttok"),
+        ({}, {"provenance": {"facts": {}}}, BadInputError, "no edit saved by firsttok"),
+        ({}, {"provenance": {"model": {"edits": [""]}}}, BadInputError, "no edit saved"),
         ({LEFT: torch.full((40, 1), torch.nan)}, {}, NonFiniteError, "NaN or infinity"),
         ({RIGHT: torch.full((1, 24), torch.inf)}, {}, NonFiniteError, "NaN or infinity"),
     ],
@@ -353,8 +359,7 @@ def test_an_edit_of_any_kind_is_its_dense_matrices(
 ) -> None:
     model = tiny("llama", "float64")
     deltas = tuple(drawn(model, p, r, seed) for p, r in zip(places, ranks, strict=False))
-    made = {"model": model.record()}
-    edit = Edit(deltas=deltas, provenance=made)
+    edit = Edit(deltas=deltas, provenance=edit_record(model.record(), []))
     dense = Edit(deltas=tuple(replace(d, left=d.matrix, right=None) for d in deltas))
     path = tmp_path_factory.mktemp("edits") / "edit.safetensors"
     edit.save(path)

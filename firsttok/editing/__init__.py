@@ -21,6 +21,7 @@ from firsttok.editing.own_methods import (
     find_methods,
     load_methods,
 )
+from firsttok.editing.record import EditRecord
 from firsttok.editing.saved_edits import load_edit
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
@@ -36,6 +37,7 @@ __all__ = [
     "AppliedEdit",
     "Delta",
     "Edit",
+    "EditRecord",
     "Editor",
     "Method",
     "RomeEditor",

@@ -16,6 +16,7 @@ from firsttok.data import Fact
 from firsttok.data.schemas import fact_from
 from firsttok.display import Panel, Plot, Shown, Table, short_hash
 from firsttok.editing.delta import Delta
+from firsttok.editing.record import EditRecord, ModelRecord, edit_record
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
 from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import hash_weights
@@ -73,7 +74,7 @@ class Edit(Shown):
     """What the editor measured of these changes, by name; see :attr:`report`."""
     losses: tuple[float, ...] = ()
     """Loss trace of an optimisation, if there was one."""
-    provenance: dict[str, Any] = field(default_factory=dict[str, Any])
+    provenance: EditRecord = field(default_factory=EditRecord)
     """Model, facts, editor and its settings, versions."""
     components_of: str = ""
     """Hash of the changes that the components are of; empty for these."""
@@ -129,13 +130,12 @@ class Edit(Shown):
         edit = Edit(
             deltas=(delta,),
             components=components or {},
-            provenance={
-                "model": model.record(),
-                "facts": [fact.as_record() | {"source": fact.source} for fact in facts],
-                "editor": {"name": name},
-                "parameters": {str(delta.place): model.weights.name_of(delta.place)},
-                "versions": versions(),
-            },
+            provenance=edit_record(
+                model.record(),
+                facts,
+                editor={"name": name},
+                parameters={str(delta.place): model.weights.name_of(delta.place)},
+            ),
         )
         edit.check(model)
         return edit
@@ -224,20 +224,17 @@ class Edit(Shown):
     @property
     def origin(self) -> dict[str, Any]:
         """What it was made with, in short; ``provenance`` has it all."""
-
-        def part(name: str) -> dict[str, Any]:
-            return self.provenance.get(name, {})
-
-        keys = self.provenance.get("keys")
+        made = self.provenance
+        model, keys = made.get("model", {}), made.get("keys")
         return {
-            "model": part("model").get("name"),
-            "weights": short_hash(part("model").get("fingerprint")),
+            "model": model.get("name"),
+            "weights": short_hash(model.get("fingerprint")),
             "layer": self._where,
             "method": self._maker,
             "keys": None if keys == "ordinary" else keys,
-            "contexts": short_hash(part("contexts").get("hash")),
-            "second moment": part("second_moment").get("corpus"),
-            "firsttok": part("versions").get("firsttok"),
+            "contexts": short_hash(made.get("contexts", {}).get("hash")),
+            "second moment": made.get("second_moment", {}).get("corpus"),
+            "firsttok": made.get("versions", {}).get("firsttok"),
         }
 
     @property
@@ -259,11 +256,11 @@ class Edit(Shown):
     @property
     def _text(self) -> str:
         """What it says: the prompt and the new target of the first fact; empty without one."""
-        records: list[dict[str, Any]] = self.provenance.get("facts", [])
+        records = self.provenance.get("facts", [])
         if not records:
             return ""
         rewrite = records[0].get("requested_rewrite", {})
-        prompt = str(rewrite.get("prompt", "")).replace("{}", str(rewrite.get("subject", "")))
+        prompt = rewrite.get("prompt", "").replace("{}", rewrite.get("subject", ""))
         text = f"{prompt} {rewrite.get('target_new', {}).get('str', '')}".strip()
         return text if len(records) == 1 else f"{text}, and {len(records) - 1} more"
 
@@ -479,7 +476,7 @@ class Edit(Shown):
                     f"has {list(shape)}"
                 )
 
-    def _check_type(self, made: dict[str, Any], model: Model, *, cast: bool) -> None:
+    def _check_type(self, made: ModelRecord, model: Model, *, cast: bool) -> None:
         own = model.record_of_type
         same = all(made.get(name) == own[name] for name in ("config", "tokenizer"))
         # Other weights of the same architecture come from elsewhere.
@@ -497,7 +494,7 @@ class Edit(Shown):
             f"{model.fingerprint[:12]}); load that model"
         )
 
-    def _check_state(self, made: dict[str, Any], model: Model) -> None:
+    def _check_state(self, made: ModelRecord, model: Model) -> None:
         """Whether configuration, tokenizer and what else stands in the weights are as they were."""
         own = model.record_of_type
         for name, what in (("config", "configuration"), ("tokenizer", "tokenizer")):
@@ -506,7 +503,7 @@ class Edit(Shown):
                     f"the edit was made for the weights of {model.name} with another {what}; load "
                     "that model, or pass anyway=True"
                 )
-        below: list[dict[str, str]] = made.get("edits", [])
+        below = made.get("edits", [])
         standing = [edit.content_hash for edit in model.edits]
         if [edit["hash"] for edit in below] != standing[: len(below)]:
             titles = ", then ".join(edit["title"] for edit in below)
@@ -516,7 +513,7 @@ class Edit(Shown):
                 "command line before this file, in Python with model.edited), or pass anyway=True "
                 "in Python"
             )
-        changed: dict[str, str] = made.get("changed", {})
+        changed = made.get("changed", {})
         if changed and not changed.items() <= model.weights.changes().items():
             raise EditMismatchError(
                 f"the edit was computed on weights that had been changed otherwise "
@@ -525,7 +522,7 @@ class Edit(Shown):
             )
 
     def _put_into(self, hf_model: "PreTrainedModel") -> AppliedEdit:
-        names: dict[str, str] = self.provenance.get("parameters", {})
+        names = self.provenance.get("parameters", {})
         parameters = dict(hf_model.named_parameters())
         targets: list[tuple[torch.nn.Parameter, Tensor]] = []
         made = self.provenance.get("model", {})

@@ -14,6 +14,7 @@ from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit, Editor
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
+from firsttok.editing.record import edit_record
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
@@ -21,7 +22,7 @@ from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
 from firsttok.models import Model
-from firsttok.provenance import described, versions
+from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
@@ -230,11 +231,13 @@ def _family(
                 deltas=(delta,),
                 components=components,
                 losses=value.losses,
-                provenance=_provenance(record, fact, one, settings)
-                | {
-                    "method": {"name": method.name, **method.slots},
-                    "parameters": {str(site.place): model.weights.name_of(site.place)},
-                },
+                provenance=edit_record(
+                    record,
+                    [fact],
+                    **_settings_of(one, settings),
+                    method={"name": method.name, **method.slots},
+                    parameters={str(site.place): model.weights.name_of(site.place)},
+                ),
             )
         made.append(edits)
     return made
@@ -328,14 +331,10 @@ def _same_anchors(
     return found
 
 
-def _provenance(
-    model: dict[str, Any], fact: Fact, editor: RomeEditor, hyperparameters: Hyperparameters
-) -> dict[str, Any]:
+def _settings_of(editor: RomeEditor, hyperparameters: Hyperparameters) -> dict[str, Any]:
     contexts, moment = editor.contexts, editor.second_moment
     return {
-        "model": model,
         "layer": editor.layer,
-        "facts": [fact.as_record() | {"source": fact.source}],
         "contexts": {
             "hash": contexts.content_hash,
             "seed": contexts.seed,
@@ -350,5 +349,4 @@ def _provenance(
         },
         "hyperparameters": hyperparameters.as_dict(),
         "keys": editor.key_source.name,
-        "versions": versions(),
     }
