@@ -1,15 +1,14 @@
 """Facts in COUNTERFACT's schema of any number, put together from real words."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from math import gcd
 from random import Random
 from typing import Any
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
+from firsttok.data.records import builtin_json
 from firsttok.errors import BadInputError, SubjectBoundaryError, TargetTokenError
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
@@ -108,9 +107,7 @@ def _words(lists: dict[str, Any], random: Random) -> _Words:
 
 
 def _lists() -> dict[str, Any]:
-    text = resources.files("firsttok.data.builtin").joinpath("words.json").read_text("utf-8")
-    lists: dict[str, Any] = json.loads(text)
-    return lists
+    return builtin_json("words.json")
 
 
 def _generate(model: Model, words: _Words, count: int, random: Random) -> Iterator[Fact]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from firsttok.data.facts import LARGEST, Fact, builtin_records
+from firsttok.data.facts import LARGEST, Fact
 from firsttok.data.joints import Join, Straddle
-from firsttok.data.records import Broken, iter_records
+from firsttok.data.records import builtin_json, iter_records
 from firsttok.data.schemas import fact_from, rewrites_of
 from firsttok.errors import BadInputError
 
@@ -51,15 +51,15 @@ def attempts(
     """
     if path is None:
         source = "built-in"
-        records = ((f"record {i}", each) for i, each in enumerate(builtin_records()))
+        records = ((f"record {i}", each) for i, each in enumerate(builtin_json("facts.json")))
     else:
         source = path.name
         records = iter_records(path)
     number = 0
     for place, record in records:
         try:
-            if isinstance(record, Broken):
-                raise record.error
+            if isinstance(record, BadInputError):
+                raise record
             parts = rewrites_of(record, place)
         except BadInputError as error:
             yield _failed(path, place, error)
