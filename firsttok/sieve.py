@@ -30,11 +30,8 @@ class FailedFact:
     """A fact that something went wrong with during the work."""
 
     case_id: int
-    """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     prompt: str
-    """The fact's prompt."""
     reason: str
     """What went wrong, in one line."""
 
@@ -134,22 +131,17 @@ def each_or_reason(
         if not rest:
             raise
         if len(facts) == 1:
-            (fact,) = facts
-            yield (
-                fact,
-                FailedFact(
-                    case_id=fact.case_id,
-                    subject=fact.subject,
-                    prompt=fact.prompt,
-                    reason=_one_line(error),
-                ),
+            fact = facts[0]
+            failed = FailedFact(
+                case_id=fact.case_id,
+                subject=fact.subject,
+                prompt=fact.prompt,
+                reason=_one_line(error),
             )
+            yield fact, failed
             return
-        logger.warning(
-            "%d facts cannot be done together (%s) and are done in parts",
-            len(rest),
-            _one_line(error),
-        )
+        told = "%d facts cannot be done together (%s) and are done in parts"
+        logger.warning(told, len(rest), _one_line(error))
         middle = (len(rest) + 1) // 2
         for part in (rest[:middle], rest[middle:]):
             if part:

@@ -1,6 +1,6 @@
 """Facts in COUNTERFACT's schema of any number, put together from real words."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 from random import Random
@@ -16,7 +16,6 @@ from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
 __all__ = ["synthetic_facts"]
 
 _PEOPLE = "people"
-_PLACES = "places"
 _NEIGHBOURS = 4
 _WEIGHTS = (7, 5, 4, 4)
 """How often, of 20 facts, the subject is: a first token, a name in the first place, a name in a
@@ -44,32 +43,16 @@ class _Draw:
     opening: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Words:
-    """The lists of words, and what is put together from them."""
+    """What facts are put together from."""
 
-    lists: dict[str, Any]
-    clauses: tuple[_Clause, ...]
-
-    @property
-    def openings(self) -> list[str]:
-        return self.lists["openings"]
-
-    def of_kind(self, kind: str) -> list[str]:
-        """Subjects of one word list; of people, their given names."""
-        if kind == _PLACES:
-            return [*self.lists["cities"], *self.lists["countries"]]
-        return self.lists["given" if kind == _PEOPLE else kind]
-
-    def name(self, number: int) -> str:
-        """A full name."""
-        given, family = self.lists["given"], self.lists["family"]
-        return f"{given[number % len(given)]} {family[number // len(given) % len(family)]}"
-
-    @property
-    def names(self) -> int:
-        """How many full names there are."""
-        return len(self.lists["given"]) * len(self.lists["family"])
+    openings: list[str]
+    clauses: list[_Clause]
+    single: dict[str, list[str]]
+    """Subjects of one word list, by kind; of people, their given names."""
+    subjects: dict[str, list[str]]
+    """As ``single``, but of people their full names."""
 
 
 @taken
@@ -103,7 +86,15 @@ def _words(lists: dict[str, Any], random: Random) -> _Words:
         answers: list[str] = lists[relation["answers"]]
         mixed = tuple(random.sample(answers, len(answers)))
         clauses.append(_Clause(number=number, kind=relation["of"], text=text, answers=mixed))
-    return _Words(lists, tuple(clauses))
+    places = [*lists["cities"], *lists["countries"]]
+    single = lists | {_PEOPLE: lists["given"], "places": places}
+    names = [f"{given} {family}" for family in lists["family"] for given in lists["given"]]
+    return _Words(
+        openings=lists["openings"],
+        clauses=clauses,
+        single=single,
+        subjects=single | {_PEOPLE: names},
+    )
 
 
 def _lists() -> dict[str, Any]:
@@ -136,23 +127,24 @@ def _pools(model: Model, words: _Words, random: Random) -> tuple[Iterator[_Draw]
     singles = [
         _Draw(subject=word, number=number, clause=clause)
         for clause in words.clauses
-        for number, word in enumerate(words.of_kind(clause.kind))
+        for number, word in enumerate(words.single[clause.kind])
     ]
     first = {word for word in {draw.subject for draw in singles} if _is_one_token(model, word)}
     alone = [draw for draw in singles if draw.subject in first]
-    names, turns = words.names * len(people), len(words.openings)
+    names, turns = words.subjects[_PEOPLE], len(words.openings)
+    count = len(names) * len(people)
 
     def person(index: int) -> _Draw:
-        number = index % words.names
-        return _Draw(subject=words.name(number), number=number, clause=people[index // words.names])
+        which, number = divmod(index, len(names))
+        return _Draw(subject=names[number], number=number, clause=people[which])
 
     def later(draw: _Draw, turn: int) -> _Draw:
         return replace(draw, opening=words.openings[turn])
 
     return (
         (alone[i] for i in _mixed(len(alone), random)),
-        (person(i) for i in _mixed(names, random)),
-        (later(person(i // turns), i % turns) for i in _mixed(names * turns, random)),
+        (person(i) for i in _mixed(count, random)),
+        (later(person(i // turns), i % turns) for i in _mixed(count * turns, random)),
         (later(singles[i // turns], i % turns) for i in _mixed(len(singles) * turns, random)),
     )
 
@@ -177,11 +169,10 @@ def _is_one_token(model: Model, word: str) -> bool:
 def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random) -> Fact | None:
     """The fact with its answers; None if the tokenizer takes it with no two of them."""
     clause = draw.clause
-    peers = words.names if clause.kind == _PEOPLE else len(words.of_kind(clause.kind))
+    peers = words.subjects[clause.kind]
     # So few answers that each is true of enough subjects.
-    answers = clause.answers[: max(2, peers // (2 * _NEIGHBOURS))]
-    which = (draw.number + clause.number) % len(answers)
-    true = answers[which]
+    answers = clause.answers[: max(2, len(peers) // (2 * _NEIGHBOURS))]
+    true = answers[(draw.number + clause.number) % len(answers)]
     if draw.subject == true:
         return None
     opening = f"{draw.opening} " if draw.opening else ""
@@ -192,7 +183,7 @@ def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random)
         target_new=true,
         target_true=true,
         paraphrases=tuple(f"{other} {draw.subject}{clause.text[2:]}" for other in others),
-        neighbours=_neighbours(words, draw, len(answers), random),
+        neighbours=_neighbours(peers, draw, len(answers), random),
         source="synthetic",
         case_id=number,
     )
@@ -209,14 +200,11 @@ def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random)
     return None
 
 
-def _neighbours(words: _Words, draw: _Draw, answers: int, random: Random) -> tuple[str, ...]:
+def _neighbours(peers: list[str], draw: _Draw, answers: int, random: Random) -> tuple[str, ...]:
     """Prompts about other subjects of the same true answer: those with its number, modulo."""
-    kind = draw.clause.kind
-    named: Sequence[str] | None = None if kind == _PEOPLE else words.of_kind(kind)
-    rounds = (words.names if named is None else len(named)) // answers
-    chosen = random.sample(range(rounds), min(rounds, _NEIGHBOURS + 1))
-    numbers = [draw.number % answers + turn * answers for turn in chosen]
-    subjects = [words.name(each) if named is None else named[each] for each in numbers]
+    rounds = len(peers) // answers
+    turns = random.sample(range(rounds), min(rounds, _NEIGHBOURS + 1))
+    subjects = [peers[draw.number % answers + turn * answers] for turn in turns]
     others = [subject for subject in subjects if subject != draw.subject][:_NEIGHBOURS]
     return tuple(draw.clause.text.replace("{}", subject) for subject in others)
 
