@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
 LENGTHS = (5, 10)
 PER_WORD = 2
 TOP_K = 5
+_SAVED: dict[str, type[Any]] = {
+    "templates": list,
+    "seed": int,
+    "model_fingerprint": str,
+    "leading_ids": list,
+    "model_identity": str,
+}
+"""Fields of a saved set; what is of another type counts as not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,6 @@ class ContextSet(Shown):
     """
 
     templates: tuple[str, ...]
-    """The templates in order, each with one ``{}``."""
     seed: int | None = None
     """Seed they were sampled with; None for a hand-made set."""
     model_fingerprint: str | None = None
@@ -58,11 +65,6 @@ class ContextSet(Shown):
                 raise BadInputError(
                     f"context {index} ({template!r}) does not hold '{{}}' exactly once; correct it"
                 )
-
-    @property
-    def includes_bare(self) -> bool:
-        """Whether the bare template is among them, as it is in the released code."""
-        return "{}" in self.templates
 
     @property
     def prefixed(self) -> tuple[str, ...]:
@@ -136,15 +138,19 @@ def load_contexts(path: str | Path) -> ContextSet:
             f"{path} is a saved set of contexts that was changed after firsttok wrote it; for "
             "templates of your own give a plain JSON list, or delete the file to sample them again"
         ) from None
-    names = [field.name for field in fields(ContextSet)]
     saved = content if isinstance(content, dict) else {"templates": content}
     if not isinstance(saved.get("templates"), list):
         raise BadInputError(f"{path} should hold a JSON list of templates with one '{{}}' each")
     for index, template in enumerate(saved["templates"]):
         if not isinstance(template, str):
             raise BadInputError(f"{path}, template {index} is not a text")
+    known: dict[str, Any] = {
+        name: tuple(value) if kind is list else value
+        for name, kind in _SAVED.items()
+        if type(value := saved.get(name)) is kind
+    }
     try:
-        return ContextSet(**{name: saved[name] for name in names if name in saved})
+        return ContextSet(**known)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
 
@@ -169,7 +175,7 @@ def sample_contexts(
         seed: Seed of the sampler.
         path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
             written. While something disturbs the model it is neither read nor written.
-        progress: Where to show progress.
+        progress: Where to show it.
     """
     model = replace(model, interventions=())
     if path is None or model.disturbance is not None:
@@ -191,14 +197,8 @@ def kept_contexts(
 ) -> ContextSet:
     """Return the contexts of a seed that were kept for this model, or else sample and keep them.
 
-    The cache keeps one set for each model, seed and BOS policy, whoever asked for it.
-
-    Args:
-        model: The model.
-        seed: Seed of the sampler.
-        look_in: Folders in which a set may be, besides the cache.
-        leave_in: A folder that the set is copied to if none of the folders has it.
-        progress: Where to show progress.
+    The cache keeps one set for each model, seed and BOS policy, whoever asked for it. A set may lie
+    in the folders ``look_in``, too; if none has it, it is copied to ``leave_in``.
 
     Raises:
         BadInputError: If a file in one of the folders is no set of contexts.

@@ -49,11 +49,7 @@ def reason_against(
 ) -> str | None:
     """Why a fact cannot be edited or measured, as far as its tokens tell; None if it can.
 
-    Args:
-        model: The model.
-        fact: The fact.
-        templates: Contexts in which it is edited.
-        asked: Other prompts that it is measured on, each with its answer.
+    It is edited in the contexts ``templates``, and measured on ``asked``, prompts with answers.
     """
     try:
         prompts = [
@@ -80,11 +76,7 @@ def usable_facts(
 ) -> FactFile:
     """Look at the tokens of all facts, so that none of them stops the work later.
 
-    Args:
-        model: The model.
-        facts: The facts.
-        skip_bad: Leave out those that cannot be edited, with a message and in ``left_out``.
-        progress: Where to show progress.
+    With ``skip_bad`` those that cannot be edited are left out, with a message and in ``left_out``.
 
     Raises:
         BadInputError: If a fact cannot be edited and is not left out, or if none can be.
@@ -109,10 +101,8 @@ def each_or_reason(
 ) -> Iterator[tuple[Fact, _Result | FailedFact]]:
     """Do something with facts together; what fails is done in halves, down to the fact at fault.
 
-    Args:
-        facts: The facts.
-        do: Gives a result for each fact, in order. It may be called again with facts for which it
-            gave none.
+    ``do`` gives a result for each fact, in order. It may be called again with facts for which it
+    gave none.
 
     Yields:
         Each fact, in order, with its result or with what went wrong.
@@ -149,12 +139,7 @@ def each_or_reason(
 
 
 def nothing_done(what: str, failed: FailedFact | None) -> BadInputError:
-    """The error for work that no fact came through.
-
-    Args:
-        what: What should have been done with the facts, such as ``screen``.
-        failed: One of them and what went wrong; None if there were none.
-    """
+    """The error for work that no fact came through, such as ``screen``; None if there were none."""
     if failed is None:
         return BadInputError(f"there are no facts to {what}; give at least one")
     return BadInputError(

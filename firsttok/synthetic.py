@@ -65,11 +65,6 @@ def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     that ROME breaks on. Only one fact is in memory, and a smaller ``count`` gives the first ones
     of a larger.
 
-    Args:
-        model: The model whose tokenizer has to take them.
-        count: How many.
-        seed: Seed of the draws.
-
     Raises:
         BadInputError: If the count is below 1, or there are not so many.
     """

@@ -23,9 +23,7 @@ class Attempt:
     """What came of one edit that a file asks for."""
 
     place: str
-    """Where it stands in the file."""
     fact: Fact | None = None
-    """The fact; None if there is a reason against it."""
     own: int | None = None
     """The file's own number of it, which is its case id."""
     odd: str = ""
@@ -41,20 +39,16 @@ def attempts(
 ) -> Iterator[Attempt]:
     """Read every edit that a file asks for, in order; a record of MQuAKE asks for several.
 
-    Args:
-        path: The file; None for the built-in facts.
-        join: The ``join`` of all facts; None for what each record says, or the usual.
-        straddle: The ``straddle`` of all facts, likewise.
+    The arguments are as in :class:`~firsttok.data.fact_files.FactFile`.
 
     Raises:
         BadInputError: If the file itself cannot be read; what a record lacks is in its attempt.
     """
     if path is None:
-        source = "built-in"
         records = ((f"record {i}", each) for i, each in enumerate(builtin_json("facts.json")))
     else:
-        source = path.name
         records = iter_records(path)
+    source = "built-in" if path is None else path.name
     number = 0
     for place, record in records:
         try:
@@ -68,19 +62,15 @@ def attempts(
         for part_place, fields in parts:
             own, odd = _own_number(fields.get("case_id"), _short(path, part_place))
             case_id = number if own is None else own
+            number += 1
             try:
                 fact = fact_from(fields, case_id, part_place, source, join=join, straddle=straddle)
             except BadInputError as error:
                 yield _failed(path, part_place, error)
-            else:
-                yield Attempt(
-                    place=_short(path, part_place),
-                    fact=fact,
-                    own=own,
-                    odd=odd,
-                    reason=_LENIENT if fact is None else "",
-                )
-            number += 1
+                continue
+            reason = _LENIENT if fact is None else ""
+            where = _short(path, part_place)
+            yield Attempt(place=where, fact=fact, own=own, odd=odd, reason=reason)
 
 
 def _failed(path: Path | None, place: str, error: BadInputError) -> Attempt:

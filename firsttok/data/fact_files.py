@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from firsttok.arguments import taken
-from firsttok.data.attempts import Attempt, attempts
+from firsttok.data.attempts import attempts
 from firsttok.data.facts import Fact
 from firsttok.data.joints import Join, Straddle
 from firsttok.data.records import LINES, plain_suffix
@@ -43,27 +43,20 @@ class LeftOut:
     """Facts that are not used, for one reason."""
 
     reason: str
-    """The reason; what it quotes, and its numbers, are those of the first such fact."""
+    """What it quotes, and its numbers, are those of the first such fact."""
     count: int
-    """How many facts."""
     first: str
     """Where the first one stands."""
 
     @staticmethod
     def grouped(refused: Iterable[tuple[str, str]]) -> "tuple[LeftOut, ...]":
-        """Group reasons that differ in what they quote alone, the most frequent first.
-
-        Args:
-            refused: Reason and place of each fact.
-        """
-        groups: dict[str, list[tuple[str, str]]] = {}
+        """Group pairs of reason and place by what reasons do not quote, the most frequent first."""
+        groups: dict[str, LeftOut] = {}
         for reason, place in refused:
-            groups.setdefault(_DIFFERING.sub("", reason), []).append((reason, place))
-        found = [
-            LeftOut(reason=group[0][0], count=len(group), first=group[0][1])
-            for group in groups.values()
-        ]
-        return tuple(sorted(found, key=lambda each: -each.count))
+            kind = _DIFFERING.sub("", reason)
+            group = groups.get(kind, LeftOut(reason=reason, count=0, first=place))
+            groups[kind] = replace(group, count=group.count + 1)
+        return tuple(sorted(groups.values(), key=lambda each: -each.count))
 
     def as_dict(self) -> dict[str, Any]:
         """As records have it."""
@@ -81,7 +74,6 @@ class FactFile:
     path: Path | None
     """The file; None for the built-in facts."""
     count: int
-    """How many facts one gets."""
     content_hash: str
     """SHA-256 over the hashes of their records, in order."""
     left_out: tuple[LeftOut, ...] = ()
@@ -91,7 +83,6 @@ class FactFile:
     join: Join | None = None
     """The ``join`` of all facts; None for what each record says, or the usual."""
     straddle: Straddle | None = None
-    """The ``straddle`` of all facts, likewise."""
     stamp: tuple[int, int] | None = None
     """Size and time of change of the file when it was checked."""
     numbered: bool = False
@@ -110,9 +101,6 @@ class FactFile:
 
     def without(self, reason_against: Callable[[Fact], str | None]) -> "FactFile":
         """The facts that nothing speaks against; the others join :attr:`left_out`.
-
-        Args:
-            reason_against: Why a fact is not to be used; None if it is.
 
         Raises:
             FactFormatError: If no fact remains; the message says why.
@@ -147,7 +135,8 @@ class FactFile:
             self._refuse()
         digest = hashlib.sha256()
         read = seen = 0
-        for place, attempt in enumerate(self._attempts()):
+        found = attempts(self.path, join=self.join, straddle=self.straddle)
+        for place, attempt in enumerate(found):
             if read == self.limit:
                 break
             if attempt.fact is None:
@@ -161,9 +150,6 @@ class FactFile:
             yield place, fact
         if (seen, digest.hexdigest()) != (self.count, self.content_hash):
             self._refuse()
-
-    def _attempts(self) -> Iterator[Attempt]:
-        return attempts(self.path, join=self.join, straddle=self.straddle)
 
     def _refuse(self) -> None:
         raise BadInputError(
@@ -190,7 +176,7 @@ def check_facts(
         limit: Take only the first so many facts; the file is checked as a whole all the same.
         skip_bad: Leave out what cannot be read; a message and ``left_out`` say how much, and why.
         join: As in :class:`FactFile`.
-        straddle: As in :class:`FactFile`.
+        straddle: Likewise.
 
     Raises:
         BadInputError: If the file is missing or not JSON, or the limit is below 1.
@@ -212,23 +198,20 @@ def check_facts(
         if attempt.fact is None:
             refused.append((attempt.reason, attempt.place))
             continue
-        case_id = attempt.fact.case_id
+        fact, case_id = attempt.fact, attempt.fact.case_id
         odd = odd or attempt.odd
         readable += 1
-        stray += bool(attempt.fact.notice)
-        notice = notice or attempt.fact.notice
+        stray += bool(fact.notice)
+        notice = notice or fact.notice
         unnumbered += attempt.own is None
         if attempt.own in seen:
             odd = odd or f"{attempt.place} has the case_id {case_id} of another one"
         seen.add(case_id)
-        unanswered += len(attempt.fact.neighbours) - len(attempt.fact.answered_neighbours)
+        unanswered += len(fact.neighbours) - len(fact.answered_neighbours)
         if limit is None or count < limit:
-            own_hash = attempt.fact.content_hash
-            own_digest.update(own_hash.encode())
-            placed = own_hash
-            if case_id != place:
-                placed = replace(attempt.fact, case_id=place).content_hash
-            placed_digest.update(placed.encode())
+            placed = fact if case_id == place else replace(fact, case_id=place)
+            own_digest.update(fact.content_hash.encode())
+            placed_digest.update(placed.content_hash.encode())
             count += 1
     left_out = LeftOut.grouped(refused)
     name = "the built-in set" if file is None else str(file)
@@ -260,15 +243,7 @@ def load_facts(path: str | Path, *, skip_bad: bool = False) -> tuple[Fact, ...]:
 
     The schema is COUNTERFACT's, ZsRE's, KnowEdit's, MQuAKE's (each rewrite is a fact), QAEdit's, or
     a flat one as of HardCF, HardEdit and EasyEdit; see :func:`~firsttok.data.schemas.fact_from`.
-
-    Args:
-        path: The file.
-        skip_bad: Leave out records that cannot be read, with a message.
-
-    Raises:
-        BadInputError: If the file is missing or not JSON.
-        FactFormatError: If a record is malformed and not skipped, or no fact is found; names file,
-            record, field.
+    Numbers, ``skip_bad`` and errors are as for :func:`check_facts`.
     """
     return tuple(check_facts(path, skip_bad=skip_bad))
 

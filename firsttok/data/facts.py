@@ -55,7 +55,6 @@ class Fact(Shown):
     """
 
     subject: str
-    """What the fact is about."""
     template: str
     """The prompt with ``{}`` where the subject goes; it ends where the target follows."""
     target_new: str
@@ -67,9 +66,7 @@ class Fact(Shown):
     neighbours: tuple[str, ...] = ()
     """Prompts whose answers the edit should not change."""
     source: str = "python"
-    """Where the record comes from."""
     case_id: int = 0
-    """The number of the record in its set."""
     neighbour_answers: tuple[str, ...] = ()
     """One answer for each neighbour (ZsRE, KnowEdit, QAEdit), ``""`` for one that is not known;
     empty where all are ``target_true`` (COUNTERFACT)."""
@@ -217,16 +214,7 @@ def _tidied_target(target: str) -> str:
 
 
 def check_choice(name: str, value: Any, what: str) -> None:
-    """Check one of :data:`CHOICES`.
-
-    Args:
-        name: The field.
-        value: Its value.
-        what: What the message calls it.
-
-    Raises:
-        FactFormatError: If it is none of them.
-    """
+    """Refuse a value that is none of the field's :data:`CHOICES`; the message calls it ``what``."""
     if value not in CHOICES[name]:
         raise FactFormatError(f"{what} is {value!r}; choose one of {', '.join(CHOICES[name])}")
 

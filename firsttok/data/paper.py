@@ -24,7 +24,6 @@ class PaperValue:
     table: str
     """Table or equation, as printed; ``Text`` for a number of the running text."""
     model: str
-    """Model the cell is about."""
     row: str
     """Row labels, joined by ``/``."""
     value: float
@@ -32,12 +31,7 @@ class PaperValue:
 
 
 def paper_values(table: str, *, paper: str = FALL_OF_ROME) -> tuple[PaperValue, ...]:
-    """Return all printed numbers of one table, in the paper's order.
-
-    Args:
-        table: Table or equation, as printed.
-        paper: Which paper; by default "The Fall of ROME".
-    """
+    """Return all printed numbers of one table or equation, in the paper's order."""
     return tuple(
         PaperValue(
             paper=block["paper"], table=block["table"], model=model, row=row, value=float(value)

@@ -38,7 +38,7 @@ def pull_data(
         url: Another address of it.
         sha256: What its bytes must be, if not what the catalog says.
         out: Folder for it; None for the cache.
-        progress: Where to show progress.
+        progress: Where to show it.
 
     Returns:
         The file; a record of where it came from lies beside it.

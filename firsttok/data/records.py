@@ -48,11 +48,7 @@ def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
 
     Each may be compressed by gzip. A JSON object may hold the list, as in ``{"data": [...]}``, hold
     the records by their numbers, or be the one record. Memory stays flat, whatever the size of a
-    list. What is wrong is found when it is reached.
-
-    Args:
-        path: The file.
-        what: What it should hold, for messages.
+    list. What is wrong is found when it is reached; messages call the records ``what``.
 
     Yields:
         Where each record stands, for messages, and the record; for a line that is no JSON the
@@ -224,12 +220,11 @@ def _listed(path: Path, content: Any, what: str) -> list[Any]:
             "file of its own"
         )
     if fields and all(isinstance(value, dict) for value in fields.values()):
-        return [_keyed(name, value) for name, value in fields.items()]
+        return [
+            {"case_id": int(name)} | record if name.isdecimal() and len(name) < 19 else record
+            for name, record in fields.items()
+        ]
     raise FactFormatError(f"{path} holds an object; it should hold a list of {what}")
-
-
-def _keyed(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    return {"case_id": int(name)} | record if name.isdecimal() and len(name) < 19 else record
 
 
 def _refuse_lines(path: Path, file: BufferedIOBase) -> None:

@@ -27,10 +27,6 @@ _NESTED_ANSWER = ("ground_truth", "loc_ans", "target", "answer")
 def rewrites_of(record: Any, place: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Take a record apart into edits; a record of MQuAKE holds several.
 
-    Args:
-        record: The record, as JSON gives it.
-        place: Where it stands, for messages.
-
     Returns:
         For each edit where it stands and a record of its own, for :func:`fact_from`. The chain of
         questions that joins MQuAKE's rewrites is left out, since nothing here measures it.
@@ -76,8 +72,8 @@ def fact_from(
 
     Args:
         fields: The record.
-        number: The fact's number in the file, which is its case id.
-        place: Where it stands, for messages.
+        number: The fact's case id.
+        place: Where the record stands, for messages.
         source: What the fact shall say of where it comes from.
         join: The fact's ``join``, whatever the record says; None for the record's, or the usual.
         straddle: As ``join``.
