@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,6 @@ SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
 LENGTHS = (5, 10)
 PER_WORD = 2
 TOP_K = 5
-_SAVED: dict[str, type[Any]] = {
-    "templates": list,
-    "seed": int,
-    "model_fingerprint": str,
-    "leading_ids": list,
-    "model_identity": str,
-}
-"""Fields of a saved set; what is of another type counts as not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +48,6 @@ class ContextSet(Shown):
     """Identity of that model, its edits included (``Model.identity``); None for a hand-made set."""
 
     def __post_init__(self) -> None:
-        """Check the templates."""
         take_fields(self)
         if not self.templates:
             raise BadInputError("a context set holds no templates; give at least '{}'")
@@ -145,9 +136,9 @@ def load_contexts(path: str | Path) -> ContextSet:
         if not isinstance(template, str):
             raise BadInputError(f"{path}, template {index} is not a text")
     known: dict[str, Any] = {
-        name: tuple(value) if kind is list else value
-        for name, kind in _SAVED.items()
-        if type(value := saved.get(name)) is kind
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in fields(ContextSet)
+        if (value := saved.get(field.name)) is not None
     }
     try:
         return ContextSet(**known)

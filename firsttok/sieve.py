@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.progress import Progress
 
@@ -34,10 +34,6 @@ class FailedFact:
     prompt: str
     reason: str
     """What went wrong, in one line."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As records have it."""
-        return asdict(self)
 
 
 def reason_against(
@@ -139,7 +135,7 @@ def each_or_reason(
 
 
 def nothing_done(what: str, failed: FailedFact | None) -> BadInputError:
-    """The error for work that no fact came through, such as ``screen``; None if there were none."""
+    """The error for work (``what``) that no fact came through, of which ``failed`` is one."""
     if failed is None:
         return BadInputError(f"there are no facts to {what}; give at least one")
     return BadInputError(

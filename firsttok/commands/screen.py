@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
         "threshold": limit,
         "rule": _rule(limit),
         "calibration": None if found is None else asdict(found),
-        "failed": [fact.as_dict() for fact in failed],
-        "left_out": [each.as_dict() for each in usable.left_out],
+        "failed": [asdict(fact) for fact in failed],
+        "left_out": [asdict(each) for each in usable.left_out],
     }
     flat = [
         asdict(row) | {"hard": row.is_hard(limit), "collapsed": collapsed.get(row.case_id)}

@@ -6,15 +6,15 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firsttok.arguments import taken
-from firsttok.data.attempts import attempts
-from firsttok.data.facts import Fact
+from firsttok.data.facts import LARGEST, Fact
 from firsttok.data.joints import Join, Straddle
-from firsttok.data.records import LINES, plain_suffix
+from firsttok.data.records import LINES, builtin_json, iter_records, plain_suffix
+from firsttok.data.schemas import fact_from, rewrites_of
 from firsttok.errors import BadInputError, FactFormatError
 from firsttok.storage import atomic_path
 
@@ -36,6 +36,8 @@ _DIFFERING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 """What differs between two reasons of one kind: what they quote, and numbers."""
 _SHOWN = 5
 """Reasons that are logged; records have all."""
+_LENIENT = "its new answer is blank, or its question does not hold the subject once"
+_EXACT = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,21 @@ class LeftOut:
             groups[kind] = replace(group, count=group.count + 1)
         return tuple(sorted(groups.values(), key=lambda each: -each.count))
 
-    def as_dict(self) -> dict[str, Any]:
-        """As records have it."""
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What came of one edit that a file asks for, whether it can be read or not."""
+
+    place: str
+    fact: Fact | None = None
+    own: int | None = None
+    """The file's own number of it, which is its case id."""
+    odd: str = ""
+    """Why the file's own number cannot be used."""
+    reason: str = ""
+    """Why there is no fact."""
+    error: BadInputError | None = None
+    """What is raised unless bad records are skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +149,7 @@ class FactFile:
             self._refuse()
         digest = hashlib.sha256()
         read = seen = 0
-        found = attempts(self.path, join=self.join, straddle=self.straddle)
+        found = _attempts(self.path, join=self.join, straddle=self.straddle)
         for place, attempt in enumerate(found):
             if read == self.limit:
                 break
@@ -192,7 +206,7 @@ def check_facts(
     seen: set[int] = set()
     unnumbered = readable = count = unanswered = stray = 0
     odd = notice = ""
-    for place, attempt in enumerate(attempts(file, join=join, straddle=straddle)):
+    for place, attempt in enumerate(_attempts(file, join=join, straddle=straddle)):
         if attempt.error is not None and not skip_bad:
             raise type(attempt.error)(f"{attempt.error}{SKIP_HINT}")
         if attempt.fact is None:
@@ -250,7 +264,7 @@ def load_facts(path: str | Path, *, skip_bad: bool = False) -> tuple[Fact, ...]:
 
 def builtin_facts() -> tuple[Fact, ...]:
     """Return the built-in facts, which the embedded model answers rightly or nearly so."""
-    return tuple(attempt.fact for attempt in attempts(None) if attempt.fact is not None)
+    return tuple(attempt.fact for attempt in _attempts(None) if attempt.fact is not None)
 
 
 def write_facts(path: Path, facts: Iterable[Fact]) -> None:
@@ -274,6 +288,64 @@ def write_facts(path: Path, facts: Iterable[Fact]) -> None:
                     file.write("\n" if lines else ",\n")
                 file.write(json.dumps(fact.as_record(), ensure_ascii=False))
             file.write("\n" if lines else "\n]\n")
+
+
+def _attempts(
+    path: Path | None, *, join: Join | None = None, straddle: Straddle | None = None
+) -> Iterator[_Attempt]:
+    """Read every edit that a file asks for, in order; a record of MQuAKE asks for several."""
+    if path is None:
+        records = ((f"record {i}", each) for i, each in enumerate(builtin_json("facts.json")))
+    else:
+        records = iter_records(path)
+    source = "built-in" if path is None else path.name
+    number = 0
+    for place, record in records:
+        try:
+            if isinstance(record, BadInputError):
+                raise record
+            parts = rewrites_of(record, place)
+        except BadInputError as error:
+            yield _failed(path, place, error)
+            number += 1
+            continue
+        for part_place, fields in parts:
+            own, odd = _own_number(fields.get("case_id"), _short(path, part_place))
+            case_id = number if own is None else own
+            number += 1
+            try:
+                fact = fact_from(fields, case_id, part_place, source, join=join, straddle=straddle)
+            except BadInputError as error:
+                yield _failed(path, part_place, error)
+                continue
+            reason = _LENIENT if fact is None else ""
+            where = _short(path, part_place)
+            yield _Attempt(place=where, fact=fact, own=own, odd=odd, reason=reason)
+
+
+def _failed(path: Path | None, place: str, error: BadInputError) -> _Attempt:
+    reason = str(error).removeprefix(place).removeprefix(str(path)).lstrip(", ")
+    return _Attempt(place=_short(path, place), reason=reason, error=error)
+
+
+def _short(path: Path | None, place: str) -> str:
+    return place.removeprefix(f"{path}, ")
+
+
+def _own_number(value: Any, place: str) -> tuple[int | None, str]:
+    """A record's case id, or why it cannot be used; neither if it has none."""
+    if value is None:
+        return None, ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        # As pandas writes whole numbers of which some are missing.
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]*", value):
+        value = int(value[:20])
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None, f"{place} has the case_id {str(value)[:40]!r}, which is no whole number"
+    if not -LARGEST <= value < LARGEST:
+        return None, f"{place} has a case_id of more than 64 bits"
+    return value, ""
 
 
 def _tell(name: str, count: int, left_out: Sequence[LeftOut]) -> None:

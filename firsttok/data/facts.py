@@ -79,7 +79,6 @@ class Fact(Shown):
     """What was left out of the texts as they were given; empty if nothing was."""
 
     def __post_init__(self) -> None:
-        """Leave stray spaces out, and check the texts."""
         take_fields(self)
         for name in CHOICES:
             check_choice(name, getattr(self, name), f"{name} of {self.template!r}")

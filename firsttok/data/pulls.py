@@ -89,10 +89,13 @@ def pull_data(
         try:
             found = file_sha256(part)
             check(found, address)
-            count = _count(data_set, part, address)
-        except FirsttokError:
+            count = len(check_facts(part) if data_set.kind == "facts" else load_texts(part))
+        except FirsttokError as error:
             discard(part)
-            raise
+            if isinstance(error, DownloadError):
+                raise
+            reason = str(error).replace(str(part), data_set.file_name).removesuffix(SKIP_HINT)
+            raise DownloadError(f"what {address} sends is not used, since {reason}") from None
         now = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
         size = part.stat().st_size
         kept = {"name": data_set.name, "url": address, "sha256": found, "bytes": size}
@@ -167,15 +170,6 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     except BadInputError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
-
-
-def _count(data_set: DataSet, part: Path, address: str) -> int:
-    """How many records a file holds; all of them are read."""
-    try:
-        return len(check_facts(part)) if data_set.kind == "facts" else len(load_texts(part))
-    except FirsttokError as error:
-        reason = str(error).replace(str(part), data_set.file_name).removesuffix(SKIP_HINT)
-        raise DownloadError(f"what {address} sends is not used, since {reason}") from None
 
 
 def _bar(progress: Progress | None, name: str) -> Callable[[int, int | None], None]:

@@ -70,13 +70,8 @@ def fact_from(
     which is one of aliases, the first is taken. Blank paraphrases and neighbours are passed over.
     KnowEdit's and QAEdit's ``locality`` is read as neighbours, whatever its kinds.
 
-    Args:
-        fields: The record.
-        number: The fact's case id.
-        place: Where the record stands, for messages.
-        source: What the fact shall say of where it comes from.
-        join: The fact's ``join``, whatever the record says; None for the record's, or the usual.
-        straddle: As ``join``.
+    The fact gets the case id ``number`` and the ``source``; ``join`` and ``straddle`` hold whatever
+    the record says. Messages call its place ``place``.
 
     Returns:
         The fact, or None for a record of ZsRE that cannot be edited: its alternative answer is

@@ -1,7 +1,6 @@
 """Sentences to measure perplexity on: the built-in set, and ME-PPL files."""
 
 from pathlib import Path
-from typing import Any
 
 from firsttok.arguments import taken
 from firsttok.data.records import builtin_json, iter_records
@@ -35,7 +34,10 @@ def load_texts(path: str | Path) -> tuple[str, ...]:
         for place, record in iter_records(Path(path), "sentences"):
             if isinstance(record, BadInputError):
                 raise record
-            text = _text_of(record)
+            text = record
+            if isinstance(record, dict):
+                given = (record.get(name) for name in _NAMES)
+                text = next((value for value in given if value is not None), None)
             if not isinstance(text, str) or not text.strip():
                 raise TextFormatError(
                     f"{place} is no sentence; give a text or an object with 'Text'"
@@ -46,9 +48,3 @@ def load_texts(path: str | Path) -> tuple[str, ...]:
     if not texts:
         raise TextFormatError(f"{path} holds no sentences; give at least one")
     return tuple(texts)
-
-
-def _text_of(record: Any) -> Any:
-    if not isinstance(record, dict):
-        return record
-    return next((record[name] for name in _NAMES if record.get(name) is not None), None)
