@@ -158,15 +158,11 @@ def sample_contexts(
 
     Two prefixes for each of five seed words and each of two lengths (5 and 10 tokens, the seed
     word counted), by top-5 sampling, joined to the prompt by ``". "``. The released code draws
-    them unseeded; here the seed fixes them.
+    them unseeded; here the seed fixes them. The model's BOS policy holds while sampling, and so do
+    edits that stand in it; interventions of a view do not, since all views share the contexts.
 
-    Args:
-        model: The model, whose BOS policy holds while sampling; interventions of its view do not,
-            since contexts are text that every view shares. Edits that stand in it do.
-        seed: Seed of the sampler.
-        path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
-            written. While something disturbs the model it is neither read nor written.
-        progress: Where to show it.
+    A set of the same model, seed and BOS in the JSON file ``path`` is reused, else it is written.
+    While something disturbs the model it is neither read nor written.
     """
     model = replace(model, interventions=())
     if path is None or model.disturbance is not None:

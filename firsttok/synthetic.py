@@ -43,18 +43,6 @@ class _Draw:
     opening: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Words:
-    """What facts are put together from."""
-
-    openings: list[str]
-    clauses: list[_Clause]
-    single: dict[str, list[str]]
-    """Subjects of one word list, by kind; of people, their given names."""
-    subjects: dict[str, list[str]]
-    """As ``single``, but of people their full names."""
-
-
 @taken
 def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     """Put facts together, all with different prompts; the answers are drawn, not looked up.
@@ -71,33 +59,18 @@ def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     if count < 1:
         raise BadInputError(f"the count of facts is {count}; give at least 1")
     random = Random(f"firsttok {seed}")  # noqa: S311
-    return _generate(model, _words(_lists(), random), count, random)
-
-
-def _words(lists: dict[str, Any], random: Random) -> _Words:
-    wordings = [(relation, text) for relation in lists["relations"] for text in relation["clauses"]]
-    clauses: list[_Clause] = []
-    for number, (relation, text) in enumerate(wordings):
-        answers: list[str] = lists[relation["answers"]]
-        mixed = tuple(random.sample(answers, len(answers)))
-        clauses.append(_Clause(number=number, kind=relation["of"], text=text, answers=mixed))
-    places = [*lists["cities"], *lists["countries"]]
-    single = lists | {_PEOPLE: lists["given"], "places": places}
-    names = [f"{given} {family}" for family in lists["family"] for given in lists["given"]]
-    return _Words(
-        openings=lists["openings"],
-        clauses=clauses,
-        single=single,
-        subjects=single | {_PEOPLE: names},
-    )
+    lists = _lists()
+    lists["places"] = [*lists["cities"], *lists["countries"]]
+    lists[_PEOPLE] = [f"{name} {family}" for family in lists["family"] for name in lists["given"]]
+    return _generate(model, lists, count, random)
 
 
 def _lists() -> dict[str, Any]:
     return builtin_json("words.json")
 
 
-def _generate(model: Model, words: _Words, count: int, random: Random) -> Iterator[Fact]:
-    pools = _pools(model, words, random)
+def _generate(model: Model, lists: dict[str, Any], count: int, random: Random) -> Iterator[Fact]:
+    pools = _pools(model, lists, _clauses(lists, random), random)
     weights: list[int] = list(_WEIGHTS)
     made = 0
     while made < count:
@@ -110,23 +83,37 @@ def _generate(model: Model, words: _Words, count: int, random: Random) -> Iterat
         if draw is None:
             weights[chosen] = 0
             continue
-        fact = _fact(model, words, draw, made, random)
+        fact = _fact(model, lists, draw, made, random)
         if fact is not None:
             yield fact
             made += 1
 
 
-def _pools(model: Model, words: _Words, random: Random) -> tuple[Iterator[_Draw], ...]:
+def _clauses(lists: dict[str, Any], random: Random) -> list[_Clause]:
+    clauses: list[_Clause] = []
+    for relation in lists["relations"]:
+        for text in relation["clauses"]:
+            answers: list[str] = lists[relation["answers"]]
+            mixed = tuple(random.sample(answers, len(answers)))
+            number, kind = len(clauses), relation["of"]
+            clauses.append(_Clause(number=number, kind=kind, text=text, answers=mixed))
+    return clauses
+
+
+def _pools(
+    model: Model, lists: dict[str, Any], clauses: list[_Clause], random: Random
+) -> tuple[Iterator[_Draw], ...]:
     """Four streams that share no prompt, each without repetition; see ``_WEIGHTS``."""
-    people = [clause for clause in words.clauses if clause.kind == _PEOPLE]
+    people = [clause for clause in clauses if clause.kind == _PEOPLE]
+    # People alone go by their given names.
     singles = [
         _Draw(subject=word, number=number, clause=clause)
-        for clause in words.clauses
-        for number, word in enumerate(words.single[clause.kind])
+        for clause in clauses
+        for number, word in enumerate(lists["given" if clause.kind == _PEOPLE else clause.kind])
     ]
     first = {word for word in {draw.subject for draw in singles} if _is_one_token(model, word)}
     alone = [draw for draw in singles if draw.subject in first]
-    names, turns = words.subjects[_PEOPLE], len(words.openings)
+    names, turns = lists[_PEOPLE], len(lists["openings"])
     count = len(names) * len(people)
 
     def person(index: int) -> _Draw:
@@ -134,7 +121,7 @@ def _pools(model: Model, words: _Words, random: Random) -> tuple[Iterator[_Draw]
         return _Draw(subject=names[number], number=number, clause=people[which])
 
     def later(draw: _Draw, turn: int) -> _Draw:
-        return replace(draw, opening=words.openings[turn])
+        return replace(draw, opening=lists["openings"][turn])
 
     return (
         (alone[i] for i in _mixed(len(alone), random)),
@@ -161,17 +148,19 @@ def _is_one_token(model: Model, word: str) -> bool:
     return prompt.subject_length == 1
 
 
-def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random) -> Fact | None:
+def _fact(
+    model: Model, lists: dict[str, Any], draw: _Draw, number: int, random: Random
+) -> Fact | None:
     """The fact with its answers; None if the tokenizer takes it with no two of them."""
     clause = draw.clause
-    peers = words.subjects[clause.kind]
+    peers: list[str] = lists[clause.kind]
     # So few answers that each is true of enough subjects.
     answers = clause.answers[: max(2, len(peers) // (2 * _NEIGHBOURS))]
     true = answers[(draw.number + clause.number) % len(answers)]
     if draw.subject == true:
         return None
     opening = f"{draw.opening} " if draw.opening else ""
-    others = random.sample([each for each in words.openings if each != draw.opening], 2)
+    others = random.sample([each for each in lists["openings"] if each != draw.opening], 2)
     draft = Fact(
         subject=draw.subject,
         template=opening + clause.text,

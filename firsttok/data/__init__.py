@@ -11,18 +11,16 @@ from firsttok.data.fact_files import (
     write_facts,
 )
 from firsttok.data.facts import Fact, spread_evenly
-from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle, text_joint
-from firsttok.data.paper import FALL_OF_ROME, SLIDES, PaperValue, paper_values
+from firsttok.data.joints import JOINS, Join, Straddle, text_joint
+from firsttok.data.paper import SLIDES, PaperValue, paper_values
 from firsttok.data.pulls import is_pulled_data, pull_data, resolve_data
 from firsttok.data.texts import builtin_sentences, load_texts
 
 __all__ = [
     "DATA_SETS",
-    "FALL_OF_ROME",
     "JOINS",
     "SKIP_HINT",
     "SLIDES",
-    "STRADDLES",
     "Fact",
     "FactFile",
     "Join",

@@ -30,12 +30,9 @@ class _BrokenError(Exception):
 def download(url: str, part: Path, *, report: Callable[[int, int | None], None]) -> None:
     """Fetch a file into ``part``, behind what an earlier call left there of the same version.
 
-    Whatever ends it, an interruption of the user included, what has arrived stays in ``part``.
-
-    Args:
-        url: The address.
-        part: The unfinished file; what it is a part of is kept beside it.
-        report: Told how many bytes are there, and how many there will be, if that is known.
+    Whatever ends it, an interruption of the user included, what has arrived stays in ``part``, and
+    beside it what it is a part of. ``report`` is told how many bytes are there, and how many there
+    will be, if that is known.
 
     Raises:
         BadInputError: If it is no address of the web.

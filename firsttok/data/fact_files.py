@@ -106,11 +106,10 @@ class FactFile:
     """Places of facts that can be read and are not used."""
 
     def __len__(self) -> int:
-        """How many facts one gets."""
         return self.count
 
     def __iter__(self) -> Iterator[Fact]:
-        """Go through the facts; only one of them is in memory."""
+        # Only one of them is in memory.
         return (fact for _, fact in self._placed())
 
     def without(self, reason_against: Callable[[Fact], str | None]) -> "FactFile":
@@ -185,12 +184,9 @@ def check_facts(
     bits. Otherwise all facts are numbered by their places in the file, from 0, and a message says
     why. So no two facts of a file have one number.
 
-    Args:
-        path: The file, as for :func:`load_facts`; None for the built-in facts.
-        limit: Take only the first so many facts; the file is checked as a whole all the same.
-        skip_bad: Leave out what cannot be read; a message and ``left_out`` say how much, and why.
-        join: As in :class:`FactFile`.
-        straddle: Likewise.
+    The built-in facts have no ``path``. Only the first ``limit`` facts are taken, but the file is
+    checked as a whole. With ``skip_bad`` what cannot be read is left out; a message and
+    ``left_out`` say how much, and why. ``join`` and ``straddle`` are as in :class:`FactFile`.
 
     Raises:
         BadInputError: If the file is missing or not JSON, or the limit is below 1.
@@ -270,10 +266,7 @@ def builtin_facts() -> tuple[Fact, ...]:
 def write_facts(path: Path, facts: Iterable[Fact]) -> None:
     """Write facts as they come, in a form that :func:`load_facts` reads.
 
-    Args:
-        path: The file: JSON Lines if its name ends in ``.jsonl``, else a JSON list; in gzip if it
-            ends in ``.gz``.
-        facts: The facts.
+    It is JSON Lines if the name ends in ``.jsonl``, else a JSON list; in gzip if in ``.gz``.
 
     Raises:
         CacheError: If the file cannot be written.

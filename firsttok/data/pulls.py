@@ -30,25 +30,21 @@ def pull_data(
 ) -> Path:
     """Fetch a data set, unless it is there; an interrupted pull is resumed.
 
-    The file takes its name when its bytes have been checked and all its records read. Its SHA-256
-    is the catalog's, or is recorded the first time; another one is refused from then on.
-
-    Args:
-        name: A data set of :data:`~firsttok.data.catalog.DATA_SETS`.
-        url: Another address of it.
-        sha256: What its bytes must be, if not what the catalog says.
-        out: Folder for it; None for the cache.
-        progress: Where to show it.
-
-    Returns:
-        The file; a record of where it came from lies beside it.
+    The file takes its name when its bytes have been checked and all its records read; beside it
+    lies a record of where it came from. Its SHA-256 is the catalog's, or is recorded the first
+    time; another one is refused from then on. ``url`` and ``sha256`` go before those of
+    :data:`~firsttok.data.catalog.DATA_SETS`, and ``out`` is a folder to take instead of the cache.
 
     Raises:
         BadInputError: If there is no such data set, or an argument makes no sense.
         DownloadError: If it cannot be fetched, or is not what it should be.
         CacheError: If it cannot be written.
     """
-    data_set = _known(name)
+    data_set = _named(name)
+    if data_set is None:
+        raise BadInputError(
+            f"no data set is called {name!r}; see the names with: firsttok data list"
+        )
     address = url or data_set.url
     if address is None:
         raise BadInputError(data_set.note)
@@ -108,13 +104,10 @@ def pull_data(
 
 
 def is_pulled_data(name: str) -> bool:
-    """Whether a data set of the catalog lies in the cache; its bytes are checked when it is used.
-
-    Raises:
-        BadInputError: If there is no such data set.
-    """
-    path = cache_folder("data") / _known(name).file_name
-    return path.is_file() and _read_record(path) is not None
+    """Whether a data set lies in the cache; its bytes are checked when it is used."""
+    data_set = _named(name)
+    path = None if data_set is None else cache_folder("data") / data_set.file_name
+    return path is not None and path.is_file() and _read_record(path) is not None
 
 
 def resolve_data(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> Path:
@@ -145,15 +138,6 @@ def resolve_data(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> P
             f"{cached} was changed since it was pulled; fetch it anew with: {command}"
         )
     return cached
-
-
-def _known(name: str) -> DataSet:
-    data_set = _named(name)
-    if data_set is None:
-        raise BadInputError(
-            f"no data set is called {name!r}; see the names with: firsttok data list"
-        )
-    return data_set
 
 
 def _named(name: str) -> DataSet | None:

@@ -60,12 +60,11 @@ def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
     """
     with _opened(path, what) as (file, head):
         if head.startswith(_PARQUET):
-            records = _rows(path, file, what)
+            yield from _rows(path, file, what)
         elif plain_suffix(path) in LINES:
-            records = _lines(path, file)
+            yield from _lines(path, file)
         else:
-            records = _items(path, file, what)
-        yield from records
+            yield from _items(path, file, what)
 
 
 def plain_suffix(path: Path) -> str:

@@ -222,9 +222,8 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _choice(fields: Mapping[str, Any], name: str, place: str) -> Any:
-    value = fields.get(name)
-    if value is None:
-        return CHOICES[name][0]
+    given = fields.get(name)
+    value = CHOICES[name][0] if given is None else given
     check_choice(name, value, f"{place}, field {name}")
     return value
 
