@@ -303,7 +303,8 @@ def _attempts(
             number += 1
             continue
         for part_place, fields in parts:
-            own, odd = _own_number(fields.get("case_id"), _short(path, part_place))
+            where = part_place.removeprefix(f"{path}, ")
+            own, odd = _own_number(fields.get("case_id"), where)
             case_id = number if own is None else own
             number += 1
             try:
@@ -312,17 +313,12 @@ def _attempts(
                 yield _failed(path, part_place, error)
                 continue
             reason = _LENIENT if fact is None else ""
-            where = _short(path, part_place)
             yield _Attempt(place=where, fact=fact, own=own, odd=odd, reason=reason)
 
 
 def _failed(path: Path | None, place: str, error: BadInputError) -> _Attempt:
     reason = str(error).removeprefix(place).removeprefix(str(path)).lstrip(", ")
-    return _Attempt(place=_short(path, place), reason=reason, error=error)
-
-
-def _short(path: Path | None, place: str) -> str:
-    return place.removeprefix(f"{path}, ")
+    return _Attempt(place=place.removeprefix(f"{path}, "), reason=reason, error=error)
 
 
 def _own_number(value: Any, place: str) -> tuple[int | None, str]:
