@@ -3,9 +3,10 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -37,7 +38,6 @@ class ContextSet(Shown):
     """
 
     templates: tuple[str, ...]
-    """The templates in order, each with one ``{}``."""
     seed: int | None = None
     """Seed they were sampled with; None for a hand-made set."""
     model_fingerprint: str | None = None
@@ -48,7 +48,6 @@ class ContextSet(Shown):
     """Identity of that model, its edits included (``Model.identity``); None for a hand-made set."""
 
     def __post_init__(self) -> None:
-        """Check the templates."""
         take_fields(self)
         if not self.templates:
             raise BadInputError("a context set holds no templates; give at least '{}'")
@@ -59,11 +58,6 @@ class ContextSet(Shown):
                 )
 
     @property
-    def includes_bare(self) -> bool:
-        """Whether the bare template is among them, as it is in the released code."""
-        return "{}" in self.templates
-
-    @property
     def prefixed(self) -> tuple[str, ...]:
         """The templates that really put something before the prompt."""
         return tuple(template for template in self.templates if not template.startswith("{}"))
@@ -72,10 +66,6 @@ class ContextSet(Shown):
         """Draw one of the prefixes used for editing, as Section 4 does at test time (Table 5).
 
         The draw depends on seed and fact alone, so that every method is tested behind the same one.
-
-        Args:
-            fact: The fact.
-            seed: The seed.
 
         Raises:
             BadInputError: If no template has a prefix.
@@ -121,14 +111,7 @@ class ContextSet(Shown):
 
     def save(self, path: str | Path) -> None:
         """Write the set as JSON."""
-        record = {
-            "templates": list(self.templates),
-            "seed": self.seed,
-            "model_fingerprint": self.model_fingerprint,
-            "leading_ids": None if self.leading_ids is None else list(self.leading_ids),
-            "model_identity": self.model_identity,
-        }
-        write_record(Path(path), record)
+        write_record(Path(path), asdict(self))
 
 
 @taken
@@ -146,37 +129,21 @@ def load_contexts(path: str | Path) -> ContextSet:
             f"{path} is a saved set of contexts that was changed after firsttok wrote it; for "
             "templates of your own give a plain JSON list, or delete the file to sample them again"
         ) from None
-    seed: Any = None
-    fingerprint: Any = None
-    leading: Any = None
-    identity: Any = None
-    if isinstance(content, dict):
-        record = cast(dict[str, Any], content)
-        content = record.get("templates")
-        seed, fingerprint = record.get("seed"), record.get("model_fingerprint")
-        leading, identity = record.get("leading_ids"), record.get("model_identity")
-    if not isinstance(content, list):
+    saved = content if isinstance(content, dict) else {"templates": content}
+    if not isinstance(saved.get("templates"), list):
         raise BadInputError(f"{path} should hold a JSON list of templates with one '{{}}' each")
-    templates = cast(list[Any], content)
-    for index, template in enumerate(templates):
+    for index, template in enumerate(saved["templates"]):
         if not isinstance(template, str):
             raise BadInputError(f"{path}, template {index} is not a text")
+    known: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value, list) else value
+        for field in fields(ContextSet)
+        if (value := saved.get(field.name)) is not None
+    }
     try:
-        return ContextSet(
-            templates=tuple(cast(list[str], templates)),
-            seed=seed if type(seed) is int else None,
-            model_fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-            leading_ids=tuple(cast(list[int], leading)) if _are_ids(leading) else None,
-            model_identity=identity if isinstance(identity, str) else None,
-        )
+        return ContextSet(**known)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
-
-
-def _are_ids(content: Any) -> bool:
-    if not isinstance(content, list):
-        return False
-    return all(type(part) is int for part in cast(list[Any], content))
 
 
 @taken
@@ -191,25 +158,18 @@ def sample_contexts(
 
     Two prefixes for each of five seed words and each of two lengths (5 and 10 tokens, the seed
     word counted), by top-5 sampling, joined to the prompt by ``". "``. The released code draws
-    them unseeded; here the seed fixes them.
+    them unseeded; here the seed fixes them. The model's BOS policy holds while sampling, and so do
+    edits that stand in it; interventions of a view do not, since all views share the contexts.
 
-    Args:
-        model: The model, whose BOS policy holds while sampling; interventions of its view do not,
-            since contexts are text that every view shares. Edits that stand in it do.
-        seed: Seed of the sampler.
-        path: A JSON file; a set of the same model, seed and BOS in it is reused, else it is
-            written. While something disturbs the model it is neither read nor written.
-        progress: Where to show progress.
+    A set of the same model, seed and BOS in the JSON file ``path`` is reused, else it is written.
+    While something disturbs the model it is neither read nor written.
     """
-    path = None if path is None else Path(path)
     model = replace(model, interventions=())
-    is_kept = path is not None and model.disturbance is None
-    if path is not None and is_kept and path.is_file():
-        saved = load_contexts(path)
-        if _is_of(saved, model, seed):
-            return saved
-    contexts = _sampled(model, seed, progress)
-    if path is not None and is_kept:
+    if path is None or model.disturbance is not None:
+        return _sampled(model, seed, progress)
+    contexts = _saved(Path(path), model, seed)
+    if contexts is None:
+        contexts = _sampled(model, seed, progress)
         contexts.save(path)
     return contexts
 
@@ -224,14 +184,8 @@ def kept_contexts(
 ) -> ContextSet:
     """Return the contexts of a seed that were kept for this model, or else sample and keep them.
 
-    The cache keeps one set for each model, seed and BOS policy, whoever asked for it.
-
-    Args:
-        model: The model.
-        seed: The seed.
-        look_in: Folders in which a set may be, besides the cache.
-        leave_in: A folder that the set is copied to if none of the folders has it.
-        progress: Where to show progress.
+    The cache keeps one set for each model, seed and BOS policy, whoever asked for it. A set may lie
+    in the folders ``look_in``, too; if none has it, it is copied to ``leave_in``.
 
     Raises:
         BadInputError: If a file in one of the folders is no set of contexts.
@@ -243,24 +197,26 @@ def kept_contexts(
     name = f"contexts-seed{seed}{bos}.json"
     cached = cache_folder("contexts") / f"{model.identity()[:20]}-seed{seed}.json"
     for folder in (*look_in, *([leave_in] if leave_in else [])):
-        if (folder / name).is_file():
-            saved = load_contexts(folder / name)
-            if _is_of(saved, model, seed):
-                return saved
+        saved = _saved(folder / name, model, seed)
+        if saved is not None:
+            return saved
     with locked(cached):
         try:
-            contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
+            _saved(cached, model, seed)
         except BadInputError:
             logger.warning("cached contexts are damaged and are sampled again")
             cached.unlink()
-            contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
+        contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
     if leave_in is not None:
         contexts.save(leave_in / name)
     return contexts
 
 
-def _is_of(saved: ContextSet, model: Model, seed: int) -> bool:
-    return (saved.seed, saved.model_identity) == (seed, model.identity())
+def _saved(path: Path, model: Model, seed: int) -> ContextSet | None:
+    """The set in a file, if there is one, and of this model and seed."""
+    saved = load_contexts(path) if path.is_file() else None
+    same = saved is not None and (saved.seed, saved.model_identity) == (seed, model.identity())
+    return saved if same else None
 
 
 def _sampled(model: Model, seed: int, progress: Progress | None) -> ContextSet:
@@ -268,13 +224,12 @@ def _sampled(model: Model, seed: int, progress: Progress | None) -> ContextSet:
     templates = ["{}"]
     total = len(LENGTHS) * len(SEED_WORDS)
     task = None if progress is None else progress.add_task("sampling contexts", total=total)
-    for length in LENGTHS:
-        for word in SEED_WORDS:
-            for text in _sample(model, word, length, generator):
-                plain = text.replace("{", " ").replace("}", " ")
-                templates.append(plain + ". {}")
-            if progress is not None and task is not None:
-                progress.advance(task)
+    for length, word in product(LENGTHS, SEED_WORDS):
+        for text in _sample(model, word, length, generator):
+            plain = text.replace("{", " ").replace("}", " ")
+            templates.append(plain + ". {}")
+        if progress is not None and task is not None:
+            progress.advance(task)
     return ContextSet(
         templates=tuple(templates),
         seed=seed,

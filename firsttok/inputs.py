@@ -8,14 +8,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from firsttok.contexts import ContextSet, kept_contexts, load_contexts
-from firsttok.data import (
-    FactFile,
-    builtin_sentences,
-    check_facts,
-    load_texts,
-    resolve_facts,
-    resolve_texts,
-)
+from firsttok.data import FactFile, builtin_sentences, check_facts, load_texts, resolve_data
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, EditSite, Model, load
@@ -47,7 +40,7 @@ def fact_file(args: argparse.Namespace) -> FactFile:
     Raises:
         BadInputError: If the file is unusable, or the limit is below 1.
     """
-    path = resolve_facts(args.facts) if args.facts else None
+    path = resolve_data(args.facts, "facts") if args.facts else None
     return check_facts(
         path,
         limit=getattr(args, "limit", None),
@@ -91,7 +84,7 @@ def open_study(
         FirsttokError: If an input is unusable.
     """
     contexts: ContextSet | None = load_contexts(args.contexts) if args.contexts else None
-    texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
+    texts = load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
     corpus = _corpus(args.corpus)
     given = args.second_moment not in (None, "identity")
     if given and not Path(args.second_moment).is_file():

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from rich.progress import Progress
 
@@ -30,17 +30,10 @@ class FailedFact:
     """A fact that something went wrong with during the work."""
 
     case_id: int
-    """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     prompt: str
-    """The fact's prompt."""
     reason: str
     """What went wrong, in one line."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """As records have it."""
-        return asdict(self)
 
 
 def reason_against(
@@ -52,11 +45,7 @@ def reason_against(
 ) -> str | None:
     """Why a fact cannot be edited or measured, as far as its tokens tell; None if it can.
 
-    Args:
-        model: The model.
-        fact: The fact.
-        templates: Contexts in which it is edited.
-        asked: Other prompts that it is measured on, each with its answer.
+    It is edited in the contexts ``templates``, and measured on ``asked``, prompts with answers.
     """
     try:
         prompts = [
@@ -83,11 +72,7 @@ def usable_facts(
 ) -> FactFile:
     """Look at the tokens of all facts, so that none of them stops the work later.
 
-    Args:
-        model: The model.
-        facts: The facts.
-        skip_bad: Leave out those that cannot be edited, with a message and in ``left_out``.
-        progress: Where to show progress.
+    With ``skip_bad`` those that cannot be edited are left out, with a message and in ``left_out``.
 
     Raises:
         BadInputError: If a fact cannot be edited and is not left out, or if none can be.
@@ -112,10 +97,8 @@ def each_or_reason(
 ) -> Iterator[tuple[Fact, _Result | FailedFact]]:
     """Do something with facts together; what fails is done in halves, down to the fact at fault.
 
-    Args:
-        facts: The facts.
-        do: Gives a result for each fact, in order. It may be called again with facts for which it
-            gave none.
+    ``do`` gives a result for each fact, in order. It may be called again with facts for which it
+    gave none.
 
     Yields:
         Each fact, in order, with its result or with what went wrong.
@@ -134,22 +117,17 @@ def each_or_reason(
         if not rest:
             raise
         if len(facts) == 1:
-            (fact,) = facts
-            yield (
-                fact,
-                FailedFact(
-                    case_id=fact.case_id,
-                    subject=fact.subject,
-                    prompt=fact.prompt,
-                    reason=_one_line(error),
-                ),
+            fact = facts[0]
+            failed = FailedFact(
+                case_id=fact.case_id,
+                subject=fact.subject,
+                prompt=fact.prompt,
+                reason=_one_line(error),
             )
+            yield fact, failed
             return
-        logger.warning(
-            "%d facts cannot be done together (%s) and are done in parts",
-            len(rest),
-            _one_line(error),
-        )
+        told = "%d facts cannot be done together (%s) and are done in parts"
+        logger.warning(told, len(rest), _one_line(error))
         middle = (len(rest) + 1) // 2
         for part in (rest[:middle], rest[middle:]):
             if part:
@@ -157,12 +135,7 @@ def each_or_reason(
 
 
 def nothing_done(what: str, failed: FailedFact | None) -> BadInputError:
-    """The error for work that no fact came through.
-
-    Args:
-        what: What should have been done with the facts, such as ``screen``.
-        failed: One of them and what went wrong; None if there were none.
-    """
+    """The error for work (``what``) that no fact came through, of which ``failed`` is one."""
     if failed is None:
         return BadInputError(f"there are no facts to {what}; give at least one")
     return BadInputError(

@@ -1,15 +1,14 @@
 """Facts in COUNTERFACT's schema of any number, put together from real words."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import resources
 from math import gcd
 from random import Random
 from typing import Any
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
+from firsttok.data.records import builtin_json
 from firsttok.errors import BadInputError, SubjectBoundaryError, TargetTokenError
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
@@ -17,7 +16,6 @@ from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
 __all__ = ["synthetic_facts"]
 
 _PEOPLE = "people"
-_PLACES = "places"
 _NEIGHBOURS = 4
 _WEIGHTS = (7, 5, 4, 4)
 """How often, of 20 facts, the subject is: a first token, a name in the first place, a name in a
@@ -45,34 +43,6 @@ class _Draw:
     opening: str = ""
 
 
-@dataclass(frozen=True)
-class _Words:
-    """The lists of words, and what is put together from them."""
-
-    lists: dict[str, Any]
-    clauses: tuple[_Clause, ...]
-
-    @property
-    def openings(self) -> list[str]:
-        return self.lists["openings"]
-
-    def of_kind(self, kind: str) -> list[str]:
-        """Subjects of one word list; of people, their given names."""
-        if kind == _PLACES:
-            return [*self.lists["cities"], *self.lists["countries"]]
-        return self.lists["given" if kind == _PEOPLE else kind]
-
-    def name(self, number: int) -> str:
-        """A full name."""
-        given, family = self.lists["given"], self.lists["family"]
-        return f"{given[number % len(given)]} {family[number // len(given) % len(family)]}"
-
-    @property
-    def names(self) -> int:
-        """How many full names there are."""
-        return len(self.lists["given"]) * len(self.lists["family"])
-
-
 @taken
 def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     """Put facts together, all with different prompts; the answers are drawn, not looked up.
@@ -83,38 +53,24 @@ def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     that ROME breaks on. Only one fact is in memory, and a smaller ``count`` gives the first ones
     of a larger.
 
-    Args:
-        model: The model whose tokenizer has to take them.
-        count: How many.
-        seed: Seed of the draws.
-
     Raises:
         BadInputError: If the count is below 1, or there are not so many.
     """
     if count < 1:
         raise BadInputError(f"the count of facts is {count}; give at least 1")
     random = Random(f"firsttok {seed}")  # noqa: S311
-    return _generate(model, _words(_lists(), random), count, random)
-
-
-def _words(lists: dict[str, Any], random: Random) -> _Words:
-    wordings = [(relation, text) for relation in lists["relations"] for text in relation["clauses"]]
-    clauses: list[_Clause] = []
-    for number, (relation, text) in enumerate(wordings):
-        answers: list[str] = lists[relation["answers"]]
-        mixed = tuple(random.sample(answers, len(answers)))
-        clauses.append(_Clause(number=number, kind=relation["of"], text=text, answers=mixed))
-    return _Words(lists, tuple(clauses))
+    lists = _lists()
+    lists["places"] = [*lists["cities"], *lists["countries"]]
+    lists[_PEOPLE] = [f"{name} {family}" for family in lists["family"] for name in lists["given"]]
+    return _generate(model, lists, count, random)
 
 
 def _lists() -> dict[str, Any]:
-    text = resources.files("firsttok.data.builtin").joinpath("words.json").read_text("utf-8")
-    lists: dict[str, Any] = json.loads(text)
-    return lists
+    return builtin_json("words.json")
 
 
-def _generate(model: Model, words: _Words, count: int, random: Random) -> Iterator[Fact]:
-    pools = _pools(model, words, random)
+def _generate(model: Model, lists: dict[str, Any], count: int, random: Random) -> Iterator[Fact]:
+    pools = _pools(model, lists, _clauses(lists, random), random)
     weights: list[int] = list(_WEIGHTS)
     made = 0
     while made < count:
@@ -127,35 +83,50 @@ def _generate(model: Model, words: _Words, count: int, random: Random) -> Iterat
         if draw is None:
             weights[chosen] = 0
             continue
-        fact = _fact(model, words, draw, made, random)
+        fact = _fact(model, lists, draw, made, random)
         if fact is not None:
             yield fact
             made += 1
 
 
-def _pools(model: Model, words: _Words, random: Random) -> tuple[Iterator[_Draw], ...]:
+def _clauses(lists: dict[str, Any], random: Random) -> list[_Clause]:
+    clauses: list[_Clause] = []
+    for relation in lists["relations"]:
+        for text in relation["clauses"]:
+            answers: list[str] = lists[relation["answers"]]
+            mixed = tuple(random.sample(answers, len(answers)))
+            number, kind = len(clauses), relation["of"]
+            clauses.append(_Clause(number=number, kind=kind, text=text, answers=mixed))
+    return clauses
+
+
+def _pools(
+    model: Model, lists: dict[str, Any], clauses: list[_Clause], random: Random
+) -> tuple[Iterator[_Draw], ...]:
     """Four streams that share no prompt, each without repetition; see ``_WEIGHTS``."""
-    people = [clause for clause in words.clauses if clause.kind == _PEOPLE]
+    people = [clause for clause in clauses if clause.kind == _PEOPLE]
+    # People alone go by their given names.
     singles = [
         _Draw(subject=word, number=number, clause=clause)
-        for clause in words.clauses
-        for number, word in enumerate(words.of_kind(clause.kind))
+        for clause in clauses
+        for number, word in enumerate(lists["given" if clause.kind == _PEOPLE else clause.kind])
     ]
     first = {word for word in {draw.subject for draw in singles} if _is_one_token(model, word)}
     alone = [draw for draw in singles if draw.subject in first]
-    names, turns = words.names * len(people), len(words.openings)
+    names, turns = lists[_PEOPLE], len(lists["openings"])
+    count = len(names) * len(people)
 
     def person(index: int) -> _Draw:
-        number = index % words.names
-        return _Draw(subject=words.name(number), number=number, clause=people[index // words.names])
+        which, number = divmod(index, len(names))
+        return _Draw(subject=names[number], number=number, clause=people[which])
 
     def later(draw: _Draw, turn: int) -> _Draw:
-        return replace(draw, opening=words.openings[turn])
+        return replace(draw, opening=lists["openings"][turn])
 
     return (
         (alone[i] for i in _mixed(len(alone), random)),
-        (person(i) for i in _mixed(names, random)),
-        (later(person(i // turns), i % turns) for i in _mixed(names * turns, random)),
+        (person(i) for i in _mixed(count, random)),
+        (later(person(i // turns), i % turns) for i in _mixed(count * turns, random)),
         (later(singles[i // turns], i % turns) for i in _mixed(len(singles) * turns, random)),
     )
 
@@ -177,25 +148,26 @@ def _is_one_token(model: Model, word: str) -> bool:
     return prompt.subject_length == 1
 
 
-def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random) -> Fact | None:
+def _fact(
+    model: Model, lists: dict[str, Any], draw: _Draw, number: int, random: Random
+) -> Fact | None:
     """The fact with its answers; None if the tokenizer takes it with no two of them."""
     clause = draw.clause
-    peers = words.names if clause.kind == _PEOPLE else len(words.of_kind(clause.kind))
+    peers: list[str] = lists[clause.kind]
     # So few answers that each is true of enough subjects.
-    answers = clause.answers[: max(2, peers // (2 * _NEIGHBOURS))]
-    which = (draw.number + clause.number) % len(answers)
-    true = answers[which]
+    answers = clause.answers[: max(2, len(peers) // (2 * _NEIGHBOURS))]
+    true = answers[(draw.number + clause.number) % len(answers)]
     if draw.subject == true:
         return None
     opening = f"{draw.opening} " if draw.opening else ""
-    others = random.sample([each for each in words.openings if each != draw.opening], 2)
+    others = random.sample([each for each in lists["openings"] if each != draw.opening], 2)
     draft = Fact(
         subject=draw.subject,
         template=opening + clause.text,
         target_new=true,
         target_true=true,
         paraphrases=tuple(f"{other} {draw.subject}{clause.text[2:]}" for other in others),
-        neighbours=_neighbours(words, draw, len(answers), random),
+        neighbours=_neighbours(peers, draw, len(answers), random),
         source="synthetic",
         case_id=number,
     )
@@ -212,14 +184,11 @@ def _fact(model: Model, words: _Words, draw: _Draw, number: int, random: Random)
     return None
 
 
-def _neighbours(words: _Words, draw: _Draw, answers: int, random: Random) -> tuple[str, ...]:
+def _neighbours(peers: list[str], draw: _Draw, answers: int, random: Random) -> tuple[str, ...]:
     """Prompts about other subjects of the same true answer: those with its number, modulo."""
-    kind = draw.clause.kind
-    named: Sequence[str] | None = None if kind == _PEOPLE else words.of_kind(kind)
-    rounds = (words.names if named is None else len(named)) // answers
-    chosen = random.sample(range(rounds), min(rounds, _NEIGHBOURS + 1))
-    numbers = [draw.number % answers + turn * answers for turn in chosen]
-    subjects = [words.name(each) if named is None else named[each] for each in numbers]
+    rounds = len(peers) // answers
+    turns = random.sample(range(rounds), min(rounds, _NEIGHBOURS + 1))
+    subjects = [peers[draw.number % answers + turn * answers] for turn in turns]
     others = [subject for subject in subjects if subject != draw.subject][:_NEIGHBOURS]
     return tuple(draw.clause.text.replace("{}", subject) for subject in others)
 

@@ -31,7 +31,6 @@ def test_there_are_21_templates_with_the_bare_one_first(tiny: TinyFactory, arch:
     contexts = sample_contexts(model, seed=3)
     assert len(contexts.templates) == 21
     assert contexts.templates[0] == "{}"
-    assert contexts.includes_bare
     assert contexts.prefixed == contexts.templates[1:]
     assert (contexts.seed, contexts.model_fingerprint) == (3, model.fingerprint)
     expected = [word for _ in (5, 10) for word in WORDS for _ in (1, 2)]
@@ -144,7 +143,6 @@ def test_a_plain_list_is_read(tmp_path: Path) -> None:
     assert contexts == ContextSet(templates=("{}", "I know. {}"))
     assert contexts.seed is None
     assert contexts.prefixed == ("I know. {}",)
-    assert not ContextSet(templates=contexts.prefixed).includes_bare
 
 
 @pytest.mark.parametrize(

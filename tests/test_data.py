@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from firsttok.data import (
-    FALL_OF_ROME,
     SLIDES,
     builtin_facts,
     builtin_sentences,
@@ -15,6 +14,7 @@ from firsttok.data import (
     load_texts,
     paper_values,
 )
+from firsttok.data.paper import FALL_OF_ROME
 from firsttok.evaluation import score_targets
 from firsttok.models import CATALOG, BosPolicy, Model
 from firsttok.prompts import fact_prompt, with_target

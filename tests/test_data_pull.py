@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from firsttok.cli import main
-from firsttok.data import DATA_SETS, check_facts, is_pulled_data, resolve_facts, resolve_texts
+from firsttok.data import DATA_SETS, check_facts, is_pulled_data, resolve_data
 from firsttok.errors import BadInputError, DownloadError
 from firsttok.storage import read_json
 
@@ -137,8 +137,8 @@ def test_a_pull_is_kept_recorded_and_found_by_name(
     }
     assert names(own_cache / "data") == {FILE, f"{FILE}.pulled.json"}
     assert is_pulled_data("zsre")
-    assert resolve_facts("zsre") == resolve_facts("ZsRE") == path
-    assert len(check_facts(resolve_facts("zsre"))) == 300
+    assert resolve_data("zsre", "facts") == resolve_data("ZsRE", "facts") == path
+    assert len(check_facts(resolve_data("zsre", "facts"))) == 300
     # It is there now, and nobody is asked again.
     assert pull(site) == 0
     assert ranges(site) == [None]
@@ -167,7 +167,7 @@ def test_what_has_arrived_is_kept_for_the_next_pull(
     assert f"goes on behind the {half} bytes" in said
     assert names(own_cache / "data") == {f"{FILE}.part", f"{FILE}.part.json"}
     with pytest.raises(BadInputError, match="firsttok data pull zsre"):
-        resolve_facts("zsre")
+        resolve_data("zsre", "facts")
     site.asked.clear()
     site.always = "serve"
     assert pull(site) == 0
@@ -361,7 +361,7 @@ def test_the_first_hash_binds_all_later_ones(
     path = own_cache / "data" / FILE
     path.write_bytes(site.content.replace(b"Welsh", b"Irish", 1))
     with pytest.raises(DownloadError, match="was changed since it was pulled"):
-        resolve_facts("zsre")
+        resolve_data("zsre", "facts")
     capsys.readouterr()
     # The site has another version now: it is refused, and the damaged file stays where it is.
     first, site.content = site.content, facts(300, "Klingon")
@@ -372,7 +372,7 @@ def test_the_first_hash_binds_all_later_ones(
     site.content, site.validators = first, {"ETag": '"one"'}
     assert pull(site) == 0
     assert path.read_bytes() == first
-    assert resolve_facts("zsre") == path
+    assert resolve_data("zsre", "facts") == path
 
 
 def test_pulls_into_a_folder(
@@ -422,7 +422,7 @@ def test_published_sentences_have_their_published_hash(
     for name, file in (("me-ppl-50", "ME-PPL_50.json"), ("me-ppl-1k", "ME-PPL_1k.json")):
         site.content = (shared / "data" / "me-ppl" / file).read_bytes()
         assert pull(site, name=name) == 0
-        assert resolve_texts(name) == own_cache / "data" / file
+        assert resolve_data(name, "texts") == own_cache / "data" / file
 
 
 def test_names_paths_and_what_is_neither(
@@ -436,12 +436,12 @@ def test_names_paths_and_what_is_neither(
         "no.json": "no file of facts at no.json; check the path, or name one of counterfact, zsre",
     }.items():
         with pytest.raises(BadInputError, match=re.escape(message)):
-            resolve_facts(name)
+            resolve_data(name, "facts")
     with pytest.raises(BadInputError, match="name one of me-ppl-50, me-ppl-1k"):
-        resolve_texts("no.json")
+        resolve_data("no.json", "texts")
     # A file of one's own goes before a name.
     (tmp_path / "counterfact").write_bytes(facts(1))
-    assert resolve_facts("counterfact") == Path("counterfact")
+    assert resolve_data("counterfact", "facts") == Path("counterfact")
     assert main(["scan", "--facts", "zsre", "--out", "out"]) == 2
     assert not (tmp_path / "out").exists()
 

@@ -13,8 +13,8 @@ from text_models import ADDED, byte_level, sentence_piece, spoken, unigram
 from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory, edits_of
 
 from firsttok.cli import main
-from firsttok.data import JOINS, STRADDLES, Fact, builtin_facts, check_facts, load_facts, text_joint
-from firsttok.data.joints import Join
+from firsttok.data import JOINS, Fact, builtin_facts, check_facts, load_facts, text_joint
+from firsttok.data.joints import STRADDLES, Join
 from firsttok.editing import FC_ROME, ROME, Slot, ValueStore
 from firsttok.errors import FactFormatError, TargetTokenError
 from firsttok.evaluation import counterfact_scores, score_targets, target_probabilities

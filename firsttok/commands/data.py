@@ -12,20 +12,11 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the data sets, pull the named one, or write synthetic facts.
-
-    Raises:
-        FirsttokError: If an argument makes no sense, or something cannot be fetched or written.
-    """
-    if args.action == "list":
-        _list()
-    elif args.action == "pull":
-        _pull(args)
-    else:
-        _synthesize(args)
+    """List the data sets, pull the named one, or write synthetic facts."""
+    {"list": _list, "pull": _pull, "synthesize": _synthesize}[args.action](args)
 
 
-def _list() -> None:
+def _list(_: argparse.Namespace) -> None:
     rows = [
         [
             each.name,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from firsttok.console import print_table, progress_bar, show
-from firsttok.data import FactFile, resolve_facts, write_facts
+from firsttok.data import FactFile, resolve_data, write_facts
 from firsttok.data.records import plain_suffix
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
         "threshold": limit,
         "rule": _rule(limit),
         "calibration": None if found is None else asdict(found),
-        "failed": [fact.as_dict() for fact in failed],
-        "left_out": [each.as_dict() for each in usable.left_out],
+        "failed": [asdict(fact) for fact in failed],
+        "left_out": [asdict(each) for each in usable.left_out],
     }
     flat = [
         asdict(row) | {"hard": row.is_hard(limit), "collapsed": collapsed.get(row.case_id)}
@@ -109,7 +109,7 @@ def _facts(args: argparse.Namespace) -> FactFile:
         hard = Path(args.build_hard)
         if plain_suffix(hard) == ".parquet":
             raise BadInputError(f"--build-hard {hard} is written as JSON; let it end in .json")
-        if args.facts and hard.exists() and hard.samefile(resolve_facts(args.facts)):
+        if args.facts and hard.exists() and hard.samefile(resolve_data(args.facts, "facts")):
             raise BadInputError(
                 f"--build-hard {hard} is the file of --facts, which it would replace; name another"
             )

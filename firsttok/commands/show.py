@@ -7,7 +7,7 @@ from typing import Any
 from firsttok.commands.edit import observation_record, print_observations
 from firsttok.console import progress_bar, show, show_json
 from firsttok.contexts import ContextSet
-from firsttok.data import Fact, builtin_sentences, load_texts, resolve_texts
+from firsttok.data import Fact, builtin_sentences, load_texts, resolve_data
 from firsttok.display import Note, Panel, Table
 from firsttok.editing import Edit, load_edit
 from firsttok.errors import BadInputError
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         return
     facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     contexts = [_contexts(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
-    texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
+    texts = load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
     model = open_model_of(edits[0], args.edit[0], name=args.model, device=args.device)
     views = list(accumulate(edits, lambda view, edit: view.edited(edit), initial=model))
     names = ["before", "with edit 1", *(f"with edits 1 to {n}" for n in range(2, len(views)))]

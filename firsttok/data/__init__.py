@@ -1,6 +1,6 @@
 """Facts to edit and texts to measure on: the only package that reads data sets."""
 
-from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
+from firsttok.data.catalog import DATA_SETS
 from firsttok.data.fact_files import (
     SKIP_HINT,
     FactFile,
@@ -11,19 +11,16 @@ from firsttok.data.fact_files import (
     write_facts,
 )
 from firsttok.data.facts import Fact, spread_evenly
-from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle, text_joint
-from firsttok.data.paper import FALL_OF_ROME, SLIDES, PaperValue, paper_values
-from firsttok.data.pulls import is_pulled_data, pull_data, resolve_facts, resolve_texts
+from firsttok.data.joints import JOINS, Join, Straddle, text_joint
+from firsttok.data.paper import SLIDES, PaperValue, paper_values
+from firsttok.data.pulls import is_pulled_data, pull_data, resolve_data
 from firsttok.data.texts import builtin_sentences, load_texts
 
 __all__ = [
     "DATA_SETS",
-    "FALL_OF_ROME",
     "JOINS",
     "SKIP_HINT",
     "SLIDES",
-    "STRADDLES",
-    "DataSet",
     "Fact",
     "FactFile",
     "Join",
@@ -33,14 +30,12 @@ __all__ = [
     "builtin_facts",
     "builtin_sentences",
     "check_facts",
-    "find_data_set",
     "is_pulled_data",
     "load_facts",
     "load_texts",
     "paper_values",
     "pull_data",
-    "resolve_facts",
-    "resolve_texts",
+    "resolve_data",
     "spread_evenly",
     "text_joint",
     "write_facts",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DATA_SETS", "DataSet", "find_data_set"]
+__all__ = ["DATA_SETS", "DataSet"]
 
 _ROME = "https://rome.baulab.info/data/dsets"
 _COLLAPSE = (
@@ -20,30 +20,26 @@ class DataSet:
     """Its name on the command line."""
     kind: Literal["facts", "texts"]
     """What it holds: facts to edit, or sentences to measure perplexity on."""
-    file_name: str
-    """Name of its file."""
-    url: str | None
-    """Its official address; None where there is none that can be pinned."""
-    sha256: str | None
-    """SHA-256 of its bytes; None where it is recorded at the first pull."""
-    records: int | None
-    """How many facts or sentences it holds."""
-    megabytes: float | None
-    """Its size."""
     note: str
     """Where it comes from, in one sentence."""
+    url: str | None = None
+    """Its official address; None where there is none that can be pinned."""
+    sha256: str | None = None
+    """SHA-256 of its bytes; None where it is recorded at the first pull."""
+    records: int | None = None
+    """How many facts or sentences it holds."""
+    megabytes: float | None = None
 
     @property
-    def pull_command(self) -> str:
-        """What fetches it."""
-        return f"firsttok data pull {self.name}"
+    def file_name(self) -> str:
+        """Name of its file, which is that at its address."""
+        return f"{self.name}.json" if self.url is None else self.url.rpartition("/")[2]
 
 
 DATA_SETS = (
     DataSet(
         name="counterfact",
         kind="facts",
-        file_name="counterfact.json",
         url=f"{_ROME}/counterfact.json",
         sha256="d017056125178a13728594e66a801357a8db9ed7973a7425554bb4271de9fc6f",
         records=21_919,
@@ -53,9 +49,7 @@ DATA_SETS = (
     DataSet(
         name="zsre",
         kind="facts",
-        file_name="zsre_mend_eval.json",
         url=f"{_ROME}/zsre_mend_eval.json",
-        sha256=None,
         records=19_086,
         megabytes=8.1,
         note="ZsRE's questions as MEND and ROME evaluate them, from the authors' site.",
@@ -63,7 +57,6 @@ DATA_SETS = (
     DataSet(
         name="me-ppl-50",
         kind="texts",
-        file_name="ME-PPL_50.json",
         url=f"{_COLLAPSE}/ME-PPL_50.json",
         sha256="55f3b951d2c4287b90d9e511f256efb9d47461f0da408a17dac5ffcef685c4e4",
         records=50,
@@ -73,7 +66,6 @@ DATA_SETS = (
     DataSet(
         name="me-ppl-1k",
         kind="texts",
-        file_name="ME-PPL_1k.json",
         url=f"{_COLLAPSE}/ME-PPL_1k.json",
         sha256="71e29fc5daf443b35ec16c8a9e91e1f4398b5b84ca7c25393639c066b65b5afb",
         records=1000,
@@ -83,18 +75,8 @@ DATA_SETS = (
     DataSet(
         name="hardcf",
         kind="facts",
-        file_name="hardcf.json",
-        url=None,
-        sha256=None,
-        records=None,
-        megabytes=None,
         note="HardCF is on a shared drive, whose address cannot be pinned; build such a list for "
         "your model with: firsttok screen --build-hard FILE",
     ),
 )
 """The data sets, in the order they are listed in."""
-
-
-def find_data_set(name: str) -> DataSet | None:
-    """Return the data set of a name, whatever its case; None if there is none."""
-    return next((each for each in DATA_SETS if each.name == name.lower()), None)

@@ -6,15 +6,15 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from firsttok.arguments import taken
-from firsttok.data.attempts import Attempt, attempts
-from firsttok.data.facts import Fact
+from firsttok.data.facts import LARGEST, Fact
 from firsttok.data.joints import Join, Straddle
-from firsttok.data.records import LINES, plain_suffix
+from firsttok.data.records import LINES, builtin_json, iter_records, plain_suffix
+from firsttok.data.schemas import fact_from, rewrites_of
 from firsttok.errors import BadInputError, FactFormatError
 from firsttok.storage import atomic_path
 
@@ -36,6 +36,8 @@ _DIFFERING = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 """What differs between two reasons of one kind: what they quote, and numbers."""
 _SHOWN = 5
 """Reasons that are logged; records have all."""
+_LENIENT = "its new answer is blank, or its question does not hold the subject once"
+_EXACT = 2**53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,31 +45,36 @@ class LeftOut:
     """Facts that are not used, for one reason."""
 
     reason: str
-    """The reason; what it quotes, and its numbers, are those of the first such fact."""
+    """What it quotes, and its numbers, are those of the first such fact."""
     count: int
-    """How many facts."""
     first: str
     """Where the first one stands."""
 
     @staticmethod
     def grouped(refused: Iterable[tuple[str, str]]) -> "tuple[LeftOut, ...]":
-        """Group reasons that differ in what they quote alone, the most frequent first.
-
-        Args:
-            refused: Reason and place of each fact.
-        """
-        groups: dict[str, list[tuple[str, str]]] = {}
+        """Group pairs of reason and place by what reasons do not quote, the most frequent first."""
+        groups: dict[str, LeftOut] = {}
         for reason, place in refused:
-            groups.setdefault(_DIFFERING.sub("", reason), []).append((reason, place))
-        found = [
-            LeftOut(reason=group[0][0], count=len(group), first=group[0][1])
-            for group in groups.values()
-        ]
-        return tuple(sorted(found, key=lambda each: -each.count))
+            kind = _DIFFERING.sub("", reason)
+            group = groups.get(kind, LeftOut(reason=reason, count=0, first=place))
+            groups[kind] = replace(group, count=group.count + 1)
+        return tuple(sorted(groups.values(), key=lambda each: -each.count))
 
-    def as_dict(self) -> dict[str, Any]:
-        """As records have it."""
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What came of one edit that a file asks for, whether it can be read or not."""
+
+    place: str
+    fact: Fact | None = None
+    own: int | None = None
+    """The file's own number of it, which is its case id."""
+    odd: str = ""
+    """Why the file's own number cannot be used."""
+    reason: str = ""
+    """Why there is no fact."""
+    error: BadInputError | None = None
+    """What is raised unless bad records are skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,6 @@ class FactFile:
     path: Path | None
     """The file; None for the built-in facts."""
     count: int
-    """How many facts one gets."""
     content_hash: str
     """SHA-256 over the hashes of their records, in order."""
     left_out: tuple[LeftOut, ...] = ()
@@ -91,7 +97,6 @@ class FactFile:
     join: Join | None = None
     """The ``join`` of all facts; None for what each record says, or the usual."""
     straddle: Straddle | None = None
-    """The ``straddle`` of all facts, likewise."""
     stamp: tuple[int, int] | None = None
     """Size and time of change of the file when it was checked."""
     numbered: bool = False
@@ -101,18 +106,14 @@ class FactFile:
     """Places of facts that can be read and are not used."""
 
     def __len__(self) -> int:
-        """How many facts one gets."""
         return self.count
 
     def __iter__(self) -> Iterator[Fact]:
-        """Go through the facts; only one of them is in memory."""
+        # Only one of them is in memory.
         return (fact for _, fact in self._placed())
 
     def without(self, reason_against: Callable[[Fact], str | None]) -> "FactFile":
         """The facts that nothing speaks against; the others join :attr:`left_out`.
-
-        Args:
-            reason_against: Why a fact is not to be used; None if it is.
 
         Raises:
             FactFormatError: If no fact remains; the message says why.
@@ -147,7 +148,8 @@ class FactFile:
             self._refuse()
         digest = hashlib.sha256()
         read = seen = 0
-        for place, attempt in enumerate(self._attempts()):
+        found = _attempts(self.path, join=self.join, straddle=self.straddle)
+        for place, attempt in enumerate(found):
             if read == self.limit:
                 break
             if attempt.fact is None:
@@ -161,9 +163,6 @@ class FactFile:
             yield place, fact
         if (seen, digest.hexdigest()) != (self.count, self.content_hash):
             self._refuse()
-
-    def _attempts(self) -> Iterator[Attempt]:
-        return attempts(self.path, join=self.join, straddle=self.straddle)
 
     def _refuse(self) -> None:
         raise BadInputError(
@@ -185,12 +184,9 @@ def check_facts(
     bits. Otherwise all facts are numbered by their places in the file, from 0, and a message says
     why. So no two facts of a file have one number.
 
-    Args:
-        path: The file, as for :func:`load_facts`; None for the built-in facts.
-        limit: Take only the first so many facts; the file is checked as a whole all the same.
-        skip_bad: Leave out what cannot be read; a message and ``left_out`` say how much, and why.
-        join: As in :class:`FactFile`.
-        straddle: As in :class:`FactFile`.
+    The built-in facts have no ``path``. Only the first ``limit`` facts are taken, but the file is
+    checked as a whole. With ``skip_bad`` what cannot be read is left out; a message and
+    ``left_out`` say how much, and why. ``join`` and ``straddle`` are as in :class:`FactFile`.
 
     Raises:
         BadInputError: If the file is missing or not JSON, or the limit is below 1.
@@ -206,29 +202,26 @@ def check_facts(
     seen: set[int] = set()
     unnumbered = readable = count = unanswered = stray = 0
     odd = notice = ""
-    for place, attempt in enumerate(attempts(file, join=join, straddle=straddle)):
+    for place, attempt in enumerate(_attempts(file, join=join, straddle=straddle)):
         if attempt.error is not None and not skip_bad:
             raise type(attempt.error)(f"{attempt.error}{SKIP_HINT}")
         if attempt.fact is None:
             refused.append((attempt.reason, attempt.place))
             continue
-        case_id = attempt.fact.case_id
+        fact, case_id = attempt.fact, attempt.fact.case_id
         odd = odd or attempt.odd
         readable += 1
-        stray += bool(attempt.fact.notice)
-        notice = notice or attempt.fact.notice
+        stray += bool(fact.notice)
+        notice = notice or fact.notice
         unnumbered += attempt.own is None
         if attempt.own in seen:
             odd = odd or f"{attempt.place} has the case_id {case_id} of another one"
         seen.add(case_id)
-        unanswered += len(attempt.fact.neighbours) - len(attempt.fact.answered_neighbours)
+        unanswered += len(fact.neighbours) - len(fact.answered_neighbours)
         if limit is None or count < limit:
-            own_hash = attempt.fact.content_hash
-            own_digest.update(own_hash.encode())
-            placed = own_hash
-            if case_id != place:
-                placed = replace(attempt.fact, case_id=place).content_hash
-            placed_digest.update(placed.encode())
+            placed = fact if case_id == place else replace(fact, case_id=place)
+            own_digest.update(fact.content_hash.encode())
+            placed_digest.update(placed.content_hash.encode())
             count += 1
     left_out = LeftOut.grouped(refused)
     name = "the built-in set" if file is None else str(file)
@@ -260,31 +253,20 @@ def load_facts(path: str | Path, *, skip_bad: bool = False) -> tuple[Fact, ...]:
 
     The schema is COUNTERFACT's, ZsRE's, KnowEdit's, MQuAKE's (each rewrite is a fact), QAEdit's, or
     a flat one as of HardCF, HardEdit and EasyEdit; see :func:`~firsttok.data.schemas.fact_from`.
-
-    Args:
-        path: The file.
-        skip_bad: Leave out records that cannot be read, with a message.
-
-    Raises:
-        BadInputError: If the file is missing or not JSON.
-        FactFormatError: If a record is malformed and not skipped, or no fact is found; names file,
-            record, field.
+    Numbers, ``skip_bad`` and errors are as for :func:`check_facts`.
     """
     return tuple(check_facts(path, skip_bad=skip_bad))
 
 
 def builtin_facts() -> tuple[Fact, ...]:
     """Return the built-in facts, which the embedded model answers rightly or nearly so."""
-    return tuple(attempt.fact for attempt in attempts(None) if attempt.fact is not None)
+    return tuple(attempt.fact for attempt in _attempts(None) if attempt.fact is not None)
 
 
 def write_facts(path: Path, facts: Iterable[Fact]) -> None:
     """Write facts as they come, in a form that :func:`load_facts` reads.
 
-    Args:
-        path: The file: JSON Lines if its name ends in ``.jsonl``, else a JSON list; in gzip if it
-            ends in ``.gz``.
-        facts: The facts.
+    It is JSON Lines if the name ends in ``.jsonl``, else a JSON list; in gzip if in ``.gz``.
 
     Raises:
         CacheError: If the file cannot be written.
@@ -299,6 +281,60 @@ def write_facts(path: Path, facts: Iterable[Fact]) -> None:
                     file.write("\n" if lines else ",\n")
                 file.write(json.dumps(fact.as_record(), ensure_ascii=False))
             file.write("\n" if lines else "\n]\n")
+
+
+def _attempts(
+    path: Path | None, *, join: Join | None = None, straddle: Straddle | None = None
+) -> Iterator[_Attempt]:
+    """Read every edit that a file asks for, in order; a record of MQuAKE asks for several."""
+    if path is None:
+        records = ((f"record {i}", each) for i, each in enumerate(builtin_json("facts.json")))
+    else:
+        records = iter_records(path)
+    source = "built-in" if path is None else path.name
+    number = 0
+    for place, record in records:
+        try:
+            if isinstance(record, BadInputError):
+                raise record
+            parts = rewrites_of(record, place)
+        except BadInputError as error:
+            yield _failed(path, place, error)
+            number += 1
+            continue
+        for part_place, fields in parts:
+            where = part_place.removeprefix(f"{path}, ")
+            own, odd = _own_number(fields.get("case_id"), where)
+            case_id = number if own is None else own
+            number += 1
+            try:
+                fact = fact_from(fields, case_id, part_place, source, join=join, straddle=straddle)
+            except BadInputError as error:
+                yield _failed(path, part_place, error)
+                continue
+            reason = _LENIENT if fact is None else ""
+            yield _Attempt(place=where, fact=fact, own=own, odd=odd, reason=reason)
+
+
+def _failed(path: Path | None, place: str, error: BadInputError) -> _Attempt:
+    reason = str(error).removeprefix(place).removeprefix(str(path)).lstrip(", ")
+    return _Attempt(place=place.removeprefix(f"{path}, "), reason=reason, error=error)
+
+
+def _own_number(value: Any, place: str) -> tuple[int | None, str]:
+    """A record's case id, or why it cannot be used; neither if it has none."""
+    if value is None:
+        return None, ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        # As pandas writes whole numbers of which some are missing.
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]*", value):
+        value = int(value[:20])
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None, f"{place} has the case_id {str(value)[:40]!r}, which is no whole number"
+    if not -LARGEST <= value < LARGEST:
+        return None, f"{place} has a case_id of more than 64 bits"
+    return value, ""
 
 
 def _tell(name: str, count: int, left_out: Sequence[LeftOut]) -> None:

@@ -1,10 +1,8 @@
-"""What a fact is, and the built-in ones."""
+"""What a fact is."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any, TypeVar
 
 from firsttok.arguments import take_fields
@@ -13,27 +11,14 @@ from firsttok.display import Panel, Shown, Table
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 from firsttok.storage import content_hash
 
-__all__ = ["LARGEST", "Fact", "builtin_records", "spread_evenly"]
+__all__ = ["CHOICES", "LARGEST", "Fact", "check_choice", "spread_evenly"]
 
 logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
-_UNSEEN = "".join(
-    chr(code)
-    for first, last in (
-        (0x00AD, 0x00AD),
-        (0x061C, 0x061C),
-        (0x180E, 0x180E),
-        (0x200B, 0x200B),
-        (0x200E, 0x200F),
-        (0x202A, 0x202E),
-        (0x2060, 0x2069),
-        (0x2800, 0x2800),
-        (0x3164, 0x3164),
-        (0xFEFF, 0xFEFF),
-        (0xFFA0, 0xFFA0),
-    )
-    for code in range(first, last + 1)
+_UNSEEN = (
+    "\u00ad\u061c\u180e\u200b\u200e\u200f\u202a\u202b\u202c\u202d\u202e"
+    "\u2060\u2061\u2062\u2063\u2064\u2065\u2066\u2067\u2068\u2069\u2800\u3164\ufeff\uffa0"
 )
 """Characters that show nothing; joiners are not among them, since letters and emoji need them."""
 _BOUND = "\u00a0\u202f"
@@ -45,6 +30,8 @@ _TYPED = ("python", "command line")
 """Sources that are told at once; a file is read many times, and its reader counts."""
 LARGEST = 2**63
 """Case ids are columns of 64 bits in the rows of a sweep."""
+CHOICES: dict[str, tuple[str, ...]] = {"join": JOINS, "straddle": STRADDLES}
+"""Fields of a fact with their values, the usual one first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +55,6 @@ class Fact(Shown):
     """
 
     subject: str
-    """What the fact is about."""
     template: str
     """The prompt with ``{}`` where the subject goes; it ends where the target follows."""
     target_new: str
@@ -80,9 +66,7 @@ class Fact(Shown):
     neighbours: tuple[str, ...] = ()
     """Prompts whose answers the edit should not change."""
     source: str = "python"
-    """Where the record comes from."""
     case_id: int = 0
-    """The number of the record in its set."""
     neighbour_answers: tuple[str, ...] = ()
     """One answer for each neighbour (ZsRE, KnowEdit, QAEdit), ``""`` for one that is not known;
     empty where all are ``target_true`` (COUNTERFACT)."""
@@ -95,9 +79,9 @@ class Fact(Shown):
     """What was left out of the texts as they were given; empty if nothing was."""
 
     def __post_init__(self) -> None:
-        """Leave stray spaces out, and check the texts."""
         take_fields(self)
-        self._check_choices()
+        for name in CHOICES:
+            check_choice(name, getattr(self, name), f"{name} of {self.template!r}")
         self._tidy()
         if self.template.count("{}") != 1:
             raise TemplateError(
@@ -119,14 +103,6 @@ class Fact(Shown):
                 f"{self.prompt!r} has {len(self.neighbours)} neighbours and "
                 f"{len(self.neighbour_answers)} answers to them; give one for each, or none"
             )
-
-    def _check_choices(self) -> None:
-        for name, choices in (("join", JOINS), ("straddle", STRADDLES)):
-            if getattr(self, name) not in choices:
-                raise FactFormatError(
-                    f"{name} of {self.template!r} is {getattr(self, name)!r}; choose one of "
-                    f"{', '.join(choices)}"
-                )
 
     def _tidy(self) -> None:
         subject = self.subject.strip(_AROUND_WORDS)
@@ -212,12 +188,8 @@ class Fact(Shown):
             record["neighborhood_answer"] = (
                 self.neighbour_answers[0] if same else list(self.neighbour_answers)
             )
-        usual = {"join": JOINS[0], "straddle": STRADDLES[0]}
-        return record | {
-            name: getattr(self, name)
-            for name, default in usual.items()
-            if getattr(self, name) != default
-        }
+        chosen = {name: getattr(self, name) for name in CHOICES}
+        return record | {n: value for n, value in chosen.items() if value != CHOICES[n][0]}
 
     @property
     def content_hash(self) -> str:
@@ -240,11 +212,10 @@ def _tidied_target(target: str) -> str:
     return target if tidied == target.strip() else tidied
 
 
-def builtin_records() -> list[Any]:
-    """Return the records of the built-in facts."""
-    text = resources.files("firsttok.data.builtin").joinpath("facts.json").read_text("utf-8")
-    records: list[Any] = json.loads(text)
-    return records
+def check_choice(name: str, value: Any, what: str) -> None:
+    """Refuse a value that is none of the field's :data:`CHOICES`; the message calls it ``what``."""
+    if value not in CHOICES[name]:
+        raise FactFormatError(f"{what} is {value!r}; choose one of {', '.join(CHOICES[name])}")
 
 
 def spread_evenly(items: Sequence[_Item], count: int) -> list[_Item]:

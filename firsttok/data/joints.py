@@ -53,11 +53,6 @@ def text_joint(prompt: str, target: str, join: Join = "auto") -> str:
 
     A straight quote opens where white space, another opening mark, ``=``, ``:``, a dash or nothing
     stands before it.
-
-    Args:
-        prompt: The prompt.
-        target: The target.
-        join: The rule.
     """
     if join != "auto":
         return " " if join == "space" else ""

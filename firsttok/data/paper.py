@@ -1,8 +1,8 @@
 """The numbers the papers print, each with its table and cell; no script carries one."""
 
-import json
 from dataclasses import dataclass
-from importlib import resources
+
+from firsttok.data.records import builtin_json
 
 __all__ = ["FALL_OF_ROME", "REBUILDING", "SLIDES", "PaperValue", "paper_values"]
 
@@ -24,7 +24,6 @@ class PaperValue:
     table: str
     """Table or equation, as printed; ``Text`` for a number of the running text."""
     model: str
-    """Model the cell is about."""
     row: str
     """Row labels, joined by ``/``."""
     value: float
@@ -32,18 +31,12 @@ class PaperValue:
 
 
 def paper_values(table: str, *, paper: str = FALL_OF_ROME) -> tuple[PaperValue, ...]:
-    """Return all printed numbers of one table, in the paper's order.
-
-    Args:
-        table: Table or equation, as printed.
-        paper: Which paper; by default "The Fall of ROME".
-    """
-    text = resources.files("firsttok.data.builtin").joinpath("paper.json").read_text("utf-8")
+    """Return all printed numbers of one table or equation, in the paper's order."""
     return tuple(
         PaperValue(
             paper=block["paper"], table=block["table"], model=model, row=row, value=float(value)
         )
-        for block in json.loads(text)
+        for block in builtin_json("paper.json")
         if (block["paper"], block["table"]) == (paper, table)
         for row, cells in block["rows"].items()
         for model, value in zip(block["models"], cells, strict=True)

@@ -2,21 +2,20 @@
 
 import datetime as dt
 import logging
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from rich.progress import Progress
 
-from firsttok.data.catalog import DATA_SETS, DataSet, find_data_set
+from firsttok.data.catalog import DATA_SETS, DataSet
 from firsttok.data.fact_files import SKIP_HINT, check_facts
 from firsttok.data.texts import load_texts
-from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
-from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_record
+from firsttok.errors import BadInputError, DownloadError, FirsttokError
+from firsttok.storage import atomic_path, cache_folder, file_sha256, locked, read_json, write_record
 
-__all__ = ["is_pulled_data", "pull_data", "resolve_facts", "resolve_texts"]
+__all__ = ["is_pulled_data", "pull_data", "resolve_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,101 +30,97 @@ def pull_data(
 ) -> Path:
     """Fetch a data set, unless it is there; an interrupted pull is resumed.
 
-    The file takes its name when its bytes have been checked and all its records read. Its SHA-256
-    is the catalog's, or is recorded the first time; another one is refused from then on.
-
-    Args:
-        name: A data set of :data:`~firsttok.data.catalog.DATA_SETS`.
-        url: Another address of it.
-        sha256: What its bytes must be, if not what the catalog says.
-        out: Folder for it; None for the cache.
-        progress: Where to show progress.
-
-    Returns:
-        The file; a record of where it came from lies beside it.
+    The file takes its name when its bytes have been checked and all its records read; beside it
+    lies a record of where it came from. Its SHA-256 is the catalog's, or is recorded the first
+    time; another one is refused from then on. ``url`` and ``sha256`` go before those of
+    :data:`~firsttok.data.catalog.DATA_SETS`, and ``out`` is a folder to take instead of the cache.
 
     Raises:
         BadInputError: If there is no such data set, or an argument makes no sense.
         DownloadError: If it cannot be fetched, or is not what it should be.
         CacheError: If it cannot be written.
     """
-    data_set = _known(name)
+    data_set = _named(name)
+    if data_set is None:
+        raise BadInputError(
+            f"no data set is called {name!r}; see the names with: firsttok data list"
+        )
     address = url or data_set.url
     if address is None:
         raise BadInputError(data_set.note)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise BadInputError(f"sha256 {sha256!r} is no SHA-256; give its 64 hexadecimal digits")
-    folder = cache_folder("data") if out is None else _made(Path(out))
-    path = folder / data_set.file_name
+    path = (cache_folder("data") if out is None else Path(out)) / data_set.file_name
     # The web's library takes its time, and a name is found without it.
     from firsttok.data.downloads import discard, download
 
     with locked(path):
-        record = _read_record(path)
+        record = _read_record(path) or {}
+        first = f"the one recorded at the first pull ({record.get('pulled')})"
+        pins = {
+            "the one asked for": sha256 and sha256.lower(),
+            "the published one": data_set.sha256,
+            first: record.get("sha256"),
+        }
+        whose, wanted = next((pin for pin in pins.items() if pin[1]), ("", None))
+
+        def check(found: str, source: str) -> None:
+            if wanted not in (None, found):
+                raise DownloadError(
+                    f"{source} has SHA-256 {found}, not {wanted}, which is {whose}; it is not "
+                    "used, try again or give another address with --url"
+                )
+
         if path.exists():
-            if record is None:
+            if not record:
                 raise BadInputError(
                     f"{path} is there already and was not pulled by firsttok; move it away first"
                 )
             if file_sha256(path) == record["sha256"]:
-                _check_sha256(record["sha256"], _wanted(data_set, sha256, None), str(path))
+                check(record["sha256"], str(path))
                 return path
             logger.warning("%s is damaged and is fetched anew", path.name)
-        wanted = _wanted(data_set, sha256, record)
         part = path.with_name(f"{path.name}.part")
         download(address, part, report=_bar(progress, data_set.name))
         try:
             found = file_sha256(part)
-            _check_sha256(found, wanted, address)
-            count = _count(data_set, part, address)
-        except FirsttokError:
+            check(found, address)
+            count = len(check_facts(part) if data_set.kind == "facts" else load_texts(part))
+        except FirsttokError as error:
             discard(part)
-            raise
+            if isinstance(error, DownloadError):
+                raise
+            reason = str(error).replace(str(part), data_set.file_name).removesuffix(SKIP_HINT)
+            raise DownloadError(f"what {address} sends is not used, since {reason}") from None
         now = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
         size = part.stat().st_size
         kept = {"name": data_set.name, "url": address, "sha256": found, "bytes": size}
         # The record first: a file without one would be nobody's.
         write_record(_record(path), kept | {"records": count, "pulled": now})
-        _take_name(part, path)
+        with atomic_path(path) as temporary:
+            part.replace(temporary)
         discard(part)
     return path
 
 
 def is_pulled_data(name: str) -> bool:
-    """Whether a data set of the catalog lies in the cache; its bytes are checked when it is used.
-
-    Raises:
-        BadInputError: If there is no such data set.
-    """
-    path = cache_folder("data") / _known(name).file_name
-    return path.is_file() and _read_record(path) is not None
+    """Whether a data set lies in the cache; its bytes are checked when it is used."""
+    data_set = _named(name)
+    path = None if data_set is None else cache_folder("data") / data_set.file_name
+    return path is not None and path.is_file() and _read_record(path) is not None
 
 
-def resolve_facts(name_or_path: str | Path) -> Path:
-    """Return the file of facts that is meant: a path, or the name of a data set that was pulled.
+def resolve_data(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> Path:
+    """Return the file that is meant: a path, or the name of a data set that was pulled.
 
     Raises:
         BadInputError: If it is neither, or not pulled; says what to run.
         DownloadError: If the file in the cache is not what was pulled.
     """
-    return _resolve(name_or_path, "facts")
-
-
-def resolve_texts(name_or_path: str | Path) -> Path:
-    """Return the file of sentences that is meant, as :func:`resolve_facts` does for facts.
-
-    Raises:
-        BadInputError: If it is neither a path nor a name, or not pulled; says what to run.
-        DownloadError: If the file in the cache is not what was pulled.
-    """
-    return _resolve(name_or_path, "texts")
-
-
-def _resolve(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> Path:
     path = Path(name_or_path)
     if path.exists():
         return path
-    data_set = find_data_set(str(name_or_path))
+    data_set = _named(str(name_or_path))
     if data_set is None:
         what = "facts" if kind == "facts" else "sentences"
         names = ", ".join(each.name for each in DATA_SETS if each.kind == kind and each.url)
@@ -134,36 +129,19 @@ def _resolve(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> Path:
         raise BadInputError(f"{data_set.name} holds {data_set.kind}, not {kind}; name another one")
     cached = cache_folder("data") / data_set.file_name
     record = _read_record(cached)
+    command = f"firsttok data pull {data_set.name}"
     if record is None or not cached.is_file():
-        if data_set.url is None:
-            raise BadInputError(data_set.note)
-        raise BadInputError(
-            f"{data_set.name} is not in the cache; fetch it with: {data_set.pull_command}"
-        )
+        absent = f"{data_set.name} is not in the cache; fetch it with: {command}"
+        raise BadInputError(absent if data_set.url else data_set.note)
     if file_sha256(cached) != record["sha256"]:
         raise DownloadError(
-            f"{cached} was changed since it was pulled; fetch it anew with: {data_set.pull_command}"
+            f"{cached} was changed since it was pulled; fetch it anew with: {command}"
         )
     return cached
 
 
-def _known(name: str) -> DataSet:
-    data_set = find_data_set(name)
-    if data_set is None:
-        raise BadInputError(
-            f"no data set is called {name!r}; see the names with: firsttok data list"
-        )
-    return data_set
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"the folder {folder} cannot be made ({error.strerror}); choose another one"
-        ) from None
-    return folder
+def _named(name: str) -> DataSet | None:
+    return next((each for each in DATA_SETS if each.name == name.lower()), None)
 
 
 def _record(path: Path) -> Path:
@@ -175,52 +153,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         record = read_json(_record(path), "a pull")
     except BadInputError:
         return None
-    if not isinstance(record, dict):
-        return None
-    fields = cast(dict[str, Any], record)
-    return fields if isinstance(fields.get("sha256"), str) else None
-
-
-def _wanted(
-    data_set: DataSet, sha256: str | None, record: dict[str, Any] | None
-) -> tuple[str, str] | None:
-    """The SHA-256 that a file must have, and who says so."""
-    if sha256 is not None:
-        return sha256.lower(), "the one asked for"
-    if data_set.sha256 is not None:
-        return data_set.sha256, "the published one"
-    if record is not None:
-        return record["sha256"], f"the one recorded at the first pull ({record.get('pulled')})"
-    return None
-
-
-def _check_sha256(found: str, wanted: tuple[str, str] | None, source: str) -> None:
-    if wanted is not None and found != wanted[0]:
-        raise DownloadError(
-            f"{source} has SHA-256 {found}, not {wanted[0]}, which is {wanted[1]}; it is not used, "
-            "try again or give another address with --url"
-        )
-
-
-def _count(data_set: DataSet, part: Path, address: str) -> int:
-    """How many records a file holds; all of them are read."""
-    try:
-        return len(check_facts(part)) if data_set.kind == "facts" else len(load_texts(part))
-    except FirsttokError as error:
-        reason = str(error).replace(str(part), data_set.file_name).removesuffix(SKIP_HINT)
-        raise DownloadError(f"what {address} sends is not used, since {reason}") from None
-
-
-def _take_name(part: Path, path: Path) -> None:
-    try:
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written ({error.strerror or error}); free some space or choose "
-            "another folder"
-        ) from None
+    return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
 
 
 def _bar(progress: Progress | None, name: str) -> Callable[[int, int | None], None]:

@@ -7,10 +7,10 @@ import re
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import resources
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import ijson
 from ijson.common import ObjectBuilder
@@ -18,7 +18,7 @@ from ijson.common import ObjectBuilder
 from firsttok.errors import BadInputError, FactFormatError
 from firsttok.storage import parse_json
 
-__all__ = ["LINES", "Broken", "iter_records", "kind_of", "plain_suffix"]
+__all__ = ["LINES", "builtin_json", "iter_records", "kind_of", "plain_suffix"]
 
 LINES = (".jsonl", ".ndjson")
 """Endings of files that hold one record a line."""
@@ -37,12 +37,10 @@ _BATCH = 256
 """Rows of a Parquet file that are read together."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Broken:
-    """A line that holds no record."""
-
-    error: BadInputError
-    """Why; the message names the line."""
+def builtin_json(name: str) -> Any:
+    """Return the content of a file that comes with firsttok."""
+    file = resources.files("firsttok.data.builtin").joinpath(name)
+    return json.loads(file.read_text("utf-8"))
 
 
 def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
@@ -50,15 +48,11 @@ def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
 
     Each may be compressed by gzip. A JSON object may hold the list, as in ``{"data": [...]}``, hold
     the records by their numbers, or be the one record. Memory stays flat, whatever the size of a
-    list. What is wrong is found when it is reached.
-
-    Args:
-        path: The file.
-        what: What it should hold, for messages.
+    list. What is wrong is found when it is reached; messages call the records ``what``.
 
     Yields:
-        Where each record stands, for messages, and the record; :class:`Broken` for a line that is
-        no JSON, behind which reading goes on.
+        Where each record stands, for messages, and the record; for a line that is no JSON the
+        ``BadInputError`` that says why, behind which reading goes on.
 
     Raises:
         BadInputError: If the file is missing, unreadable, not UTF-8 or not JSON.
@@ -66,12 +60,11 @@ def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
     """
     with _opened(path, what) as (file, head):
         if head.startswith(_PARQUET):
-            records = _rows(path, file, what)
+            yield from _rows(path, file, what)
         elif plain_suffix(path) in LINES:
-            records = _lines(path, file)
+            yield from _lines(path, file)
         else:
-            records = _items(path, file, what)
-        yield from records
+            yield from _items(path, file, what)
 
 
 def plain_suffix(path: Path) -> str:
@@ -166,23 +159,24 @@ def _lines(path: Path, file: BufferedIOBase) -> Iterator[tuple[str, Any]]:
             continue
         try:
             record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-        except UnicodeDecodeError:
-            reason = f"{path} is not UTF-8 text in line {number}; save it as UTF-8"
-            record = Broken(error=BadInputError(reason))
-        except json.JSONDecodeError as error:
-            reason = (
-                f"{path} is not valid JSON at line {number}, column {error.colno} ({error.msg}); "
-                "each line should hold one record"
-            )
-            record = Broken(error=BadInputError(reason))
-        except ValueError as error:
-            reason = f"{path} holds in line {number} what is no JSON ({error}); correct that line"
-            record = Broken(error=BadInputError(reason))
-        except RecursionError:
-            reason = f"{path} is nested too deeply in line {number}; each should hold one record"
-            record = Broken(error=BadInputError(reason))
+        except (ValueError, RecursionError) as error:
+            record = BadInputError(_reason(path, number, error))
         yield f"{path}, record {index} (line {number})", record
         index += 1
+
+
+def _reason(path: Path, number: int, error: Exception) -> str:
+    """Why a line is no record."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path} is not UTF-8 text in line {number}; save it as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return (
+            f"{path} is not valid JSON at line {number}, column {error.colno} ({error.msg}); "
+            "each line should hold one record"
+        )
+    if isinstance(error, RecursionError):
+        return f"{path} is nested too deeply in line {number}; each should hold one record"
+    return f"{path} holds in line {number} what is no JSON ({error}); correct that line"
 
 
 def _rows(path: Path, file: BufferedIOBase, what: str) -> Iterator[tuple[str, Any]]:
@@ -208,10 +202,10 @@ def _rows(path: Path, file: BufferedIOBase, what: str) -> Iterator[tuple[str, An
 def _listed(path: Path, content: Any, what: str) -> list[Any]:
     """The records in the whole content of a file."""
     if isinstance(content, list):
-        return cast(list[Any], content)
+        return content
     if not isinstance(content, dict):
         raise FactFormatError(f"{path} holds {kind_of(content)}; it should hold a list of {what}")
-    fields = cast(dict[str, Any], content)
+    fields: dict[str, Any] = content
     if any(name in fields for name in _OF_A_FACT):
         return [fields]
     lists = {name: value for name, value in fields.items() if isinstance(value, list) and value}
@@ -225,12 +219,11 @@ def _listed(path: Path, content: Any, what: str) -> list[Any]:
             "file of its own"
         )
     if fields and all(isinstance(value, dict) for value in fields.values()):
-        return [_keyed(name, value) for name, value in fields.items()]
+        return [
+            {"case_id": int(name)} | record if name.isdecimal() and len(name) < 19 else record
+            for name, record in fields.items()
+        ]
     raise FactFormatError(f"{path} holds an object; it should hold a list of {what}")
-
-
-def _keyed(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    return {"case_id": int(name)} | record if name.isdecimal() and len(name) < 19 else record
 
 
 def _refuse_lines(path: Path, file: BufferedIOBase) -> None:

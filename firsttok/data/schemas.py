@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from firsttok.data.facts import Fact
-from firsttok.data.joints import JOINS, STRADDLES, Join, Straddle
+from firsttok.data.facts import CHOICES, Fact, check_choice
+from firsttok.data.joints import Join, Straddle
 from firsttok.data.records import kind_of
 from firsttok.errors import EmptyTargetError, FactFormatError, TemplateError
 
@@ -23,15 +23,9 @@ _NESTED_ANSWER = ("ground_truth", "loc_ans", "target", "answer")
 """Names of a field in the schemas; the first one that a record has, and that is not null, is read.
 """
 
-_C = TypeVar("_C")
-
 
 def rewrites_of(record: Any, place: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Take a record apart into edits; a record of MQuAKE holds several.
-
-    Args:
-        record: The record, as JSON gives it.
-        place: Where it stands, for messages.
 
     Returns:
         For each edit where it stands and a record of its own, for :func:`fact_from`. The chain of
@@ -44,20 +38,18 @@ def rewrites_of(record: Any, place: str) -> list[tuple[str, Mapping[str, Any]]]:
         raise FactFormatError(
             f"{place} is not an object but {kind_of(record)}; see COUNTERFACT's schema"
         )
-    fields = cast(Mapping[str, Any], record)
-    rewrites: Any = fields.get("requested_rewrite", fields)
+    rewrites = record.get("requested_rewrite", record)
     if not isinstance(rewrites, list):
-        return [(place, fields)]
+        return [(place, record)]
     if not rewrites:
         raise FactFormatError(f"{place}, field requested_rewrite is empty; give a rewrite")
     # The number is that of the whole chain, so none of its rewrites has it to itself.
-    return [
-        (
-            f"{place}, rewrite {number}",
-            {"requested_rewrite": rewrite, "paraphrase_prompts": _own_question(rewrite)},
-        )
-        for number, rewrite in enumerate(cast(list[Any], rewrites))
-    ]
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for number, rewrite in enumerate(rewrites):
+        question = rewrite.get("question") if isinstance(rewrite, Mapping) else None
+        parts = {"requested_rewrite": rewrite, "paraphrase_prompts": question}
+        found.append((f"{place}, rewrite {number}", parts))
+    return found
 
 
 def fact_from(
@@ -78,13 +70,8 @@ def fact_from(
     which is one of aliases, the first is taken. Blank paraphrases and neighbours are passed over.
     KnowEdit's and QAEdit's ``locality`` is read as neighbours, whatever its kinds.
 
-    Args:
-        fields: The record.
-        number: The fact's number in the file, which is its case id.
-        place: Where it stands, for messages.
-        source: What the fact shall say of where it comes from.
-        join: The fact's ``join``, whatever the record says; None for the record's, or the usual.
-        straddle: As ``join``.
+    The fact gets the case id ``number`` and the ``source``; ``join`` and ``straddle`` hold whatever
+    the record says. Messages call its place ``place``.
 
     Returns:
         The fact, or None for a record of ZsRE that cannot be edited: its alternative answer is
@@ -97,20 +84,18 @@ def fact_from(
     """
     rewrite = fields.get("requested_rewrite", fields)
     if not isinstance(rewrite, Mapping):
-        raise FactFormatError(
-            f"{place}, field requested_rewrite is not an object but {kind_of(rewrite)}; correct it"
-        )
-    rewrite = cast(Mapping[str, Any], rewrite)
-    subject = _text(rewrite, _SUBJECT, place)[1]
-    prompt_name, prompt = _text(rewrite, _PROMPT, place)
+        raise _not_a("an object", rewrite, "requested_rewrite", place)
+    subject = _checked(*_needed(rewrite, _SUBJECT, place), place)
+    prompt_name, value = _needed(rewrite, _PROMPT, place)
+    prompt = _checked(prompt_name, value, place)
     new_name, new = _new_answer(rewrite, place)
     true = next(_aliases(*_first(rewrite, _TRUE), place, strict=False), "")
     paraphrases = tuple(text for text in _texts(*_first(fields, _PARAPHRASES), place) if text)
     neighbours = _neighbours(fields, true, place)
     template = _template(prompt, subject.strip())
-    join = join or _choice(fields, "join", JOINS, place)
-    straddle = straddle or _choice(fields, "straddle", STRADDLES, place)
-    if join != "none":
+    own_join: Join = join or _choice(fields, "join", place)
+    own_straddle: Straddle = straddle or _choice(fields, "straddle", place)
+    if own_join != "none":
         new, true = new.strip(), true.strip()
         neighbours = [(text, answer.strip()) for text, answer in neighbours]
     if prompt_name == "src" and (not new or template.count("{}") != 1):
@@ -128,22 +113,15 @@ def fact_from(
             neighbour_answers=()
             if all(answer == true for _, answer in neighbours)
             else tuple(answer for _, answer in neighbours),
-            join=join,
-            straddle=straddle,
+            join=own_join,
+            straddle=own_straddle,
         )
-    except TemplateError as error:
-        held = f" (it holds the subject {prompt.count(subject)} times)" if subject else ""
-        raise TemplateError(f"{place}, field {prompt_name}: {error}{held}") from None
-    except EmptyTargetError as error:
-        raise EmptyTargetError(f"{place}, field {new_name}: {error}") from None
-    except FactFormatError as error:
-        raise FactFormatError(f"{place}, field subject: {error}") from None
-
-
-def _own_question(rewrite: Any) -> Any:
-    return (
-        cast(Mapping[str, Any], rewrite).get("question") if isinstance(rewrite, Mapping) else None
-    )
+    except (TemplateError, EmptyTargetError, FactFormatError) as error:
+        name, held = new_name if isinstance(error, EmptyTargetError) else "subject", ""
+        if isinstance(error, TemplateError):
+            name = prompt_name
+            held = f" (it holds the subject {prompt.count(subject)} times)" if subject else ""
+        raise type(error)(f"{place}, field {name}: {error}{held}") from None
 
 
 def _template(prompt: str, subject: str) -> str:
@@ -152,17 +130,13 @@ def _template(prompt: str, subject: str) -> str:
         return prompt
     if prompt.count(subject) == 1:
         return prompt.replace(subject, "{}")
-    whole = list(re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt))
-    if len(whole) != 1:
-        return prompt
-    return prompt[: whole[0].start()] + "{}" + prompt[whole[0].end() :]
+    whole, count = re.subn(rf"(?<!\w){re.escape(subject)}(?!\w)", "{}", prompt)
+    return whole if count == 1 else prompt
 
 
 def _new_answer(rewrite: Mapping[str, Any], place: str) -> tuple[str, str]:
     """The name of the field, and the answer; a list of several does not say which to write."""
-    name, value = _first(rewrite, _NEW)
-    if name not in rewrite:
-        raise FactFormatError(f"{place} has no field {name}; add it")
+    name, value = _needed(rewrite, _NEW, place)
     answers = list(_aliases(name, value, place, strict=True))
     if len({answer.strip() for answer in answers}) > 1:
         raise FactFormatError(
@@ -174,26 +148,27 @@ def _new_answer(rewrite: Mapping[str, Any], place: str) -> tuple[str, str]:
 def _aliases(name: str, value: Any, place: str, *, strict: bool) -> Iterator[str]:
     """The texts of an answer that are not blank: a text, ``{"str": text}``, or lists of such."""
     if isinstance(value, Mapping):
-        name, value = f"{name}.str", cast(Mapping[str, Any], value).get("str")
+        name, value = f"{name}.str", value.get("str")
     if isinstance(value, list):
-        for number, item in enumerate(cast(list[Any], value)):
+        for number, item in enumerate(value):
             yield from _aliases(f"{name}[{number}]", item, place, strict=strict)
-    elif (strict or value is not None) and (text := _checked(value, name, place)).strip():
+    elif (strict or value is not None) and (text := _checked(name, value, place)).strip():
         yield text
 
 
 def _neighbours(fields: Mapping[str, Any], true: str, place: str) -> list[tuple[str, str]]:
     """Prompts with their answers, ``""`` for one that is not known."""
     name, value = _first(fields, _NEIGHBOURS)
-    items: list[Any] = value if isinstance(value, list) else [value]
+    items = _listed(value)
     if any(isinstance(item, Mapping) for item in items):
         return [pair for item in items for pair in _nested(name, item, place)]
     texts = _texts(name, value, place)
     answer_name, answer = _first(fields, _ANSWER)
     if answer is None or not texts:
         return [(text, true) for text in texts if text]
-    given: list[Any] = answer if isinstance(answer, list) else [answer]
-    answers = [next(_aliases(answer_name, each, place, strict=False), "") for each in given]
+    answers = [
+        next(_aliases(answer_name, each, place, strict=False), "") for each in _listed(answer)
+    ]
     if len(set(answers)) == 1:
         answers = answers[:1] * len(texts)
     if answers and len(answers) != len(texts):
@@ -210,37 +185,25 @@ def _nested(name: str, value: Any, place: str) -> Iterator[tuple[str, str]]:
     if value is None:
         return
     if isinstance(value, list):
-        for number, item in enumerate(cast(list[Any], value)):
+        for number, item in enumerate(value):
             yield from _nested(f"{name}[{number}]", item, place)
         return
     if not isinstance(value, Mapping):
-        raise FactFormatError(
-            f"{place}, field {name} is not an object with prompt and answer but {kind_of(value)}; "
-            "correct it"
-        )
-    fields = cast(Mapping[str, Any], value)
-    prompt_name, prompts = _first(fields, _NESTED_PROMPT)
+        raise _not_a("an object with prompt and answer", value, name, place)
+    prompt_name, prompts = _first(value, _NESTED_PROMPT)
     if prompts is None:
-        for kind, inner in fields.items():
+        for kind, inner in value.items():
             yield from _nested(f"{name}.{kind}", inner, place)
         return
-    answer_name, answers = _first(fields, _NESTED_ANSWER)
-    several = isinstance(prompts, list) and len(cast(list[Any], prompts)) > 1
-    each: list[Any] = prompts if isinstance(prompts, list) else [prompts]
-    apart = several and isinstance(answers, list) and len(cast(list[Any], answers)) == len(each)
+    answer_name, answers = _first(value, _NESTED_ANSWER)
+    each = _listed(prompts)
+    apart = len(each) > 1 and isinstance(answers, list) and len(answers) == len(each)
     for number, prompt in enumerate(each):
-        text = _checked(prompt, f"{name}.{prompt_name}", place)
-        found: Any = answers[number] if apart else answers
+        text = _checked(f"{name}.{prompt_name}", prompt, place)
+        found = answers[number] if apart else answers
         answer = next(_aliases(f"{name}.{answer_name}", found, place, strict=False), "")
         if text.strip():
             yield text, answer
-
-
-def _text(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, str]:
-    name, value = _first(fields, names)
-    if name not in fields:
-        raise FactFormatError(f"{place} has no field {name}; add it")
-    return name, _checked(value, name, place)
 
 
 def _texts(name: str, value: Any, place: str) -> tuple[str, ...]:
@@ -248,23 +211,29 @@ def _texts(name: str, value: Any, place: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, str | list):
-        raise FactFormatError(
-            f"{place}, field {name} is not a list of texts but {kind_of(value)}; correct it"
-        )
-    items = cast(list[Any], [value] if isinstance(value, str) else value)
-    texts = ("" if x is None else _checked(x, f"{name}[{i}]", place) for i, x in enumerate(items))
+        raise _not_a("a list of texts", value, name, place)
+    items = enumerate(_listed(value))
+    texts = ("" if item is None else _checked(f"{name}[{i}]", item, place) for i, item in items)
     return tuple(text if text.strip() else "" for text in texts)
 
 
-def _choice(fields: Mapping[str, Any], name: str, choices: tuple[_C, ...], place: str) -> _C:
-    """One of some choices, the first where the record says nothing."""
-    given: Any = fields.get(name)
-    value: Any = choices[0] if given is None else given
-    if value not in choices:
-        raise FactFormatError(
-            f"{place}, field {name} is {value!r}; choose one of {', '.join(map(str, choices))}"
-        )
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _choice(fields: Mapping[str, Any], name: str, place: str) -> Any:
+    given = fields.get(name)
+    value = CHOICES[name][0] if given is None else given
+    check_choice(name, value, f"{place}, field {name}")
     return value
+
+
+def _needed(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, Any]:
+    """As :func:`_first`, of a field that no record may lack."""
+    name, value = _first(fields, names)
+    if name not in fields:
+        raise FactFormatError(f"{place} has no field {name}; add it")
+    return name, value
 
 
 def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
@@ -274,11 +243,9 @@ def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]
     return name, fields.get(name)
 
 
-def _checked(value: Any, name: str, place: str) -> str:
+def _checked(name: str, value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise FactFormatError(
-            f"{place}, field {name} is not a text but {kind_of(value)}; correct it"
-        )
+        raise _not_a("a text", value, name, place)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -286,3 +253,9 @@ def _checked(value: Any, name: str, place: str) -> str:
             f"{place}, field {name} holds half a character (a lone surrogate); correct it"
         ) from None
     return value
+
+
+def _not_a(wanted: str, value: Any, name: str, place: str) -> FactFormatError:
+    return FactFormatError(
+        f"{place}, field {name} is not {wanted} but {kind_of(value)}; correct it"
+    )

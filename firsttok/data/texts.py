@@ -1,14 +1,10 @@
 """Sentences to measure perplexity on: the built-in set, and ME-PPL files."""
 
-import json
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, cast
 
 from firsttok.arguments import taken
-from firsttok.data.records import Broken, iter_records
-from firsttok.errors import FactFormatError, TextFormatError
+from firsttok.data.records import builtin_json, iter_records
+from firsttok.errors import BadInputError, FactFormatError, TextFormatError
 
 __all__ = ["builtin_sentences", "load_texts"]
 
@@ -18,8 +14,7 @@ _NAMES = ("Text", "text", "sentence", "content")
 
 def builtin_sentences() -> tuple[str, ...]:
     """Return 50 plain sentences of mixed register, 10 to 60 words each."""
-    text = resources.files("firsttok.data.builtin").joinpath("sentences.json").read_text("utf-8")
-    return tuple(json.loads(text)["sentences"])
+    return tuple(builtin_json("sentences.json")["sentences"])
 
 
 @taken
@@ -37,9 +32,12 @@ def load_texts(path: str | Path) -> tuple[str, ...]:
     texts: list[str] = []
     try:
         for place, record in iter_records(Path(path), "sentences"):
-            if isinstance(record, Broken):
-                raise record.error
-            text = _text_of(record)
+            if isinstance(record, BadInputError):
+                raise record
+            text = record
+            if isinstance(record, dict):
+                given = (record.get(name) for name in _NAMES)
+                text = next((value for value in given if value is not None), None)
             if not isinstance(text, str) or not text.strip():
                 raise TextFormatError(
                     f"{place} is no sentence; give a text or an object with 'Text'"
@@ -50,10 +48,3 @@ def load_texts(path: str | Path) -> tuple[str, ...]:
     if not texts:
         raise TextFormatError(f"{path} holds no sentences; give at least one")
     return tuple(texts)
-
-
-def _text_of(record: Any) -> Any:
-    if not isinstance(record, Mapping):
-        return record
-    fields = cast(Mapping[str, Any], record)
-    return next((fields[name] for name in _NAMES if fields.get(name) is not None), None)

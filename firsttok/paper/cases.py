@@ -4,7 +4,7 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,8 +105,8 @@ def save_scan(
             "collapse": [row.case_id for row in collapsed],
             "rows": [_without_nan(row) for row in rows],
         }
-        | ({"failed": [fact.as_dict() for fact in failed]} if failed else {})
-        | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
+        | ({"failed": [asdict(fact) for fact in failed]} if failed else {})
+        | ({"left_out": [asdict(each) for each in left_out]} if left_out else {}),
     )
 
 

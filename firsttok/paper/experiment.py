@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,7 +70,7 @@ class ScriptOptions:
                 "original_perplexity": self.study.original_perplexity.mean,
                 "case_list": _made_on(self.cases),
             }
-            | ({"left_out": [each.as_dict() for each in self.left_out]} if self.left_out else {})
+            | ({"left_out": [asdict(each) for each in self.left_out]} if self.left_out else {})
         )
 
     def sample_contexts(self, seed: int) -> ContextSet:

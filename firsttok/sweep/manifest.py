@@ -1,6 +1,7 @@
 """What a run is made of; one that was begun with something else is not resumed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,7 +69,7 @@ def run_entry(
             "facts": facts_name,
             "labels": {method.name: method.label for method in plan.methods},
         }
-        | ({"left_out": [each.as_dict() for each in left_out]} if left_out else {}),
+        | ({"left_out": [asdict(each) for each in left_out]} if left_out else {}),
     }
 
 
