@@ -1,7 +1,8 @@
 """The terminal: the only place that prints, and how a command ends.
 
 All that is printed passes through here, where text from outside is made harmless: it is never
-markup, and a terminal obeys no character of it.
+markup, and a terminal obeys no character of it. Standard output that cannot be written raises
+:class:`~firsttok.errors.OutputError`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from firsttok.display import Table, cell_text
@@ -20,7 +21,6 @@ from firsttok.escapes import as_json, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.logging import RichHandler
     from rich.progress import Progress
 
 __all__ = [
@@ -40,21 +40,12 @@ _PIPE_WIDTH = 140
 
 
 def show(text: str = "") -> None:
-    """Print a text and a line end on standard output.
-
-    Raises:
-        OutputError: If the output cannot be written.
-    """
+    """Print a text and a line end on standard output."""
     _write(f"{printable(text)}\n")
 
 
 def show_json(content: Any) -> None:
-    """Print one line of JSON on standard output.
-
-    Raises:
-        OutputError: If the output cannot be written.
-        ValueError: If the content holds NaN or infinity.
-    """
+    """Print one line of JSON on standard output; NaN and infinity are a ValueError."""
     _write(f"{as_json(content, encoding=getattr(sys.stdout, 'encoding', None) or 'utf-8')}\n")
 
 
@@ -65,9 +56,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         title: Its title.
         columns: Names of its columns.
         rows: Its lines; a cell is a text, a number, a truth value or None.
-
-    Raises:
-        OutputError: If the output cannot be written.
     """
     from rich.table import Table as Drawn
 
@@ -142,7 +130,7 @@ def exit_on_error(main: Callable[[], None]) -> int:
             except SystemExit as error:
                 stopped = error
             # Until then, what was printed may wait in the process for a disk that is full.
-            _flush()
+            _write("", flush=True)
         except BaseException as error:
             return _told(error)
     if stopped is not None:
@@ -159,23 +147,13 @@ class _Stopped(BaseException):
 
 
 class _Terminal(logging.Handler):
-    """Messages above the progress bar; what prints them is imported with the first one."""
-
-    @cached_property
-    def _shown(self) -> "RichHandler":
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=_stderr(), show_time=False, show_path=False)
-        handler.setFormatter(_Printable("%(message)s"))
-        return handler
+    """Messages above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._shown.emit(record)
-
-
-class _Printable(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        try:
+            note(f"{record.levelname:<8} {self.format(record)}")
+        except Exception:
+            self.handleError(record)
 
 
 @contextlib.contextmanager
@@ -213,13 +191,10 @@ def _told(error: BaseException) -> int:
         sentence = sentence_of(error)
         if sentence is None:
             raise error
-    said = ""
-    if sentence is not None:
-        shown = printable(sentence, lines=False)
-        if len(shown) > _LONGEST:
-            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-        said = f"firsttok: {shown}\n"
-    _last_words(sys.stderr, said)
+    said = "" if sentence is None else printable(sentence, lines=False)
+    if len(said) > _LONGEST:
+        said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    _last_words(sys.stderr, f"firsttok: {said}\n" if said else "")
     _last_words(sys.stdout, "")
     return code
 
@@ -237,7 +212,7 @@ def _last_words(stream: Any, text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _write(text: str) -> None:
+def _write(text: str, *, flush: bool = False) -> None:
     # There is none where the command was started without one.
     stream: Any = sys.stdout
     if stream is None:
@@ -245,12 +220,7 @@ def _write(text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with _output_errors():
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _flush() -> None:
-    stream: Any = sys.stdout
-    if stream is not None:
-        with _output_errors():
+        if flush:
             stream.flush()
 
 

@@ -1,15 +1,13 @@
 """How objects show themselves: one description, as HTML in a notebook and as text in a terminal."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from firsttok.escapes import as_html, printable
-from firsttok.svg import line_plot, sparkline
 
-__all__ = ["Note", "Panel", "Part", "Plot", "Shown", "Strip", "Table", "cell_text", "short_hash"]
+__all__ = ["Note", "Panel", "Part", "Shown", "Strip", "Table", "cell_text", "short_hash"]
 
 _MONO = "font-family:ui-monospace,monospace"
 _LINE = "1px solid currentColor"
@@ -73,12 +71,18 @@ class Table:
     @property
     def html(self) -> str:
         """A table whose first cells are headings of their rows."""
-        flush = self.left
+        styles = [_LEFT if left else "" for left in self.left]
         head = "".join(
-            f'<th scope="col"{_LEFT if left else ""}>{as_html(name)}</th>'
-            for name, left in zip(self.columns, flush, strict=True)
+            f'<th scope="col"{style}>{as_html(name)}</th>'
+            for name, style in zip(self.columns, styles, strict=True)
         )
-        body = "".join(f"<tr>{self._cells(line, flush)}</tr>" for line in self.lines)
+        body = ""
+        for line in self.lines:
+            first, *rest = (as_html(cell_text(cell)) for cell in line)
+            cells = (
+                f"<td{style}>{cell}</td>" for cell, style in zip(rest, styles[1:], strict=True)
+            )
+            body += f'<tr><th scope="row"{_LEFT}>{first}</th>{"".join(cells)}</tr>'
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     @property
@@ -88,14 +92,6 @@ class Table:
             index == 0 or not self.lines or any(_is_prose(line[index]) for line in self.lines)
             for index in range(len(self.columns))
         ]
-
-    def _cells(self, line: Sequence[Any], flush: Sequence[bool]) -> str:
-        first, *rest = (as_html(cell_text(cell)) for cell in line)
-        cells = "".join(
-            f"<td{_LEFT if left else ''}>{cell}</td>"
-            for cell, left in zip(rest, flush[1:], strict=True)
-        )
-        return f'<th scope="row"{_LEFT}>{first}</th>{cells}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,47 +130,6 @@ class Strip:
             f'<{tag} title="position {index}" style="{plain}{_MONO};white-space:pre;'
             f'border:{border};border-radius:3px;padding:2px 3px;margin:1px">'
             f"{as_html(printable(piece, lines=False))}<sub>{index}</sub></{tag}>"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A small line plot; see :func:`~firsttok.svg.line_plot`."""
-
-    title: str
-    """What it shows."""
-    series: Mapping[str, Sequence[float]]
-    """Values by the name of their line."""
-    x_label: str
-    """What runs to the right."""
-    y_label: str
-    """What runs upwards."""
-    x: Sequence[int | float] | None = None
-    """Where the values stand; None for 0, 1, 2 and so on."""
-    log: bool = False
-    """Whether the scale is logarithmic."""
-
-    @property
-    def text(self) -> str:
-        """A sparkline for each line, with its least and its largest value."""
-        width = max((len(name) for name in self.series), default=0)
-        rows = [f"{self.title} ({self.x_label} to the right{', log scale' if self.log else ''})"]
-        for name, values in self.series.items():
-            known = [value for value in values if math.isfinite(value)]
-            ends = f"  {cell_text(min(known))} to {cell_text(max(known))}" if known else ""
-            rows.append(f"  {name.ljust(width)}  {sparkline(values, log=self.log)}{ends}")
-        return "\n".join(rows)
-
-    @property
-    def html(self) -> str:
-        """The plot as SVG."""
-        return line_plot(
-            self.series,
-            title=self.title,
-            x_label=self.x_label,
-            y_label=self.y_label,
-            x=self.x,
-            log=self.log,
         )
 
 

@@ -23,7 +23,7 @@ def printable(text: str, *, lines: bool = True) -> str:
         text: Any text, such as what a destroyed model generates.
         lines: Whether line ends and tabs stay; otherwise they are escaped, too.
     """
-    shown = _UNPRINTABLE.sub(_escaped, text)
+    shown = _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
     return shown if lines else shown.replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -51,16 +51,8 @@ def as_json(content: Any, *, encoding: str = "utf-8") -> str:
     return text
 
 
-def _escaped(match: "re.Match[str]") -> str:
-    return match.group().encode("unicode_escape").decode("ascii")
-
-
 def finite(value: Any) -> Any:
-    """A value as JSON can say it: None in place of NaN and infinity, at any depth.
-
-    Args:
-        value: What JSON is to hold.
-    """
+    """A value as JSON can say it: None in place of NaN and infinity, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
