@@ -224,18 +224,20 @@ def _member(given: Any, kind: type[Enum], what: str) -> Enum:
 
 def _instance(given: Any, kind: type[Any], what: str) -> Any:
     """A truth value, number, text, path, or object of firsttok."""
-    if kind is bool:
-        # NumPy's is no bool to Python.
-        fits = isinstance(given, bool) or str(getattr(given, "dtype", "")) == "bool"
-    elif kind is float:
-        fits = hasattr(given, "__float__") and not isinstance(given, bool)
-    else:
-        fits = isinstance(given, str | PathLike if kind is Path else kind)
-    if not fits:
+    if not _fits(given, kind):
         raise BadInputError(f"{what} is {_shown(given)}; give {_name(kind)}")
     if kind is str:
         check_text(given, what)
-    return cast(Any, kind)(given) if kind in (bool, float, Path) else given
+    return kind(given) if kind in (bool, float, Path) else given
+
+
+def _fits(given: Any, kind: type[Any]) -> bool:
+    if kind is bool:
+        # NumPy's is no bool to Python.
+        return isinstance(given, bool) or str(getattr(given, "dtype", "")) == "bool"
+    if kind is float:
+        return hasattr(given, "__float__") and not isinstance(given, bool)
+    return isinstance(given, str | PathLike if kind is Path else kind)
 
 
 def _name(hint: Any) -> str:

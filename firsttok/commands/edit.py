@@ -16,7 +16,7 @@ from firsttok.exploration import (
     compare_methods,
     state_lines,
 )
-from firsttok.inputs import open_study
+from firsttok.inputs import fact_from, open_study
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
 from firsttok.study import Study
@@ -25,23 +25,11 @@ __all__ = ["observation_record", "print_observations", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Edit the fact by each method, and print what the model says then.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Edit the fact by each method, and print what the model says then."""
     methods = find_methods(args.method)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
-    fact = Fact(
-        subject=args.subject,
-        template=args.template,
-        target_new=args.target,
-        target_true=args.true,
-        source="command line",
-        join=args.join or "auto",
-        straddle=args.straddle or "refuse",
-    )
+    fact = fact_from(args, target=args.target, true=args.true)
     earlier = [load_edit(path) for path in args.after or ()]
     with progress_bar() as progress:
         study = open_study(args, cache_folder("explorations"), progress)

@@ -11,11 +11,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the models, or pull the named one.
-
-    Raises:
-        FirsttokError: If no model goes by the name, or it cannot be fetched.
-    """
+    """List the models, or pull the named one."""
     if args.action == "list":
         _list()
     else:

@@ -33,11 +33,7 @@ SHOWN = 10
 
 
 def run(args: argparse.Namespace) -> None:
-    """Screen the facts, calibrate on edited ones, and leave ranking, curves and hard list.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Screen the facts, calibrate on edited ones, and leave ranking, curves and hard list."""
     facts = _facts(args)
     out = Path(args.out) / folder_name(args.model)
     failed: list[FailedFact] = []

@@ -7,24 +7,21 @@ from typing import Any
 from firsttok.commands.edit import observation_record, print_observations
 from firsttok.console import progress_bar, show, show_json
 from firsttok.contexts import ContextSet
-from firsttok.data import Fact, builtin_sentences, load_texts, resolve_texts
+from firsttok.data import Fact
 from firsttok.display import Note, Panel, Table
 from firsttok.editing import Edit, load_edit
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import Perplexity, perplexity
 from firsttok.exploration import Observation, observe, state_lines, verdict
+from firsttok.inputs import texts_from
 from firsttok.models import BosPolicy, Model, load
 
 __all__ = ["open_model_of", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print each edit's record; with ``--run`` put them into the model, one after another.
-
-    Raises:
-        FirsttokError: If a file is no edit, or does not fit the model or the edits before it.
-    """
+    """Print each edit's record; with ``--run`` put them into the model, one after another."""
     edits = [load_edit(path) for path in args.edit]
     if not args.run:
         if args.json:
@@ -34,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         return
     facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     contexts = [_contexts(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
-    texts = load_texts(resolve_texts(args.texts)) if args.texts else builtin_sentences()
+    texts = texts_from(args)
     model = open_model_of(edits[0], args.edit[0], name=args.model, device=args.device)
     views = list(accumulate(edits, lambda view, edit: view.edited(edit), initial=model))
     names = ["before", "with edit 1", *(f"with edits 1 to {n}" for n in range(2, len(views)))]
@@ -86,9 +83,6 @@ def open_model_of(edit: Edit, path: str, *, name: str | None, device: str) -> Mo
         path: Its file, for messages.
         name: The model to open in its place; None for the one it names.
         device: Where to.
-
-    Raises:
-        BadInputError: If there is no name.
     """
     made = edit.provenance.get("model", {})
     name = name or made.get("name")
