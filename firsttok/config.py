@@ -62,9 +62,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Keys are the names of options, with ``-`` or ``_`` between words. Paths in it are meant as on
     the command line: from the folder in which the command is run.
 
-    Args:
-        path: A TOML file.
-
     Returns:
         Values by the names under which options are parsed.
 
@@ -73,7 +70,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             wrong type or outside its range; the message names file and key.
     """
     path = Path(path)
-    known = _vocabulary()
+    known = config_keys()
     values: dict[str, Any] = {}
     for key, value in read_toml(path, "options").items():
         name = key.replace("-", "_")
@@ -97,26 +94,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def config_keys() -> tuple[str, ...]:
-    """Every key that a configuration may hold, in the order of ``--help``."""
-    return tuple(_vocabulary())
-
-
 def toml_line(key: str, value: str | int | float, comment: str = "") -> str:
-    """One line of a configuration.
-
-    Args:
-        key: Its key.
-        value: Its value; an int is written as one.
-        comment: What is written behind it.
-    """
+    """One line of a configuration, with a comment behind it if there is one."""
     written = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     # The one control character that JSON leaves as it is, and TOML forbids.
     written = written.replace("\x7f", "\\u007f")
     return f"{key} = {written}" + (f"  # {comment}" if comment else "")
 
 
-def _vocabulary() -> dict[str, argparse.Action]:
+def config_keys() -> dict[str, argparse.Action]:
+    """The option of every key that a configuration may hold, in the order of ``--help``."""
     parser = argparse.ArgumentParser(add_help=False)
     add_script_options(parser)
     return {name: action for name, action in _actions(parser).items() if name not in _OF_ONE_RUN}

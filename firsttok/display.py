@@ -36,7 +36,6 @@ class Note:
     """A sentence."""
 
     text: str
-    """The sentence."""
 
     @property
     def html(self) -> str:
@@ -49,7 +48,6 @@ class Table:
     """A table; its first column names the lines, and columns of numbers are flush right."""
 
     columns: Sequence[str]
-    """Names of the columns."""
     lines: Sequence[Sequence[Any]]
     """The lines; a cell is a text, a number, a truth value or None."""
 
@@ -99,9 +97,7 @@ class Strip:
     """Tokens side by side, one of them marked."""
 
     pieces: Sequence[str]
-    """The tokens as text."""
     marked: int | None
-    """Which one is marked."""
     mark: str
     """What the mark says."""
 
@@ -138,7 +134,6 @@ class Panel:
     """What an object shows: a title, some parts, and where it came from."""
 
     title: str
-    """What it is."""
     parts: Sequence[Part] = ()
     """The pieces, from top to bottom."""
     source: Mapping[str, Any] | None = None

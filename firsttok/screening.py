@@ -44,9 +44,7 @@ class ScreenRow:
     case_id: int
     """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     prompt: str
-    """The fact's prompt."""
     first_token: bool
     """Whether the looked-up token is the very first of the sequence (BOS counts as a token)."""
     one_token: bool
@@ -68,23 +66,19 @@ class ScreenRow:
     def is_hard(self, threshold: float | None) -> bool:
         """Whether the fact is taken for a collapse case.
 
-        Args:
-            threshold: It is if the denominator is smaller in size; None to compare with C-ROME's
-                by :data:`RATIO`.
+        It is if the denominator is smaller in size than the threshold, or, without one, than
+        :data:`RATIO` of C-ROME's.
         """
         return self.ratio < RATIO if threshold is None else abs(self.denominator) < threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its 95 % interval from resampling the cases."""
+    """A number on all cases, with its 95 % interval: percentiles over resamples of the cases."""
 
     value: float
-    """The number on all cases."""
     low: float
-    """2.5th percentile over resamples."""
     high: float
-    """97.5th percentile over resamples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +113,8 @@ def screen(
     """Read the keys of every fact; no value is optimised and no weight changed.
 
     Args:
-        study: The study; contexts, second moment and layer count.
-        facts: The facts; a few at a time are in memory.
+        study: Its contexts, second moment and layer count.
+        facts: A few at a time are in memory.
         progress: Where to show progress.
         total: Number of facts, for the estimate.
         on_failure: Told of each fact whose keys cannot be read or are not finite, which has no row
@@ -167,7 +161,7 @@ def calibrate(
 
     The threshold is the one that separates best (Youden's J, midway between two cases). Recall and
     precision are those of ten-fold cross-validation, so that no case is judged by a threshold it
-    helped to make. Intervals are percentiles over resamples of the cases.
+    helped to make.
 
     Args:
         denominators: ``u . k^u`` of every edited case.

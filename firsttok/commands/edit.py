@@ -68,13 +68,7 @@ def observation_record(seen: Observation) -> dict[str, Any]:
 def print_observations(
     prompt: str, states: Mapping[str, Observation], lines: Sequence[Sequence[Any]]
 ) -> None:
-    """Print what a model says to a prompt in several states.
-
-    Args:
-        prompt: The prompt.
-        states: What was seen, by the name of the state.
-        lines: Lines of the table, a value for each state behind the label.
-    """
+    """Print what a model says to a prompt in several states; a line has a value for each."""
     print_table(prompt, ["", *states], [list(line) for line in lines])
     for name, seen in states.items():
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions)

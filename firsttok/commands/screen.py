@@ -168,22 +168,14 @@ def _calibrated(
 
 
 def _line(row: Mapping[str, Any]) -> list[object]:
-    outcome = {None: None, True: "yes", False: "no"}[row["collapsed"]]
-    place = "yes" if row["first_token"] else "no"
-    return [
-        row["case_id"],
-        row["prompt"],
-        abs(row["denominator"]),
-        row["key_cosine"],
-        row["key_norm_ratio"],
-        place,
-        outcome,
-    ]
+    said = {None: None, True: "yes", False: "no"}
+    numbers = (abs(row["denominator"]), row["key_cosine"], row["key_norm_ratio"])
+    answers = (said[row["first_token"]], said[row["collapsed"]])
+    return [row["case_id"], row["prompt"], *numbers, *answers]
 
 
 def _describe(found: Calibration | None, seconds: Mapping[str, float]) -> None:
-    took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    show(f"took: {took}")
+    show("took: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     if found is None:
         show("no edited cases to calibrate on: firsttok scan, or --measure")
         return

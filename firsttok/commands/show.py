@@ -43,30 +43,26 @@ def run(args: argparse.Namespace) -> None:
             progress.advance(task)
         seen: list[dict[str, Observation]] = []
         for fact, templates in zip(facts, contexts, strict=True):
-            states: dict[str, Observation] = {}
+            seen.append({})
             for which in (0, -1):
                 found = observe(views[which], fact, measured[which], contexts=templates)
-                states[names[which]] = found
+                seen[-1][names[which]] = found
                 progress.advance(task)
-            seen.append(states)
     verdicts = [
         verdict(name.removeprefix("with "), measured[0], found)
         for name, found in zip(names[1:], measured[1:], strict=True)
     ]
     if args.json:
-        record = finite(
-            {
-                "edits": [_as_json(edit) for edit in edits],
-                "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
-                "verdicts": verdicts,
-                "facts": [
-                    {name: observation_record(each) for name, each in states.items()}
-                    for states in seen
-                ],
-                "model": views[-1].record(),
-            }
-        )
-        show_json(record)
+        record = {
+            "edits": [_as_json(edit) for edit in edits],
+            "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
+            "verdicts": verdicts,
+            "facts": [
+                {name: observation_record(each) for name, each in states.items()} for states in seen
+            ],
+            "model": views[-1].record(),
+        }
+        show_json(finite(record))
         return
     for number, (edit, fact, states) in enumerate(zip(edits, facts, seen, strict=True), 1):
         show(f"edit {number}: {edit.title}\n")
