@@ -55,11 +55,7 @@ def taken(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            # Python says best which argument is missing, or one too many.
-            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         known = converters(function)
         for name, given in bound.arguments.items():
             if name in known:
@@ -144,12 +140,7 @@ def check_text(text: str, what: str) -> None:
 
 
 def _converter(hint: Any, what: str) -> _Converter | None:
-    """What makes a value fit an annotation; None for an annotation that says nothing to check.
-
-    Args:
-        hint: The annotation.
-        what: What the value is called, for messages.
-    """
+    """What makes a value fit an annotation; None for an annotation that says nothing to check."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _one_of(inside, what)

@@ -46,13 +46,12 @@ class Overlap:
     """How far a difference of an MLP's last matrix reaches, over the tokens of some sentences."""
 
     first_cosine: float
-    """Mean ``|u . k| / ||k||`` of first tokens' keys with the first left singular vector."""
+    """Mean ``|u . k| / ||k||`` of first tokens' keys with the first left singular vector; ``later``
+    is over all later tokens."""
     later_cosine: float
-    """The same over all later tokens."""
     first_moved: float
     """Mean of what first tokens' residual streams gain there, ``||k Delta|| / ||residual||``."""
     later_moved: float
-    """The same over all later tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,9 +83,7 @@ class Audit(Shown):
     """Where two states of a model differ, and what became of it."""
 
     before: str
-    """Name of the one."""
     after: str
-    """Name of the other."""
     changes: tuple[ChangedWeight, ...]
     """The weights that differ, edit sites first."""
     others: tuple[str, ...]
@@ -94,7 +91,6 @@ class Audit(Shown):
     perplexity_before: Perplexity | None
     """Perplexity on the sentences; None for what is no decoder."""
     perplexity_after: Perplexity | None
-    """The same after."""
 
     @property
     def predicted_collapse(self) -> bool | None:
@@ -291,10 +287,7 @@ def _overlaps(
     met = [
         (each, model.weights.sites[each.place], each.left[:, 0])
         for each in changes
-        if each.place is not None
-        and each.place.port == "out"
-        and each.left is not None
-        and each.rank
+        if each.place and each.place.port == "out" and each.left is not None and each.rank
     ]
     if not met or not model.can_be_edited:
         return {}

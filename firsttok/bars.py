@@ -42,7 +42,7 @@ class Bar(Progress):
         console: Where to, one of :mod:`rich`.
         say: Prints a line there.
         disable: Show nothing.
-        settings: As for :class:`rich.progress.Progress`.
+        settings: Rich's own.
     """
 
     def __init__(

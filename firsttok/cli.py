@@ -95,24 +95,16 @@ def _models(parser: argparse.ArgumentParser) -> None:
     pulling = actions.add_parser("pull", help="fetch a model into the cache")
     pulling.add_argument("name")
     pulling.add_argument(
-        "--accept-terms",
-        action="store_true",
-        help="you have read and accept the model's terms, where it has some (gemma3-270m)",
+        "--accept-terms", action="store_true", help="you accept the model's terms (gemma3-270m)"
     )
 
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", nargs="?", metavar="MODEL", help="the model, in place of the option --model"
-    )
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="the model, as --model")
     _add_study_options(parser)
     parser.set_defaults(text_bos=None)
-    parser.add_argument(
-        "--edit", action="store_true", help="edit those facts, where else collapse is predicted"
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="folder for <model>.json, .toml and a figure (default: none)"
-    )
+    parser.add_argument("--edit", action="store_true", help="edit the facts, not predict alone")
+    parser.add_argument("--out", metavar="DIR", help="folder for <model>.json, .toml and a figure")
     add_shared(parser, "--json")
 
 
@@ -141,10 +133,7 @@ def _edit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
     parser.add_argument(
-        "--after",
-        nargs="+",
-        metavar="EDIT",
-        help="saved edits to compute it on, put into the model in this order",
+        "--after", nargs="+", metavar="EDIT", help="saved edits that are put into the model before"
     )
     add_shared(parser, "--json")
 
@@ -152,9 +141,7 @@ def _edit(parser: argparse.ArgumentParser) -> None:
 def _show(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "edit", "--device", "--texts", "--text-bos", "--json")
     parser.add_argument(
-        "--run",
-        action="store_true",
-        help="load the model and put the edits into it, in this order",
+        "--run", action="store_true", help="put the edits into the model, in this order"
     )
     parser.add_argument("--model", help="the model (default: the one the first edit names)")
 
@@ -172,9 +159,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="BEFORE", help="a model: name, hub id or folder")
-    parser.add_argument(
-        "second", metavar="AFTER", help="another state of it: the same, or a file of an edit"
-    )
+    parser.add_argument("second", metavar="AFTER", help="another state of it, or a file of an edit")
     add_shared(parser, "--dtype", "--device", "--texts", "--text-bos", "--json")
 
 
@@ -189,9 +174,7 @@ def _screen(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
     )
-    parser.add_argument(
-        "--measure", action="store_true", help="edit and evaluate every fact, too, and time both"
-    )
+    parser.add_argument("--measure", action="store_true", help="edit every fact, too; time both")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -218,32 +201,22 @@ def _add_study_options(parser: argparse.ArgumentParser, *, several: bool = False
 
 def _add_fact_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subject", required=True, help="what the fact is about")
-    parser.add_argument(
-        "--template", required=True, help="the prompt, with '{}' where the subject goes"
-    )
+    parser.add_argument("--template", required=True, help="the prompt, '{}' for its subject")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the published data sets")
-    pulling = actions.add_parser(
-        "pull", help="fetch a data set into the cache, or continue a broken download"
-    )
+    pulling = actions.add_parser("pull", help="fetch a data set, or continue a broken download")
     pulling.add_argument("name", help="see: firsttok data list")
     pulling.add_argument("--url", help="another address of it")
     pulling.add_argument("--sha256", metavar="HEX", help="what its bytes must be")
     pulling.add_argument("--out", metavar="DIR", help="folder for it (default: the cache)")
-    making = actions.add_parser(
-        "synthesize", help="write facts of any number, put together from real words"
-    )
+    making = actions.add_parser("synthesize", help="put together facts from real words")
     making.add_argument("--count", type=int, required=True, help="how many")
     making.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    making.add_argument(
-        "--model", default=DEFAULT_MODEL, help="whose tokenizer takes them (default: %(default)s)"
-    )
-    making.add_argument(
-        "--out", metavar="FILE", required=True, help="the list: .json, .jsonl or .gz"
-    )
+    making.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer takes them")
+    making.add_argument("--out", metavar="FILE", required=True, help=".json, .jsonl or .gz")
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
@@ -256,10 +229,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     _add_study_options(parser, several=True)
     group = parser.add_argument_group("sweep")
     group.add_argument(
-        "--method",
-        nargs="+",
-        default=["rome", "c-rome"],
-        help="as for firsttok edit (default: rome c-rome)",
+        "--method", nargs="+", default=["rome", "c-rome"], help="as for edit (default: rome c-rome)"
     )
     group.add_argument(
         "--metrics",
@@ -268,39 +238,24 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
         default=["perplexity", "accuracy", "scores"],
         help="default: all but generated and entropy, which generate text",
     )
-    group.add_argument(
-        "--chunk", type=int, default=24, help="facts that are edited together (default: 24)"
-    )
+    group.add_argument("--chunk", type=int, default=24, help="facts edited together (default: 24)")
     group.add_argument("--shard", metavar="I/N", help="only every N-th chunk, for job arrays")
     group.add_argument("--retry-failed", action="store_true", help="do the cases again that failed")
-    group.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="who does the chunks"
-    )
+    group.add_argument("--engine", choices=["local", "ray"], default="local", help="who edits")
     group.add_argument("--address", help="Ray cluster: auto or HOST:PORT (default: a local one)")
     group.add_argument("--actors", type=int, help="Ray workers (default: one per GPU or CPU share)")
-    group.add_argument(
-        "--cpus-per-actor", type=int, default=1, help="CPUs of a Ray worker (default: 1)"
-    )
+    group.add_argument("--cpus-per-actor", type=int, default=1, help="of a Ray worker (default: 1)")
 
 
 def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, ended or not")
     parser.add_argument("--model", metavar="LABEL", help="only this model")
-    parser.add_argument(
-        "--sql", metavar="QUERY", help="answer a SELECT over the view rows, and nothing else"
-    )
-    parser.add_argument(
-        "--sql-seconds",
-        type=float,
-        default=SECONDS,
-        metavar="N",
-        help="seconds a query may take (default: %(default)g)",
-    )
+    parser.add_argument("--sql", metavar="QUERY", help="answer a SELECT over the view rows")
+    limit = "seconds a query may take (default: %(default)g)"
+    parser.add_argument("--sql-seconds", type=float, default=SECONDS, metavar="N", help=limit)
     add_shared(parser, "--json")
     parser.add_argument("--csv", metavar="FILE", help="write all rows (with --sql: the answer)")
-    parser.add_argument(
-        "--figures", metavar="DIR", help="draw |Delta| against entropy, a figure per model"
-    )
+    parser.add_argument("--figures", metavar="DIR", help="draw |Delta| against entropy, per model")
 
 
 def _reproduce(parser: argparse.ArgumentParser) -> None:
@@ -309,9 +264,7 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=["quick", "full"], default="quick")
     parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
     parser.add_argument("--out", metavar="DIR", help="folder for results")
-    parser.add_argument(
-        "--jobs", type=int, help="scripts at a time (default: 2 on a CPU of several cores, else 1)"
-    )
+    parser.add_argument("--jobs", type=int, help="scripts at a time (default: 2 on CPUs, else 1)")
     for name in PASSED_ON:
         parser.add_argument(f"--{name}", help="passed on to every script; see its --help")
     parser.add_argument("--skip-bad", action="store_true", help="passed on, too")

@@ -1,8 +1,8 @@
 """The terminal: the only place that prints, and how a command ends.
 
 All that is printed passes through here, where text from outside is made harmless: it is never
-markup, and a terminal obeys no character of it. Standard output that cannot be written raises
-:class:`~firsttok.errors.OutputError`.
+markup, and a terminal obeys no character of it. Standard output that cannot be written is a
+:class:`~firsttok.errors.FirsttokError`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from firsttok.display import Table, cell_text
-from firsttok.errors import OutputError, sentence_of
+from firsttok.errors import FirsttokError, sentence_of
 from firsttok.escapes import as_json, printable
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ def show_json(content: Any) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on standard output, columns of numbers flush right.
 
-    Args:
-        title: Its title.
-        columns: Names of its columns.
-        rows: Its lines; a cell is a text, a number, a truth value or None.
+    A cell is a text, a number, a truth value or None.
     """
     from rich.table import Table as Drawn
 
@@ -80,10 +77,9 @@ def note(text: str) -> None:
 
 
 def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
-    """A progress bar with an estimate, on standard error; in a pipe a line now and then.
+    """A progress bar on standard error, in a pipe a line now and then.
 
-    Args:
-        estimate_over: Seconds of the latest progress that the estimate is made from.
+    Its estimate is made from the latest ``estimate_over`` seconds.
     """
     from firsttok.bars import Bar
 
@@ -92,11 +88,9 @@ def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
 
 @contextlib.contextmanager
 def own_bar(progress: "Progress | None") -> "Generator[Progress, None, None]":
-    """The progress that was given, or else a bar of its own where somebody looks.
+    """The progress that was given, or else a bar of its own, in a terminal or in Jupyter only.
 
-    Args:
-        progress: What a caller gave; None for a bar that goes when the block ends, in a terminal or
-            in Jupyter, and for none elsewhere.
+    The own one goes when the block ends.
     """
     if progress is not None:
         yield progress
@@ -231,7 +225,7 @@ def _output_errors() -> Generator[None, None, None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(
+        raise FirsttokError(
             f"the output cannot be written ({error.strerror or error}); free some space or send "
             "it elsewhere"
         ) from None

@@ -54,8 +54,10 @@ class Table:
     @property
     def text(self) -> str:
         """Aligned columns."""
-        rows = [[printable(name, lines=False) for name in self.columns]]
-        rows += [[printable(cell_text(cell), lines=False) for cell in line] for line in self.lines]
+        rows = [
+            [printable(cell_text(cell), lines=False) for cell in line]
+            for line in (self.columns, *self.lines)
+        ]
         widths = [max(len(row[index]) for row in rows) for index in range(len(self.columns))]
         flush = self.left
         return "\n".join(

@@ -86,7 +86,7 @@ def open_study(
     """Read every input file first, then load the model, then compute what is missing.
 
     Args:
-        args: Parsed options of :func:`add_model_options` and :func:`add_edit_options`.
+        args: Parsed options of a model and of an edit.
         folder: Where finished parts are kept.
         progress: Where to show progress.
         contexts_folder: Where contexts may be already, besides the cache.

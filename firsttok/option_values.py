@@ -40,10 +40,7 @@ _TEXTS = ("subject", "target", "template", "true")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse values that cannot be right whatever the model.
-
-    Args:
-        args: Parsed options of any command or script; those it does not have are passed over.
+    """Refuse values that cannot be right whatever the model; what is not given is passed over.
 
     Raises:
         BadInputError: If a number is outside its range, or nothing can be written where it is to

@@ -84,12 +84,7 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the options that choose a model, and ``--config``.
-
-    Args:
-        parser: Where to.
-        several: Whether ``--model`` and ``--layer`` take several.
-    """
+    """Add the options that choose a model, or several with a layer each, and ``--config``."""
     add_config_option(parser)
     group = parser.add_argument_group("model")
     nargs = "+" if several else None
@@ -195,11 +190,7 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_label(name: str) -> str:
-    """What tables and records call a model: its name; of a folder, the folder's own name.
-
-    Args:
-        name: What the model is loaded by: a name of the catalog, a hub id or a folder.
-    """
+    """What tables and records call a model: its name; of a folder, the folder's own name."""
     plain = name.rstrip("/") or name
     if not (plain.startswith((".", "/", "~")) or plain.count("/") > 1):
         return plain or "model"
@@ -215,9 +206,6 @@ def folder_name(name: str) -> str:
     A hub id's slash becomes two hyphens. A label whose folder could be that of another one, or none
     at all, gets a part of its SHA-256: one that holds two hyphens or characters that not every file
     system takes, or is very long.
-
-    Args:
-        name: What the model is loaded by, or its label.
     """
     label = model_label(name)
     folder = label.replace("/", "--")

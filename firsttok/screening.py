@@ -86,9 +86,8 @@ class Calibration:
     """How well the size of the denominator foretells what the real edit did."""
 
     cases: int
-    """Edited cases."""
+    """Edited cases, of which some collapsed the model."""
     collapsed: int
-    """Those of them that collapsed the model."""
     auc: Estimate
     """Area under the receiver operating characteristic."""
     average_precision: Estimate
@@ -157,16 +156,11 @@ def screen(
 def calibrate(
     denominators: Sequence[float], collapsed: Sequence[bool], *, seed: int = 0
 ) -> Calibration:
-    """Compare denominators with what the real edits did.
+    """Compare the denominators ``u . k^u`` of edited cases with what their edits did.
 
     The threshold is the one that separates best (Youden's J, midway between two cases). Recall and
     precision are those of ten-fold cross-validation, so that no case is judged by a threshold it
     helped to make.
-
-    Args:
-        denominators: ``u . k^u`` of every edited case.
-        collapsed: Whether its edit collapsed the model.
-        seed: Seed of folds and resamples.
 
     Raises:
         BadInputError: If the numbers of both differ, or there are not two cases of each kind.
@@ -183,8 +177,7 @@ def calibrate(
             "least two that do and two that do not"
         )
     found = _held_out(sizes, truth, seed)
-    draws = _resamples(truth, seed)
-    estimate = partial(_estimate, draws=draws)
+    estimate = partial(_estimate, draws=_resamples(truth, seed))
     return Calibration(
         cases=len(truth),
         collapsed=int(truth.sum()),

@@ -64,11 +64,7 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
 
 
 def check_output(path: Path, option: str = "") -> None:
-    """Check that a file can be written later, before work is done for it.
-
-    Args:
-        path: The file.
-        option: The option that names it, for messages.
+    """Check that a file, named by an option, can be written later, before work is done for it.
 
     Raises:
         BadInputError: If a folder or a device has that name, if its folder does not exist, or if

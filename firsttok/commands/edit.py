@@ -83,15 +83,13 @@ def _record(study: Study, found: Comparison) -> dict[str, Any]:
     prompt = with_target(study.model, prompt, fact.target_new, join=fact.join)
     states = {"before": observation_record(first.before)}
     for each in found.results:
-        states[each.method.name] = (
-            observation_record(each.after)
-            | each.report
-            | {
-                "losses": list(each.edit.losses),
-                "damage": None if each.damage is None else each.damage.value,
-                "verdict": each.verdict,
-            }
-        )
+        states[each.method.name] = {
+            **observation_record(each.after),
+            **each.report,
+            "losses": list(each.edit.losses),
+            "damage": None if each.damage is None else each.damage.value,
+            "verdict": each.verdict,
+        }
     return {
         "fact": fact.as_record(),
         "subject_position": prompt.subject_position,

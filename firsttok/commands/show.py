@@ -104,11 +104,9 @@ def _fact(path: str, edit: Edit) -> Fact:
 
 def _contexts(path: str, edit: Edit) -> ContextSet:
     templates = edit.provenance.get("contexts", {}).get("templates", ["{}"])
-    if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
-        raise BadInputError(f"{path} names no contexts as texts; compute the edit again")
     try:
         return ContextSet(templates=tuple(templates))
-    except BadInputError as error:
+    except (BadInputError, TypeError) as error:
         raise BadInputError(f"{path} names no contexts ({error}); compute the edit again") from None
 
 
