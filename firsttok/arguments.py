@@ -47,9 +47,8 @@ def taken(function: _Function) -> _Function:
     numbers may be NumPy's or PyTorch's, paths may be texts, members of an enumeration their values.
     A seed is a whole number from 0 to 4 294 967 295.
 
-    Args:
-        function: The function, or a method. What it raises comes on top of
-            :class:`~firsttok.errors.BadInputError`.
+    Raises:
+        BadInputError: When called with something else.
     """
     signature = inspect.signature(function)
 

@@ -63,9 +63,8 @@ def fact_file(args: argparse.Namespace) -> FactFile:
     Raises:
         BadInputError: If the file is unusable.
     """
-    path = resolve_facts(args.facts) if args.facts else None
     return check_facts(
-        path,
+        resolve_facts(args.facts) if args.facts else None,
         limit=getattr(args, "limit", None),
         skip_bad=args.skip_bad,
         join=args.join,

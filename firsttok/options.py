@@ -39,11 +39,7 @@ _SHARED: dict[str, dict[str, Any]] = {
         "help": "type that the model is opened in (default: %(default)s)",
     },
     "--json": {"action": "store_true", "help": "print one JSON object and nothing else"},
-    "--out": {
-        "metavar": "DIR",
-        "default": "figures",
-        "help": "folder for results (default: %(default)s)",
-    },
+    "--out": {"metavar": "DIR", "default": "figures", "help": "for results (default: figures)"},
     "--text-bos": {
         "choices": _BOS,
         "default": "without",

@@ -9,13 +9,7 @@ from firsttok.data import Fact
 from firsttok.editing import find_methods, load_edit, shown_components
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
-from firsttok.exploration import (
-    Comparison,
-    Observation,
-    WhatIf,
-    compare_methods,
-    state_lines,
-)
+from firsttok.exploration import Comparison, Observation, WhatIf, compare_methods, state_lines
 from firsttok.inputs import fact_from, open_study
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder

@@ -155,12 +155,9 @@ def _calibrated(
     judged = [row for row in rows if row.case_id in collapsed]
     if not judged:
         return None
+    outcomes = [collapsed[row.case_id] for row in judged]
     try:
-        return calibrate(
-            [row.denominator for row in judged],
-            [collapsed[row.case_id] for row in judged],
-            seed=seed,
-        )
+        return calibrate([row.denominator for row in judged], outcomes, seed=seed)
     except BadInputError as error:
         # The ranking is worth having without it.
         logger.warning("%s", error)

@@ -72,14 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_model_of(edit: Edit, path: str, *, name: str | None, device: str) -> Model:
-    """Open the model that a saved edit was made for, in its type and under its BOS policy.
-
-    Args:
-        edit: The edit.
-        path: Its file, for messages.
-        name: The model to open in its place; None for the one it names.
-        device: Where to.
-    """
+    """Open the model that a saved edit names, or another, in its type and under its BOS policy."""
     made = edit.provenance.get("model", {})
     name = name or made.get("name")
     if not name:
