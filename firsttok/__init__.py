@@ -3,6 +3,7 @@
 Everything public is here; a module is imported when one of its names is first used.
 """
 
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -61,56 +62,6 @@ if TYPE_CHECKING:
     from firsttok.token_strips import TokenStrip, show_tokens, tokens
 
     __version__: str
-
-_MODULES = {
-    "auditing": ("Audit", "audit"),
-    "contexts": ("ContextSet", "load_contexts", "sample_contexts"),
-    "data": ("Fact", "builtin_facts", "builtin_sentences", "load_facts", "load_texts"),
-    "editing": (
-        "C_ROME",
-        "FC_ROME",
-        "P_ROME",
-        "ROME",
-        "Delta",
-        "Edit",
-        "Editor",
-        "Method",
-        "RomeEditor",
-        "Slot",
-        "compute_edit",
-        "edit_each",
-        "export_model",
-        "load_edit",
-        "load_methods",
-    ),
-    "evaluation": (
-        "Perplexity",
-        "continuation",
-        "counterfact_scores",
-        "edit_accuracy",
-        "generated_match",
-        "perplexity",
-        "target_probabilities",
-        "top_predictions",
-    ),
-    "exploration": ("Comparison", "WhatIf", "compare_methods", "prepare_study", "what_if"),
-    "hyperparameters": ("Hyperparameters",),
-    "inspection": ("Inspection", "inspect_model"),
-    "keys": ("IntervenedKeys", "Keys", "capture_keys", "fact_keys", "keys_at"),
-    "measuring": ("measure_facts",),
-    "metrics": ("Metric",),
-    "models": ("BosPolicy", "EditSite", "Model", "load", "plain_model"),
-    "probing": ("PROBES", "Probe", "ProbeResult", "probe"),
-    "prompts": ("fact_prompt", "text_prompt"),
-    "rows": ("Row",),
-    "screening": ("screen",),
-    "second_moment": ("SecondMoment", "compute_second_moment", "load_second_moment"),
-    "study": ("Study",),
-    "sweep": ("read_run", "sweep_facts"),
-    "synthetic": ("synthetic_facts",),
-    "token_strips": ("TokenStrip", "show_tokens", "tokens"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "C_ROME",
@@ -190,13 +141,25 @@ __all__ = [
 # A type checker that saw it would take every misspelt name for one that is there.
 if not TYPE_CHECKING:
 
+    @cache
+    def _homes() -> dict[str, str]:
+        """The module that holds each public name, as the imports above say."""
+        import ast
+        from pathlib import Path
+
+        found: dict[str, str] = {}
+        for node in ast.walk(ast.parse(Path(__file__).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("firsttok."):
+                found |= dict.fromkeys((alias.name for alias in node.names), node.module)
+        return found
+
     def __getattr__(name: str) -> Any:
         """Import the module that holds a public name."""
         if name == "__version__":
             return import_module("importlib.metadata").version("firsttok")
-        if name not in _HOMES:
+        if name not in __all__:
             raise AttributeError(f"module 'firsttok' has no attribute {name!r}")
-        return getattr(import_module(f"firsttok.{_HOMES[name]}"), name)
+        return getattr(import_module(_homes()[name]), name)
 
 
 def __dir__() -> list[str]:

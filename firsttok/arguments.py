@@ -32,6 +32,13 @@ SEEDS = 2**32
 """Seeds are below this: every library that draws anything takes them, scikit-learn no others."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Converter = Callable[[Any], Any]
+_NAMES: dict[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "a path",
+}
 _MANY = (Collection, Iterable, Sequence, list, tuple)
 
 
@@ -42,19 +49,14 @@ def taken(function: _Function) -> _Function:
     numbers may be NumPy's or PyTorch's, paths may be texts, members of an enumeration their values.
     A seed is a whole number from 0 to 4 294 967 295.
 
-    Args:
-        function: The function, or a method. What it raises comes on top of
-            :class:`~firsttok.errors.BadInputError`.
+    Raises:
+        BadInputError: When called with something else.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            # Python says best which argument is missing, or one too many.
-            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         known = converters(function)
         for name, given in bound.arguments.items():
             if name in known:
@@ -67,34 +69,35 @@ def taken(function: _Function) -> _Function:
 def take_fields(thing: Any) -> None:
     """As :func:`taken`, for the fields of a frozen dataclass, in its ``__post_init__``.
 
-    Args:
-        thing: The object.
-
     Raises:
         BadInputError: If a field is not what its annotation says.
     """
-    known = _field_converters(type(thing))
-    for field in fields(thing):
-        if field.name in known:
-            given = getattr(thing, field.name)
-            converted = known[field.name](given)
-            if converted is not given:
-                object.__setattr__(thing, field.name, converted)
+    for name, convert in converters(type(thing)).items():
+        given = getattr(thing, name)
+        converted = convert(given)
+        if converted is not given:
+            object.__setattr__(thing, name, converted)
 
 
 @functools.cache
-def converters(function: Callable[..., Any]) -> Mapping[str, Callable[[Any], Any]]:
-    """What becomes of each argument of a function, by its name; the others are left alone."""
-    plain = inspect.unwrap(function)
-    given = inspect.signature(plain).parameters.values()
-    found = _by_name(
-        {
+def converters(of: Callable[..., Any]) -> Mapping[str, _Converter]:
+    """What becomes of each argument of a function, or field of a dataclass; others are left alone.
+
+    An annotation of a function in quotation marks is none: it is imported for type checkers only.
+    """
+    if isinstance(of, type):
+        hints = get_type_hints(of)
+        hints = {field.name: hints[field.name] for field in fields(of)}
+    else:
+        hints = {
             p.name: tuple[p.annotation, ...] if p.kind is p.VAR_POSITIONAL else p.annotation
-            for p in given
+            for p in inspect.signature(inspect.unwrap(of)).parameters.values()
             if p.kind is not p.VAR_KEYWORD
         }
-    )
-    return found | {"seed": seed_number} if "seed" in found else found
+    found = {name: _converter(hint, name) for name, hint in hints.items()}
+    if "seed" in found and not isinstance(of, type):
+        found["seed"] = seed_number
+    return {name: convert for name, convert in found.items() if convert is not None}
 
 
 def whole_number(
@@ -102,14 +105,8 @@ def whole_number(
 ) -> int:
     """A whole number, also one of NumPy or PyTorch; True and 1.0 are none.
 
-    Args:
-        given: The number.
-        what: What it is called, for the message.
-        least: The smallest that is taken; None without limit.
-        most: The largest that is taken; None without limit.
-
     Raises:
-        BadInputError: If it is something else, or outside the limits.
+        BadInputError: If it is something else, or less than ``least`` or more than ``most``.
     """
     try:
         number = None if isinstance(given, bool) else operator.index(given)
@@ -124,24 +121,12 @@ def whole_number(
 
 
 def seed_number(given: Any, what: str = "seed") -> int:
-    """A seed.
-
-    Args:
-        given: The number.
-        what: What it is called, for the message.
-
-    Raises:
-        BadInputError: If it is no whole number from 0 to 4 294 967 295.
-    """
+    """A seed: a whole number from 0 to 4 294 967 295; what is none is a BadInputError."""
     return whole_number(given, what, least=0, most=SEEDS - 1)
 
 
 def check_text(text: str, what: str) -> None:
     """Refuse a text that no tokenizer and no file takes.
-
-    Args:
-        text: The text.
-        what: What it is, for the message.
 
     Raises:
         BadInputError: If it holds half a surrogate pair, as a text that was not UTF-8 does.
@@ -155,43 +140,23 @@ def check_text(text: str, what: str) -> None:
         ) from None
 
 
-@functools.cache
-def _field_converters(kind: type[Any]) -> Mapping[str, _Converter]:
-    return _by_name(get_type_hints(kind))
-
-
-def _by_name(hints: Mapping[str, Any]) -> dict[str, _Converter]:
-    found = {name: _converter(hint, name) for name, hint in hints.items()}
-    return {name: convert for name, convert in found.items() if convert is not None}
-
-
 def _converter(hint: Any, what: str) -> _Converter | None:
-    """What makes a value fit an annotation; None for an annotation that says nothing to check.
-
-    Args:
-        hint: The annotation. One in quotation marks is none: it is imported for type checkers only.
-        what: What the value is called, for messages.
-    """
+    """What makes a value fit an annotation; None for an annotation that says nothing to check."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _one_of(inside, what)
     if origin in _MANY:
         return _many_of(origin, inside, what)
-    plain: dict[Any, _Converter] = {
-        bool: lambda given: _truth(given, what),
-        int: lambda given: whole_number(given, what),
-        float: lambda given: _real(given, what),
-        str: lambda given: _text(given, what),
-        Path: lambda given: _path(given, what),
-    }
-    if hint in plain:
-        return plain[hint]
+    if hint is int:
+        return functools.partial(whole_number, what=what)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return lambda given: _member(given, hint, what)
+        return functools.partial(_member, kind=hint, what=what)
     own = getattr(hint, "__module__", "").startswith("firsttok.") and isinstance(hint, type)
     checkable = not getattr(hint, "_is_protocol", False) or hasattr(hint, "_is_runtime_protocol")
     checkable = checkable and not is_typeddict(hint)
-    return (lambda given: _instance(given, hint, what)) if own and checkable else None
+    if hint in (bool, float, str, Path) or (own and checkable):
+        return functools.partial(_instance, kind=hint, what=what)
+    return None
 
 
 def _one_of(inside: Sequence[Any], what: str) -> _Converter | None:
@@ -242,32 +207,6 @@ def _many_of(origin: Any, inside: Sequence[Any], what: str) -> _Converter | None
     return convert
 
 
-def _truth(given: Any, what: str) -> bool:
-    # NumPy's is no bool to Python.
-    if not isinstance(given, bool) and str(getattr(given, "dtype", "")) != "bool":
-        raise BadInputError(f"{what} is {_shown(given)}; give True or False")
-    return bool(given)
-
-
-def _real(given: Any, what: str) -> float:
-    if isinstance(given, bool | str | bytes) or not hasattr(given, "__float__"):
-        raise BadInputError(f"{what} is {_shown(given)}; give a number")
-    return float(given)
-
-
-def _text(given: Any, what: str) -> str:
-    if not isinstance(given, str):
-        raise BadInputError(f"{what} is {_shown(given)}; give a text")
-    check_text(given, what)
-    return given
-
-
-def _path(given: Any, what: str) -> Path:
-    if not isinstance(given, str | PathLike):
-        raise BadInputError(f"{what} is {_shown(given)}; give a path")
-    return Path(cast("str | PathLike[str]", given))
-
-
 def _member(given: Any, kind: type[Enum], what: str) -> Enum:
     try:
         return kind(given)
@@ -277,17 +216,28 @@ def _member(given: Any, kind: type[Enum], what: str) -> Enum:
 
 
 def _instance(given: Any, kind: type[Any], what: str) -> Any:
-    if not isinstance(given, kind):
+    """A truth value, number, text, path, or object of firsttok."""
+    if not _fits(given, kind):
         raise BadInputError(f"{what} is {_shown(given)}; give {_name(kind)}")
-    return given
+    if kind is str:
+        check_text(given, what)
+    return kind(given) if kind in (bool, float, Path) else given
+
+
+def _fits(given: Any, kind: type[Any]) -> bool:
+    if kind is bool:
+        # NumPy's is no bool to Python.
+        return isinstance(given, bool) or str(getattr(given, "dtype", "")) == "bool"
+    if kind is float:
+        return hasattr(given, "__float__") and not isinstance(given, bool)
+    return isinstance(given, str | PathLike if kind is Path else kind)
 
 
 def _name(hint: Any) -> str:
     if get_origin(hint) in _MANY:
         return "several"
-    known = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
     name: str = getattr(hint, "__name__", str(hint))
-    return known.get(hint) or f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+    return _NAMES.get(hint) or f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _shown(given: Any) -> str:

@@ -8,7 +8,7 @@ rank-one edit collapses a model.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ more, and fifteen others by ROME and C-ROME by 0.15 or less.
 _SINGULAR = 8
 """Singular values that are shown."""
 _MAX_TOKENS = 1024
-_TYPES = (torch.float16, torch.bfloat16)
 _EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -47,13 +46,12 @@ class Overlap:
     """How far a difference of an MLP's last matrix reaches, over the tokens of some sentences."""
 
     first_cosine: float
-    """Mean ``|u . k| / ||k||`` of first tokens' keys with the first left singular vector."""
+    """Mean ``|u . k| / ||k||`` of first tokens' keys with the first left singular vector; ``later``
+    is over all later tokens."""
     later_cosine: float
-    """The same over all later tokens."""
     first_moved: float
     """Mean of what first tokens' residual streams gain there, ``||k Delta|| / ||residual||``."""
     later_moved: float
-    """The same over all later tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,9 +83,7 @@ class Audit(Shown):
     """Where two states of a model differ, and what became of it."""
 
     before: str
-    """Name of the one."""
     after: str
-    """Name of the other."""
     changes: tuple[ChangedWeight, ...]
     """The weights that differ, edit sites first."""
     others: tuple[str, ...]
@@ -95,7 +91,6 @@ class Audit(Shown):
     perplexity_before: Perplexity | None
     """Perplexity on the sentences; None for what is no decoder."""
     perplexity_after: Perplexity | None
-    """The same after."""
 
     @property
     def predicted_collapse(self) -> bool | None:
@@ -108,7 +103,7 @@ class Audit(Shown):
         """What became of the model, in a sentence."""
         if self.perplexity_before is None or self.perplexity_after is None:
             return "No perplexity was measured: the model is no decoder."
-        return verdict(f"{self.after}", self.perplexity_before, self.perplexity_after)
+        return verdict(self.after, self.perplexity_before, self.perplexity_after)
 
     def panel(self) -> Panel:
         """The differences, what keys meet them, and the perplexities."""
@@ -125,31 +120,23 @@ class Audit(Shown):
         ]
         columns = ("weight", "layer", "||difference||", "of the weight", "rank", "singular values")
         parts: list[Any] = [Table(columns=columns, lines=lines)]
-        met = [each for each in self.changes if each.overlap is not None]
+        met = [[each.name, *asdict(each.overlap).values()] for each in self.changes if each.overlap]
         if met:
-            parts.append(
-                Table(
-                    columns=(
-                        "weight",
-                        "|cos| with first tokens' keys",
-                        "with later tokens' keys",
-                        "first tokens move by",
-                        "later tokens move by",
-                    ),
-                    lines=[_overlap_line(each) for each in met],
-                )
+            columns = (
+                "weight",
+                "|cos| with first tokens' keys",
+                "with later tokens' keys",
+                "first tokens move by",
+                "later tokens move by",
             )
+            parts.append(Table(columns=columns, lines=met))
         parts += [Note(text=f"Besides, the {other} differs.") for other in self.others]
         if not self.changes:
             parts.append(Note(text="No weight differs."))
         if self.predicted_collapse is not None:
             foretold = "a collapse" if self.predicted_collapse else "no collapse"
-            parts.append(
-                Note(
-                    text=f"Predicted: {foretold} (a collapse where later tokens' residual streams "
-                    f"move by {MOVED:g} of their norm or more)."
-                )
-            )
+            rule = f"where later tokens' residual streams move by {MOVED:g} of their norm or more"
+            parts.append(Note(text=f"Predicted: {foretold} (a collapse {rule})."))
         parts.append(Note(text=f"Measured: {self.verdict}"))
         return Panel(title=f"{self.before} and {self.after}", parts=parts, source={})
 
@@ -213,8 +200,8 @@ def audit(
         bar.advance(task, 2)
         measured: list[Perplexity | None] = []
         for model in (before, other):
-            known = model.can_be_edited
-            measured.append(perplexity(model, sentences, bos=text_bos) if known else None)
+            decodes = model.can_be_edited
+            measured.append(perplexity(model, sentences, bos=text_bos) if decodes else None)
             bar.advance(task)
     changes.sort(key=lambda each: (each.place is None, each.place or (), each.name))
     own, theirs = before.record_of_type, other.record_of_type
@@ -232,17 +219,13 @@ def audit(
 def _refuse_others(
     before: Model, after: Model, one: dict[str, Tensor], two: dict[str, Tensor]
 ) -> None:
-    lacking = sorted(one.keys() ^ two.keys())
-    if lacking:
-        raise BadInputError(
-            f"{before.label} and {after.label} do not have the same weights: only one has "
-            f"{lacking[0]}; give two states of one model"
-        )
-    for name, tensor in one.items():
-        if tensor.shape != two[name].shape:
+    here = {name: list(tensor.shape) for name, tensor in one.items()}
+    there = {name: list(tensor.shape) for name, tensor in two.items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
             raise BadInputError(
-                f"{name} has shape {list(tensor.shape)} in {before.label} and "
-                f"{list(two[name].shape)} in {after.label}; give two states of one model"
+                f"{name} has shape {here.get(name)} in {before.label} and {there.get(name)} in "
+                f"{after.label} (None where it is lacking); give two states of one model"
             )
 
 
@@ -286,10 +269,9 @@ def _noise(one: Tensor, two: Tensor) -> float:
 
 def _resolution(tensor: Tensor) -> float:
     """Epsilon of the narrowest type that holds all the numbers, as a checkpoint's may have been."""
-    for dtype in _TYPES:
-        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
-            return torch.finfo(dtype).eps
-    return torch.finfo(tensor.dtype).eps
+    narrow = (torch.float16, torch.bfloat16)
+    fits = (t for t in narrow if torch.equal(tensor.to(t).to(tensor.dtype), tensor))
+    return torch.finfo(next(fits, tensor.dtype)).eps
 
 
 def _overlaps(
@@ -305,10 +287,7 @@ def _overlaps(
     met = [
         (each, model.weights.sites[each.place], each.left[:, 0])
         for each in changes
-        if each.place is not None
-        and each.place.port == "out"
-        and each.left is not None
-        and each.rank
+        if each.place and each.place.port == "out" and each.left is not None and each.rank
     ]
     if not met or not model.can_be_edited:
         return {}
@@ -332,24 +311,14 @@ def _overlaps(
                 moved = (chosen @ delta).norm(dim=1) / states[where].norm(dim=1)
                 found[each.name][index].append(along)
                 found[each.name][2 + index].append(moved)
-    means = {name: [float(torch.cat(x).mean()) for x in each] for name, each in found.items()}
+    names = [field.name for field in fields(Overlap)]
     return {
-        name: Overlap(
-            first_cosine=each[0], later_cosine=each[1], first_moved=each[2], later_moved=each[3]
-        )
-        for name, each in means.items()
+        weight: Overlap(**{n: float(torch.cat(x).mean()) for n, x in zip(names, each, strict=True)})
+        for weight, each in found.items()
     }
 
 
-def _overlap_line(change: ChangedWeight) -> list[Any]:
-    met = change.overlap
-    if met is None:
-        return [change.name, None, None, None, None]
-    return [change.name, met.first_cosine, met.later_cosine, met.first_moved, met.later_moved]
-
-
 def _change_record(change: ChangedWeight) -> dict[str, Any]:
-    met = change.overlap
     return {
         "name": change.name,
         "layer": None if change.place is None else change.place.layer,
@@ -358,5 +327,5 @@ def _change_record(change: ChangedWeight) -> dict[str, Any]:
         "relative": change.relative,
         "rank": change.rank,
         "singular_values": list(change.singular_values),
-        "overlap": None if met is None else asdict(met),
+        "overlap": None if change.overlap is None else asdict(change.overlap),
     }

@@ -36,14 +36,7 @@ _EMPTY = {"text/html": "", "text/plain": ""}
 
 
 class Bar(Progress):
-    """Progress on tasks with an estimate, by what the output can show.
-
-    Args:
-        console: Where to, one of :mod:`rich`.
-        say: Prints a line there.
-        disable: Show nothing.
-        settings: As for :class:`rich.progress.Progress`.
-    """
+    """Progress on tasks, by what a console can show; ``say`` prints a line there."""
 
     def __init__(
         self, *, console: Any, say: Callable[[str], None], disable: bool = False, **settings: Any

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
@@ -9,12 +10,14 @@ from firsttok.config import configured
 from firsttok.console import exit_on_error, note, show
 from firsttok.escapes import printable
 from firsttok.options import (
+    DEFAULT_MODEL,
     PASSED_ON,
     add_config_option,
     add_edit_options,
     add_facts_options,
     add_model_options,
     add_prompt_options,
+    add_shared,
 )
 from firsttok.sweep.query import SECONDS
 
@@ -81,93 +84,46 @@ def _parser() -> argparse.ArgumentParser:
         help="show the version, and nothing else",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add_options, summary) in _COMMANDS.items():
+        add_options(commands.add_parser(name, help=summary))
+    return parser
 
-    models = commands.add_parser("models", help="list the known models, or pull one")
-    actions = models.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+def _models(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the catalog")
     pulling = actions.add_parser("pull", help="fetch a model into the cache")
     pulling.add_argument("name")
     pulling.add_argument(
-        "--accept-terms",
-        action="store_true",
-        help="you have read and accept the model's terms, where it has some (gemma3-270m)",
+        "--accept-terms", action="store_true", help="you accept the model's terms (gemma3-270m)"
     )
 
-    data = commands.add_parser("data", help="list the published data sets, pull one, or make facts")
-    _add_data_actions(data)
 
-    inspect = commands.add_parser("inspect", help="look at a model, and propose how to edit it")
-    _add_inspect_options(inspect)
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="the model, as --model")
+    _add_study_options(parser)
+    parser.set_defaults(text_bos=None)
+    parser.add_argument("--edit", action="store_true", help="edit the facts, not predict alone")
+    parser.add_argument("--out", metavar="DIR", help="folder for <model>.json, .toml and a figure")
+    add_shared(parser, "--json")
 
-    tokens = commands.add_parser("tokens", help="show a prompt's tokens, the looked-up one marked")
-    add_model_options(tokens)
-    add_prompt_options(tokens)
-    _add_fact_options(tokens, target=False)
-    tokens.add_argument(
+
+def _tokens(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    add_prompt_options(parser)
+    _add_fact_options(parser)
+    parser.add_argument(
         "--target", help="an answer, to see how it is joined (default: one in the prompt's script)"
     )
 
-    _add_edit_command(commands.add_parser("edit", help="edit one fact and show before and after"))
-    _add_show_options(
-        commands.add_parser("show", help="show saved edits, and what they do to the model")
-    )
 
-    _add_export_options(
-        commands.add_parser("export", help="write a model with saved edits in it for transformers")
-    )
-    _add_audit_options(
-        commands.add_parser("audit", help="where two states of a model differ, and what it cost")
-    )
-
-    scan = commands.add_parser("scan", help="edit every fact with ROME and list the collapse cases")
-    add_model_options(scan)
-    add_edit_options(scan)
-    add_facts_options(scan, limit="only the first so many facts")
-    scan.add_argument("--out", metavar="DIR", default="figures", help="folder for the list")
-
-    screen = commands.add_parser("screen", help="tell collapse cases from their keys, unedited")
-    add_model_options(screen)
-    add_edit_options(screen)
-    add_facts_options(screen, limit="only the first so many facts")
-    screen.add_argument("--out", metavar="DIR", default="figures", help="folder for the ranking")
-    screen.add_argument(
-        "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
-    )
-    screen.add_argument(
-        "--measure", action="store_true", help="edit and evaluate every fact, too, and time both"
-    )
-    screen.add_argument(
-        "--threshold",
-        type=float,
-        help="|denominator| below which a fact is taken for a case (default: from edited cases; "
-        "without any, a twentieth of C-ROME's)",
-    )
-    screen.add_argument(
-        "--build-hard",
-        metavar="FILE",
-        help="write those facts as a list in COUNTERFACT's schema (.json, .jsonl or .gz)",
-    )
-
-    sweep = commands.add_parser("sweep", help="facts x methods x models into a run folder")
-    _add_sweep_options(sweep)
-
-    results = commands.add_parser("results", help="the papers' tables from a sweep's run, or SQL")
-    _add_results_options(results)
-
-    reproduce = commands.add_parser("reproduce", help="run every analysis script")
-    _add_reproduce_options(reproduce)
-
-    report = commands.add_parser("report", help="write the report on what the scripts found")
-    report.add_argument("--model", help="folder of one model (default: all that have results)")
-    report.add_argument("--out", metavar="DIR", default="figures", help="folder of results")
-    return parser
-
-
-def _add_edit_command(edit: argparse.ArgumentParser) -> None:
-    add_model_options(edit)
-    add_edit_options(edit)
-    _add_fact_options(edit, target=True)
-    edit.add_argument(
+def _edit(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    add_edit_options(parser)
+    _add_fact_options(parser)
+    parser.add_argument("--target", required=True, help="the new answer")
+    parser.add_argument("--true", default="", help="the old answer, to be shown beside it")
+    parser.add_argument(
         "--method",
         nargs="+",
         default=["rome"],
@@ -175,41 +131,23 @@ def _add_edit_command(edit: argparse.ArgumentParser) -> None:
         "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
         "a TOML file of them",
     )
-    edit.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
-    edit.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    edit.add_argument(
-        "--after",
-        nargs="+",
-        metavar="EDIT",
-        help="saved edits to compute it on, put into the model in this order",
-    )
-
-
-def _add_show_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("edit", nargs="+", metavar="EDIT", help="a file of firsttok edit --save")
+    parser.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
     parser.add_argument(
-        "--run",
-        action="store_true",
-        help="load the model and put the edits into it, in this order",
+        "--after", nargs="+", metavar="EDIT", help="saved edits that are put into the model before"
+    )
+    add_shared(parser, "--json")
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "edit", "--device", "--texts", "--text-bos", "--json")
+    parser.add_argument(
+        "--run", action="store_true", help="put the edits into the model, in this order"
     )
     parser.add_argument("--model", help="the model (default: the one the first edit names)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument(
-        "--texts", metavar="FILE", help="sentences for perplexity, as for firsttok edit"
-    )
-    parser.add_argument(
-        "--text-bos",
-        choices=["as_tokenizer", "with", "without"],
-        default="without",
-        help="BOS of those sentences (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
 
 
-def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("edit", nargs="+", metavar="EDIT", help="a file of firsttok edit --save")
+def _export(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, "edit")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--model", help="the model (default: the one the first edit names)")
     parser.add_argument(
@@ -219,67 +157,79 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_audit_options(parser: argparse.ArgumentParser) -> None:
+def _audit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="BEFORE", help="a model: name, hub id or folder")
+    parser.add_argument("second", metavar="AFTER", help="another state of it, or a file of an edit")
+    add_shared(parser, "--dtype", "--device", "--texts", "--text-bos", "--json")
+
+
+def _scan(parser: argparse.ArgumentParser) -> None:
+    _add_study_options(parser)
+    add_shared(parser, "--out")
+
+
+def _screen(parser: argparse.ArgumentParser) -> None:
+    _add_study_options(parser)
+    add_shared(parser, "--out")
     parser.add_argument(
-        "second", metavar="AFTER", help="another state of it: the same, or a file of an edit"
+        "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
+    )
+    parser.add_argument("--measure", action="store_true", help="edit every fact, too; time both")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="|denominator| below which a fact is taken for a case (default: from edited cases; "
+        "without any, a twentieth of C-ROME's)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=["float32", "float64", "bfloat16", "float16"],
-        default="float32",
-        help="type that both are opened in (default: %(default)s)",
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument(
-        "--texts", metavar="FILE", help="sentences for keys and perplexity, as for firsttok edit"
-    )
-    parser.add_argument(
-        "--text-bos",
-        choices=["as_tokenizer", "with", "without"],
-        default="without",
-        help="BOS of those sentences (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
+        "--build-hard",
+        metavar="FILE",
+        help="write those facts as a list in COUNTERFACT's schema (.json, .jsonl or .gz)",
     )
 
 
-def _add_inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "name", nargs="?", metavar="MODEL", help="the model, in place of the option --model"
-    )
-    add_model_options(parser)
-    add_edit_options(parser, text_bos=None)
-    group = parser.add_argument_group("inspection")
-    add_facts_options(
-        parser, limit="only the first so many facts", default=" (default: a dozen built-in ones)"
-    )
-    group.add_argument(
-        "--edit", action="store_true", help="edit those facts, where else collapse is predicted"
-    )
-    group.add_argument(
-        "--out", metavar="DIR", help="folder for <model>.json, .toml and a figure (default: none)"
-    )
-    group.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder of one model (default: all that have results)")
+    add_shared(parser, "--out")
 
 
-def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
+def _add_study_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    add_model_options(parser, several=several)
+    add_edit_options(parser)
+    add_facts_options(parser)
+
+
+def _add_fact_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--subject", required=True, help="what the fact is about")
+    parser.add_argument("--template", required=True, help="the prompt, '{}' for its subject")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the published data sets")
+    pulling = actions.add_parser("pull", help="fetch a data set, or continue a broken download")
+    pulling.add_argument("name", help="see: firsttok data list")
+    pulling.add_argument("--url", help="another address of it")
+    pulling.add_argument("--sha256", metavar="HEX", help="what its bytes must be")
+    pulling.add_argument("--out", metavar="DIR", help="folder for it (default: the cache)")
+    making = actions.add_parser("synthesize", help="put together facts from real words")
+    making.add_argument("--count", type=int, required=True, help="how many")
+    making.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    making.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer takes them")
+    making.add_argument("--out", metavar="FILE", required=True, help=".json, .jsonl or .gz")
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         nargs="+",
         metavar="[status] RUN",
         help="folder of the run, to begin or to continue; after 'status', only looked at",
     )
-    add_model_options(parser, several=True)
-    add_edit_options(parser)
+    _add_study_options(parser, several=True)
     group = parser.add_argument_group("sweep")
-    add_facts_options(parser, limit="only the first so many facts")
     group.add_argument(
-        "--method",
-        nargs="+",
-        default=["rome", "c-rome"],
-        help="as for firsttok edit (default: rome c-rome)",
+        "--method", nargs="+", default=["rome", "c-rome"], help="as for edit (default: rome c-rome)"
     )
     group.add_argument(
         "--metrics",
@@ -288,89 +238,54 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
         default=["perplexity", "accuracy", "scores"],
         help="default: all but generated and entropy, which generate text",
     )
-    group.add_argument(
-        "--chunk", type=int, default=24, help="facts that are edited together (default: 24)"
-    )
+    group.add_argument("--chunk", type=int, default=24, help="facts edited together (default: 24)")
     group.add_argument("--shard", metavar="I/N", help="only every N-th chunk, for job arrays")
     group.add_argument("--retry-failed", action="store_true", help="do the cases again that failed")
-    group.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="who does the chunks"
-    )
+    group.add_argument("--engine", choices=["local", "ray"], default="local", help="who edits")
     group.add_argument("--address", help="Ray cluster: auto or HOST:PORT (default: a local one)")
     group.add_argument("--actors", type=int, help="Ray workers (default: one per GPU or CPU share)")
-    group.add_argument(
-        "--cpus-per-actor", type=int, default=1, help="CPUs of a Ray worker (default: 1)"
-    )
+    group.add_argument("--cpus-per-actor", type=int, default=1, help="of a Ray worker (default: 1)")
 
 
-def _add_results_options(parser: argparse.ArgumentParser) -> None:
+def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, ended or not")
     parser.add_argument("--model", metavar="LABEL", help="only this model")
-    parser.add_argument(
-        "--sql", metavar="QUERY", help="answer a SELECT over the view rows, and nothing else"
-    )
-    parser.add_argument(
-        "--sql-seconds",
-        type=float,
-        default=SECONDS,
-        metavar="N",
-        help="seconds a query may take (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
+    parser.add_argument("--sql", metavar="QUERY", help="answer a SELECT over the view rows")
+    limit = "seconds a query may take (default: %(default)g)"
+    parser.add_argument("--sql-seconds", type=float, default=SECONDS, metavar="N", help=limit)
+    add_shared(parser, "--json")
     parser.add_argument("--csv", metavar="FILE", help="write all rows (with --sql: the answer)")
-    parser.add_argument(
-        "--figures", metavar="DIR", help="draw |Delta| against entropy, a figure per model"
-    )
+    parser.add_argument("--figures", metavar="DIR", help="draw |Delta| against entropy, per model")
 
 
-def _add_reproduce_options(parser: argparse.ArgumentParser) -> None:
+def _reproduce(parser: argparse.ArgumentParser) -> None:
     add_config_option(parser)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--profile", choices=["quick", "full"], default="quick")
     parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
     parser.add_argument("--out", metavar="DIR", help="folder for results")
-    parser.add_argument(
-        "--jobs", type=int, help="scripts at a time (default: 2 on a CPU of several cores, else 1)"
-    )
+    parser.add_argument("--jobs", type=int, help="scripts at a time (default: 2 on CPUs, else 1)")
     for name in PASSED_ON:
         parser.add_argument(f"--{name}", help="passed on to every script; see its --help")
     parser.add_argument("--skip-bad", action="store_true", help="passed on, too")
 
 
-def _add_data_actions(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="the published data sets")
-    pulling = actions.add_parser(
-        "pull", help="fetch a data set into the cache, or continue a broken download"
-    )
-    pulling.add_argument("name", help="see: firsttok data list")
-    pulling.add_argument("--url", help="another address of it")
-    pulling.add_argument("--sha256", metavar="HEX", help="what its bytes must be")
-    pulling.add_argument("--out", metavar="DIR", help="folder for it (default: the cache)")
-    making = actions.add_parser(
-        "synthesize", help="write facts of any number, put together from real words"
-    )
-    making.add_argument("--count", type=int, required=True, help="how many")
-    making.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    making.add_argument(
-        "--model", default="smollm2-135m", help="whose tokenizer takes them (default: %(default)s)"
-    )
-    making.add_argument(
-        "--out", metavar="FILE", required=True, help="the list: .json, .jsonl or .gz"
-    )
-
-
-def _add_fact_options(parser: argparse.ArgumentParser, *, target: bool) -> None:
-    parser.add_argument("--subject", required=True, help="what the fact is about")
-    parser.add_argument(
-        "--template", required=True, help="the prompt, with '{}' where the subject goes"
-    )
-    if target:
-        parser.add_argument("--target", required=True, help="the new answer")
-        parser.add_argument("--true", default="", help="the old answer, to be shown beside it")
-
+_COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "models": (_models, "list the known models, or pull one"),
+    "data": (_data, "list the published data sets, pull one, or make facts"),
+    "inspect": (_inspect, "look at a model, and propose how to edit it"),
+    "tokens": (_tokens, "show a prompt's tokens, the looked-up one marked"),
+    "edit": (_edit, "edit one fact and show before and after"),
+    "show": (_show, "show saved edits, and what they do to the model"),
+    "export": (_export, "write a model with saved edits in it for transformers"),
+    "audit": (_audit, "where two states of a model differ, and what it cost"),
+    "scan": (_scan, "edit every fact with ROME and list the collapse cases"),
+    "screen": (_screen, "tell collapse cases from their keys, unedited"),
+    "sweep": (_sweep, "facts x methods x models into a run folder"),
+    "results": (_results, "the papers' tables from a sweep's run, or SQL"),
+    "reproduce": (_reproduce, "run every analysis script"),
+    "report": (_report, "write the report on what the scripts found"),
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

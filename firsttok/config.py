@@ -1,15 +1,17 @@
 """Configuration files: TOML whose values take the place of an option's default."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from firsttok.arguments import check_text
 from firsttok.errors import BadInputError, HyperparameterError
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.option_values import HYPERPARAMETERS, check_arguments, check_options
+from firsttok.option_values import HYPERPARAMETERS, check_options
 from firsttok.options import add_script_options
 from firsttok.storage import read_toml
 
@@ -36,30 +38,22 @@ def configured(
         The options; ``args`` itself where no file was given.
 
     Raises:
-        BadInputError: If the file cannot be read, or holds what is no configuration, or if a value
-            is outside its range; see :func:`~firsttok.option_values.check_options`.
+        BadInputError: If an argument is no text, the file is no configuration, or a value is out of
+            range; see :func:`~firsttok.option_values.check_options`.
     """
-    check_arguments(sys.argv[1:] if argv is None else argv)
-    chosen = _merged(args, parser, argv)
-    check_options(chosen)
-    return chosen
-
-
-def _merged(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> argparse.Namespace:
+    for word in sys.argv[1:] if argv is None else argv:
+        check_text(word, "the argument")
     owner: argparse.ArgumentParser | None = vars(args).pop("configurable", None)
-    path: str | None = vars(args).get("config")
-    if owner is None or path is None:
-        return args
-    own = _actions(owner)
-    values = {name: value for name, value in read_config(path).items() if name in own}
-    owner.set_defaults(
-        **{name: [value] if own[name].nargs == "+" else value for name, value in values.items()}
-    )
-    again = parser.parse_args(argv)
-    vars(again).pop("configurable")
-    return again
+    if owner is not None and args.config is not None:
+        own = _actions(owner)
+        values = {name: value for name, value in read_config(args.config).items() if name in own}
+        owner.set_defaults(
+            **{name: [value] if own[name].nargs == "+" else value for name, value in values.items()}
+        )
+        args = parser.parse_args(argv)
+        vars(args).pop("configurable")
+    check_options(args)
+    return args
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -67,9 +61,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Keys are the names of options, with ``-`` or ``_`` between words. Paths in it are meant as on
     the command line: from the folder in which the command is run.
-
-    Args:
-        path: A TOML file.
 
     Returns:
         Values by the names under which options are parsed.
@@ -79,7 +70,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             wrong type or outside its range; the message names file and key.
     """
     path = Path(path)
-    known = _vocabulary()
+    known = config_keys()
     values: dict[str, Any] = {}
     for key, value in read_toml(path, "options").items():
         name = key.replace("-", "_")
@@ -103,24 +94,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def config_keys() -> tuple[str, ...]:
-    """Every key that a configuration may hold, in the order of ``--help``."""
-    return tuple(_vocabulary())
-
-
 def toml_line(key: str, value: str | int | float, comment: str = "") -> str:
-    """One line of a configuration.
-
-    Args:
-        key: Its key.
-        value: Its value; an int is written as one.
-        comment: What is written behind it.
-    """
-    written = _quoted(value) if isinstance(value, str) else repr(value)
+    """One line of a configuration, with a comment behind it if there is one."""
+    written = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    # The one control character that JSON leaves as it is, and TOML forbids.
+    written = written.replace("\x7f", "\\u007f")
     return f"{key} = {written}" + (f"  # {comment}" if comment else "")
 
 
-def _vocabulary() -> dict[str, argparse.Action]:
+def config_keys() -> dict[str, argparse.Action]:
+    """The option of every key that a configuration may hold, in the order of ``--help``."""
     parser = argparse.ArgumentParser(add_help=False)
     add_script_options(parser)
     return {name: action for name, action in _actions(parser).items() if name not in _OF_ONE_RUN}
@@ -143,12 +126,3 @@ def _checked(where: str, action: argparse.Action, value: Any) -> str | int | flo
         return kind(value)
     except OverflowError:
         raise BadInputError(f"{where} is a number out of range; correct that line") from None
-
-
-def _quoted(text: str) -> str:
-    """A basic string of TOML."""
-    escapes = {'"': '\\"', "\\": "\\\\"}
-    shown = (
-        escapes.get(c) or (c if c.isprintable() or c == " " else f"\\U{ord(c):08x}") for c in text
-    )
-    return '"' + "".join(shown) + '"'

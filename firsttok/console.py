@@ -1,7 +1,8 @@
 """The terminal: the only place that prints, and how a command ends.
 
 All that is printed passes through here, where text from outside is made harmless: it is never
-markup, and a terminal obeys no character of it.
+markup, and a terminal obeys no character of it. Standard output that cannot be written is a
+:class:`~firsttok.errors.FirsttokError`.
 """
 
 import contextlib
@@ -11,16 +12,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from firsttok.display import Table, cell_text
-from firsttok.errors import OutputError, sentence_of
+from firsttok.errors import FirsttokError, sentence_of
 from firsttok.escapes import as_json, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.logging import RichHandler
     from rich.progress import Progress
 
 __all__ = [
@@ -40,34 +40,19 @@ _PIPE_WIDTH = 140
 
 
 def show(text: str = "") -> None:
-    """Print a text and a line end on standard output.
-
-    Raises:
-        OutputError: If the output cannot be written.
-    """
+    """Print a text and a line end on standard output."""
     _write(f"{printable(text)}\n")
 
 
 def show_json(content: Any) -> None:
-    """Print one line of JSON on standard output.
-
-    Raises:
-        OutputError: If the output cannot be written.
-        ValueError: If the content holds NaN or infinity.
-    """
+    """Print one line of JSON on standard output; NaN and infinity are a ValueError."""
     _write(f"{as_json(content, encoding=getattr(sys.stdout, 'encoding', None) or 'utf-8')}\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on standard output, columns of numbers flush right.
 
-    Args:
-        title: Its title.
-        columns: Names of its columns.
-        rows: Its lines; a cell is a text, a number, a truth value or None.
-
-    Raises:
-        OutputError: If the output cannot be written.
+    A cell is a text, a number, a truth value or None.
     """
     from rich.table import Table as Drawn
 
@@ -92,10 +77,9 @@ def note(text: str) -> None:
 
 
 def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
-    """A progress bar with an estimate, on standard error; in a pipe a line now and then.
+    """A progress bar on standard error, in a pipe a line now and then.
 
-    Args:
-        estimate_over: Seconds of the latest progress that the estimate is made from.
+    Its estimate is made from the latest ``estimate_over`` seconds.
     """
     from firsttok.bars import Bar
 
@@ -104,11 +88,9 @@ def progress_bar(*, estimate_over: float = 30.0) -> "Progress":
 
 @contextlib.contextmanager
 def own_bar(progress: "Progress | None") -> "Generator[Progress, None, None]":
-    """The progress that was given, or else a bar of its own where somebody looks.
+    """The progress that was given, or else a bar of its own, in a terminal or in Jupyter only.
 
-    Args:
-        progress: What a caller gave; None for a bar that goes when the block ends, in a terminal or
-            in Jupyter, and for none elsewhere.
+    The own one goes when the block ends.
     """
     if progress is not None:
         yield progress
@@ -142,7 +124,7 @@ def exit_on_error(main: Callable[[], None]) -> int:
             except SystemExit as error:
                 stopped = error
             # Until then, what was printed may wait in the process for a disk that is full.
-            _flush()
+            _write("", flush=True)
         except BaseException as error:
             return _told(error)
     if stopped is not None:
@@ -159,23 +141,13 @@ class _Stopped(BaseException):
 
 
 class _Terminal(logging.Handler):
-    """Messages above the progress bar; what prints them is imported with the first one."""
-
-    @cached_property
-    def _shown(self) -> "RichHandler":
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=_stderr(), show_time=False, show_path=False)
-        handler.setFormatter(_Printable("%(message)s"))
-        return handler
+    """Messages above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._shown.emit(record)
-
-
-class _Printable(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        try:
+            note(f"{record.levelname:<8} {self.format(record)}")
+        except Exception:
+            self.handleError(record)
 
 
 @contextlib.contextmanager
@@ -213,13 +185,10 @@ def _told(error: BaseException) -> int:
         sentence = sentence_of(error)
         if sentence is None:
             raise error
-    said = ""
-    if sentence is not None:
-        shown = printable(sentence, lines=False)
-        if len(shown) > _LONGEST:
-            shown = f"{shown[: _LONGEST // 2]} ... {shown[-_LONGEST // 2 :]}"
-        said = f"firsttok: {shown}\n"
-    _last_words(sys.stderr, said)
+    said = "" if sentence is None else printable(sentence, lines=False)
+    if len(said) > _LONGEST:
+        said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    _last_words(sys.stderr, f"firsttok: {said}\n" if said else "")
     _last_words(sys.stdout, "")
     return code
 
@@ -237,7 +206,7 @@ def _last_words(stream: Any, text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _write(text: str) -> None:
+def _write(text: str, *, flush: bool = False) -> None:
     # There is none where the command was started without one.
     stream: Any = sys.stdout
     if stream is None:
@@ -245,12 +214,7 @@ def _write(text: str) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with _output_errors():
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _flush() -> None:
-    stream: Any = sys.stdout
-    if stream is not None:
-        with _output_errors():
+        if flush:
             stream.flush()
 
 
@@ -261,7 +225,7 @@ def _output_errors() -> Generator[None, None, None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(
+        raise FirsttokError(
             f"the output cannot be written ({error.strerror or error}); free some space or send "
             "it elsewhere"
         ) from None

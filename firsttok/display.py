@@ -1,15 +1,13 @@
 """How objects show themselves: one description, as HTML in a notebook and as text in a terminal."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from firsttok.escapes import as_html, printable
-from firsttok.svg import line_plot, sparkline
 
-__all__ = ["Note", "Panel", "Part", "Plot", "Shown", "Strip", "Table", "cell_text", "short_hash"]
+__all__ = ["Note", "Panel", "Part", "Shown", "Strip", "Table", "cell_text", "short_hash"]
 
 _MONO = "font-family:ui-monospace,monospace"
 _LINE = "1px solid currentColor"
@@ -38,7 +36,6 @@ class Note:
     """A sentence."""
 
     text: str
-    """The sentence."""
 
     @property
     def html(self) -> str:
@@ -51,15 +48,16 @@ class Table:
     """A table; its first column names the lines, and columns of numbers are flush right."""
 
     columns: Sequence[str]
-    """Names of the columns."""
     lines: Sequence[Sequence[Any]]
     """The lines; a cell is a text, a number, a truth value or None."""
 
     @property
     def text(self) -> str:
         """Aligned columns."""
-        rows = [[printable(name, lines=False) for name in self.columns]]
-        rows += [[printable(cell_text(cell), lines=False) for cell in line] for line in self.lines]
+        rows = [
+            [printable(cell_text(cell), lines=False) for cell in line]
+            for line in (self.columns, *self.lines)
+        ]
         widths = [max(len(row[index]) for row in rows) for index in range(len(self.columns))]
         flush = self.left
         return "\n".join(
@@ -73,12 +71,18 @@ class Table:
     @property
     def html(self) -> str:
         """A table whose first cells are headings of their rows."""
-        flush = self.left
+        styles = [_LEFT if left else "" for left in self.left]
         head = "".join(
-            f'<th scope="col"{_LEFT if left else ""}>{as_html(name)}</th>'
-            for name, left in zip(self.columns, flush, strict=True)
+            f'<th scope="col"{style}>{as_html(name)}</th>'
+            for name, style in zip(self.columns, styles, strict=True)
         )
-        body = "".join(f"<tr>{self._cells(line, flush)}</tr>" for line in self.lines)
+        body = ""
+        for line in self.lines:
+            first, *rest = (as_html(cell_text(cell)) for cell in line)
+            cells = (
+                f"<td{style}>{cell}</td>" for cell, style in zip(rest, styles[1:], strict=True)
+            )
+            body += f'<tr><th scope="row"{_LEFT}>{first}</th>{"".join(cells)}</tr>'
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     @property
@@ -89,23 +93,13 @@ class Table:
             for index in range(len(self.columns))
         ]
 
-    def _cells(self, line: Sequence[Any], flush: Sequence[bool]) -> str:
-        first, *rest = (as_html(cell_text(cell)) for cell in line)
-        cells = "".join(
-            f"<td{_LEFT if left else ''}>{cell}</td>"
-            for cell, left in zip(rest, flush[1:], strict=True)
-        )
-        return f'<th scope="row"{_LEFT}>{first}</th>{cells}'
-
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
     """Tokens side by side, one of them marked."""
 
     pieces: Sequence[str]
-    """The tokens as text."""
     marked: int | None
-    """Which one is marked."""
     mark: str
     """What the mark says."""
 
@@ -138,52 +132,10 @@ class Strip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A small line plot; see :func:`~firsttok.svg.line_plot`."""
-
-    title: str
-    """What it shows."""
-    series: Mapping[str, Sequence[float]]
-    """Values by the name of their line."""
-    x_label: str
-    """What runs to the right."""
-    y_label: str
-    """What runs upwards."""
-    x: Sequence[int | float] | None = None
-    """Where the values stand; None for 0, 1, 2 and so on."""
-    log: bool = False
-    """Whether the scale is logarithmic."""
-
-    @property
-    def text(self) -> str:
-        """A sparkline for each line, with its least and its largest value."""
-        width = max((len(name) for name in self.series), default=0)
-        rows = [f"{self.title} ({self.x_label} to the right{', log scale' if self.log else ''})"]
-        for name, values in self.series.items():
-            known = [value for value in values if math.isfinite(value)]
-            ends = f"  {cell_text(min(known))} to {cell_text(max(known))}" if known else ""
-            rows.append(f"  {name.ljust(width)}  {sparkline(values, log=self.log)}{ends}")
-        return "\n".join(rows)
-
-    @property
-    def html(self) -> str:
-        """The plot as SVG."""
-        return line_plot(
-            self.series,
-            title=self.title,
-            x_label=self.x_label,
-            y_label=self.y_label,
-            x=self.x,
-            log=self.log,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Panel:
     """What an object shows: a title, some parts, and where it came from."""
 
     title: str
-    """What it is."""
     parts: Sequence[Part] = ()
     """The pieces, from top to bottom."""
     source: Mapping[str, Any] | None = None

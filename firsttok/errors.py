@@ -17,7 +17,6 @@ __all__ = [
     "HyperparameterError",
     "LayerOutOfRangeError",
     "NonFiniteError",
-    "OutputError",
     "SpecialTokenError",
     "SubjectAmbiguousError",
     "SubjectBoundaryError",
@@ -117,10 +116,6 @@ class CacheError(FirsttokError):
     """The cache folder cannot be used."""
 
 
-class OutputError(FirsttokError):
-    """What a command prints cannot be written where it is to go."""
-
-
 class DownloadError(FirsttokError):
     """A download failed or did not match its checksum."""
 
@@ -164,9 +159,6 @@ _NAMELESS = {
 
 def sentence_of(error: BaseException) -> str | None:
     """What the user is told about an error, wherever it came from.
-
-    Args:
-        error: Anything that was raised.
 
     Returns:
         One sentence if the user, the files or the machine caused it; None if the program did, whose

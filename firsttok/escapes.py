@@ -19,11 +19,9 @@ _UNPRINTABLE = re.compile(
 def printable(text: str, *, lines: bool = True) -> str:
     """Text in which every character that a terminal obeys is written as Python escapes it.
 
-    Args:
-        text: Any text, such as what a destroyed model generates.
-        lines: Whether line ends and tabs stay; otherwise they are escaped, too.
+    Line ends and tabs stay, unless ``lines`` is False.
     """
-    shown = _UNPRINTABLE.sub(_escaped, text)
+    shown = _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
     return shown if lines else shown.replace("\n", "\\n").replace("\t", "\\t")
 
 
@@ -35,9 +33,7 @@ def as_html(text: str) -> str:
 def as_json(content: Any, *, encoding: str = "utf-8") -> str:
     """One line of JSON that reads back as the same content and is safe to print.
 
-    Args:
-        content: What JSON holds; NaN and infinity are refused.
-        encoding: What the line will be encoded in; what it lacks is escaped.
+    What the encoding lacks is escaped.
 
     Raises:
         ValueError: If the content holds NaN or infinity.
@@ -51,16 +47,8 @@ def as_json(content: Any, *, encoding: str = "utf-8") -> str:
     return text
 
 
-def _escaped(match: "re.Match[str]") -> str:
-    return match.group().encode("unicode_escape").decode("ascii")
-
-
 def finite(value: Any) -> Any:
-    """A value as JSON can say it: None in place of NaN and infinity, at any depth.
-
-    Args:
-        value: What JSON is to hold.
-    """
+    """A value as JSON can say it: None in place of NaN and infinity, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

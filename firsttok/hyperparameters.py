@@ -35,16 +35,11 @@ class Hyperparameters:
         take_fields(self)
         if self.steps < 1:
             raise HyperparameterError(f"steps is {self.steps}; give a whole number of at least 1")
-        for name, minimum, strict in (
-            ("learning_rate", 0.0, True),
-            ("weight_decay", 0.0, False),
-            ("clamp", 0.0, True),
-            ("kl", 0.0, False),
-            ("stop_below", 0.0, False),
-        ):
+        for name in ("learning_rate", "weight_decay", "clamp", "kl", "stop_below"):
             value: float = getattr(self, name)
-            if not isfinite(value) or value < minimum or (strict and value == minimum):
-                bound = "greater than 0" if strict else "of at least 0"
+            positive = name in ("learning_rate", "clamp")
+            if not isfinite(value) or value < 0 or (positive and value == 0):
+                bound = "greater than 0" if positive else "of at least 0"
                 raise HyperparameterError(f"{name} is {value}; give a finite number {bound}")
 
     def as_dict(self) -> dict[str, int | float]:

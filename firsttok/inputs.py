@@ -7,10 +7,16 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from firsttok.contexts import ContextSet, kept_contexts, load_contexts
-from firsttok.data import FactFile, builtin_sentences, check_facts, load_texts, resolve_data
+from firsttok.contexts import kept_contexts, load_contexts
+from firsttok.data import (
+    Fact,
+    FactFile,
+    builtin_sentences,
+    check_facts,
+    load_texts,
+    resolve_data,
+)
 from firsttok.errors import BadInputError, UnsupportedModelError
-from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.option_values import HYPERPARAMETERS
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
@@ -19,10 +25,11 @@ from firsttok.study import Study
 
 __all__ = [
     "fact_file",
-    "hyperparameters_from",
+    "fact_from",
     "model_from",
     "open_study",
     "open_study_of",
+    "texts_from",
 ]
 
 
@@ -31,30 +38,37 @@ def model_from(args: argparse.Namespace) -> Model:
     return load(args.model, bos=args.bos, dtype=args.dtype, device=args.device)
 
 
+def texts_from(args: argparse.Namespace) -> tuple[str, ...]:
+    """The sentences of ``--texts``, or the built-in ones."""
+    return load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
+
+
+def fact_from(args: argparse.Namespace, *, target: str, true: str) -> Fact:
+    """The fact of ``--subject`` and ``--template``."""
+    return Fact(
+        subject=args.subject,
+        template=args.template,
+        target_new=target,
+        target_true=true,
+        source="command line",
+        join=args.join or "auto",
+        straddle=args.straddle or "refuse",
+    )
+
+
 def fact_file(args: argparse.Namespace) -> FactFile:
     """Check the facts of ``--facts``, or take the built-in ones; no more than ``--limit`` if given.
 
-    ``--facts`` is a file, or the name of a data set that was pulled (``firsttok data pull``). With
-    ``--skip-bad`` records that cannot be read are left out.
-
     Raises:
-        BadInputError: If the file is unusable, or the limit is below 1.
+        BadInputError: If the file is unusable.
     """
-    path = resolve_data(args.facts, "facts") if args.facts else None
     return check_facts(
-        path,
+        resolve_data(args.facts, "facts") if args.facts else None,
         limit=getattr(args, "limit", None),
         skip_bad=args.skip_bad,
         join=args.join,
         straddle=args.straddle,
     )
-
-
-def hyperparameters_from(args: argparse.Namespace, model: Model) -> Hyperparameters:
-    """Return the model's settings with what the options change."""
-    given = {field: getattr(args, option) for option, field in HYPERPARAMETERS.items()}
-    changed = {name: value for name, value in given.items() if value is not None}
-    return replace(model.hyperparameters, **changed)
 
 
 def open_study(
@@ -70,7 +84,7 @@ def open_study(
     """Read every input file first, then load the model, then compute what is missing.
 
     Args:
-        args: Parsed options of :func:`add_model_options` and :func:`add_edit_options`.
+        args: Parsed options of a model and of an edit.
         folder: Where finished parts are kept.
         progress: Where to show progress.
         contexts_folder: Where contexts may be already, besides the cache.
@@ -83,12 +97,12 @@ def open_study(
     Raises:
         FirsttokError: If an input is unusable.
     """
-    contexts: ContextSet | None = load_contexts(args.contexts) if args.contexts else None
-    texts = load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
+    contexts = load_contexts(args.contexts) if args.contexts else None
+    texts = texts_from(args)
     corpus = _corpus(args.corpus)
-    given = args.second_moment not in (None, "identity")
-    if given and not Path(args.second_moment).is_file():
-        raise BadInputError(f"no second moment at {args.second_moment}; check the path")
+    moment = args.second_moment
+    if moment not in (None, "identity") and not Path(moment).is_file():
+        raise BadInputError(f"no second moment at {moment}; check the path")
     model = model_from(args)
     if not model.can_be_edited:
         raise UnsupportedModelError(
@@ -98,7 +112,8 @@ def open_study(
     if without_bos and args.bos == BosPolicy.AS_TOKENIZER.value and model.leading_ids:
         model = model.with_bos(BosPolicy.WITHOUT)
     site = model.site(args.layer)
-    settings = hyperparameters_from(args, model)
+    given = {field: getattr(args, option) for option, field in HYPERPARAMETERS.items()}
+    changed = {name: value for name, value in given.items() if value is not None}
     if on_model is not None:
         on_model(model)
     moment = _second_moment(args, model, site, corpus, progress)
@@ -112,8 +127,8 @@ def open_study(
         contexts=contexts,
         second_moment=moment,
         layer=site.layer,
-        hyperparameters=settings,
-        texts=tuple(texts),
+        hyperparameters=replace(model.hyperparameters, **changed),
+        texts=texts,
         work=folder / ".work",
         text_bos=BosPolicy(args.text_bos),
     )
@@ -123,12 +138,6 @@ def open_study_of(
     args: argparse.Namespace, facts: FactFile, folder: Path, progress: Progress | None
 ) -> tuple[Study, FactFile]:
     """As :func:`open_study`, with the tokens of all facts looked at before anything is computed.
-
-    Args:
-        args: Parsed options, those of :func:`add_facts_options` among them.
-        facts: The facts.
-        folder: Where contexts and finished parts are kept.
-        progress: Where to show progress.
 
     Returns:
         The study, and the facts that can be edited: all of them unless ``--skip-bad`` is given.

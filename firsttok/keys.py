@@ -12,7 +12,7 @@ from torch import Tensor
 from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.display import Panel, Plot, Shown, Table, short_hash
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.engine.replay import keys_behind
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture
@@ -24,6 +24,7 @@ from firsttok.prompts import (
     pad,
     positions,
 )
+from firsttok.svg import Plot
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
 __all__ = [

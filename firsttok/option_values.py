@@ -4,16 +4,15 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from firsttok.arguments import check_text, seed_number
-from firsttok.errors import BadInputError, FirsttokError
+from firsttok.arguments import seed_number
+from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.sinks import check_output
 
-__all__ = ["HYPERPARAMETERS", "check_arguments", "check_device_name", "check_options"]
+__all__ = ["HYPERPARAMETERS", "check_device_name", "check_options"]
 
 HYPERPARAMETERS = {
     "steps": "steps",
@@ -40,21 +39,8 @@ _TEXTS = ("subject", "target", "template", "true")
 """Options whose text is a fact's, which says itself what may be empty."""
 
 
-def check_arguments(argv: Sequence[str]) -> None:
-    """Refuse arguments that are no text, before they reach a tokenizer or a file.
-
-    Raises:
-        BadInputError: If one was not UTF-8, so that Python has made half surrogate pairs of it.
-    """
-    for word in argv:
-        check_text(word, "the argument")
-
-
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse values that cannot be right whatever the model.
-
-    Args:
-        args: Parsed options of any command or script; those it does not have are passed over.
+    """Refuse values that cannot be right whatever the model; what is not given is passed over.
 
     Raises:
         BadInputError: If a number is outside its range, or nothing can be written where it is to
@@ -62,12 +48,11 @@ def check_options(args: argparse.Namespace) -> None:
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name, value in given.items():
+        if name in _COUNTS and value < 1:
+            raise BadInputError(f"{_option(name)} is {value}; give at least 1")
         values: list[Any] = value if isinstance(value, list) else [value]
         if name not in _TEXTS and any(isinstance(v, str) and not v.strip() for v in values):
             raise BadInputError(f"{_option(name)} is empty; give a value, or leave it out")
-    for name in _COUNTS:
-        if name in given and given[name] < 1:
-            raise BadInputError(f"{_option(name)} is {given[name]}; give at least 1")
     if "seed" in given:
         seed_number(given["seed"], "--seed")
     layers = given.get("layer", 0)
@@ -100,31 +85,19 @@ def check_device_name(device: str) -> None:
 
 def _check_places(given: dict[str, Any]) -> None:
     """See that what the options name can be written, so that no work is lost at its end."""
-    synthesized = given.get("action") == "synthesize"
-    files = (*_FILES, "out") if synthesized else _FILES
-    for name in (name for name in files if name in given):
-        path = _path(_option(name), given[name])
-        if path.is_dir():
-            raise BadInputError(f"{_option(name)} {path} is a folder; name a file in it")
+    named = {name: given[name] for name in (*_FILES, *_FOLDERS) if name in given}
+    if given.get("command") == "sweep" and given["run"][0] != "status":
+        named["run"] = given["run"][0]
+    for name, text in named.items():
+        option = _option(name)
+        path = _path(option, text)
         if name == "csv" and not path.parent.is_dir():
             # Its folder is made.
-            _check_folder(_option(name), path.parent)
-            continue
-        if not path.parent.is_dir():
-            raise BadInputError(
-                f"the folder of {_option(name)} {path} does not exist; make it first"
-            )
-        try:
-            check_output(path)
-        except FirsttokError as error:
-            raise BadInputError(f"{_option(name)}: {error}") from None
-    folders = {_option(name): given[name] for name in _FOLDERS if name in given}
-    if synthesized:
-        del folders["--out"]
-    if given.get("command") == "sweep" and given["run"][0] != "status":
-        folders[_option("run")] = given["run"][0]
-    for name, folder in folders.items():
-        _check_folder(name, _path(name, folder))
+            _check_folder(option, path.parent)
+        elif name in _FILES or (name == "out" and given.get("action") == "synthesize"):
+            check_output(path, option)
+        else:
+            _check_folder(option, path)
 
 
 def _check_folder(name: str, path: Path) -> None:
@@ -133,7 +106,8 @@ def _check_folder(name: str, path: Path) -> None:
     if not there.is_dir():
         kind = "file" if there.exists() else "link to nothing"
         raise BadInputError(f"{name} {path}: {there} is a {kind}; name a folder")
-    _check_writable(name, there)
+    if not os.access(there, os.W_OK):
+        raise BadInputError(f"{name}: {there} cannot be written to; choose another place")
 
 
 def _path(name: str, text: str) -> Path:
@@ -152,11 +126,6 @@ def _path(name: str, text: str) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInputError(f"{name} {text[:200]!r} is no usable path ({reason})") from None
     return path
-
-
-def _check_writable(name: str, place: Path) -> None:
-    if not os.access(place, os.W_OK):
-        raise BadInputError(f"{name}: {place} cannot be written to; choose another place")
 
 
 def _option(name: str) -> str:

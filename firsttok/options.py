@@ -5,8 +5,10 @@ import hashlib
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 __all__ = [
+    "DEFAULT_MODEL",
     "PASSED_ON",
     "add_config_option",
     "add_edit_options",
@@ -14,16 +16,52 @@ __all__ = [
     "add_model_options",
     "add_prompt_options",
     "add_script_options",
+    "add_shared",
     "folder_name",
     "model_label",
 ]
 
+DEFAULT_MODEL = "smollm2-135m"
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos", "join", "straddle")
 """Options of ``firsttok reproduce`` that go to every script."""
+_BOS = ["as_tokenizer", "with", "without"]
+_SHARED: dict[str, dict[str, Any]] = {
+    "edit": {"nargs": "+", "metavar": "EDIT", "help": "a file of firsttok edit --save"},
+    "--bos": {
+        "choices": _BOS,
+        "default": "as_tokenizer",
+        "help": "whether prompts begin with a BOS token (default: %(default)s)",
+    },
+    "--device": {"default": "cpu", "help": "cpu, cuda or cuda:N (default: %(default)s)"},
+    "--dtype": {
+        "choices": ["float32", "bfloat16", "float16", "float64"],
+        "default": "float32",
+        "help": "type that the model is opened in (default: %(default)s)",
+    },
+    "--json": {"action": "store_true", "help": "print one JSON object and nothing else"},
+    "--out": {"metavar": "DIR", "default": "figures", "help": "for results (default: figures)"},
+    "--text-bos": {
+        "choices": _BOS,
+        "default": "without",
+        "help": "whether those sentences begin with BOS (default: without, as in the papers; for "
+        "firsttok inspect what fits the model)",
+    },
+    "--texts": {
+        "metavar": "FILE",
+        "help": "sentences for perplexity, as in ME-PPL (JSON, JSON Lines, Parquet, .gz), or the "
+        "name of a pulled set",
+    },
+}
 _USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
 _ODD = re.compile(r"^[^A-Za-z0-9]|[^A-Za-z0-9_.@+-]+")
 _LONGEST = 120
 """Bytes of a folder name; file systems take 255, less where they encrypt."""
+
+
+def add_shared(parser: argparse._ActionsContainer, *names: str) -> None:
+    """Add arguments that mean the same in every command that takes them, such as ``--json``."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
 
 
 def add_config_option(parser: argparse.ArgumentParser) -> None:
@@ -42,33 +80,20 @@ def add_config_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Add the options that choose a model, and ``--config``.
-
-    Args:
-        parser: Where to.
-        several: Whether ``--model`` and ``--layer`` take several.
-    """
+    """Add the options that choose a model, or several with a layer each, and ``--config``."""
     add_config_option(parser)
     group = parser.add_argument_group("model")
-    named = "name of the catalog (firsttok models list), hub id[@commit] or folder"
-    if several:
-        group.add_argument("--model", nargs="+", default=["smollm2-135m"], help=f"each a {named}")
-        group.add_argument(
-            "--layer", nargs="+", type=int, help="layers to edit, from 0 (default: the model's)"
-        )
-    else:
-        group.add_argument("--model", default="smollm2-135m", help=named)
-        group.add_argument("--layer", type=int, help="layer to edit, from 0 (default: the model's)")
+    nargs = "+" if several else None
     group.add_argument(
-        "--bos",
-        choices=["as_tokenizer", "with", "without"],
-        default="as_tokenizer",
-        help="whether prompts begin with a BOS token (default: %(default)s)",
+        "--model",
+        nargs=nargs,
+        default=[DEFAULT_MODEL] if several else DEFAULT_MODEL,
+        help="name of the catalog (firsttok models list), hub id[@commit] or folder",
     )
     group.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], default="float32"
+        "--layer", nargs=nargs, type=int, help="layer to edit, from 0 (default: the model's)"
     )
-    group.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add_shared(group, "--bos", "--dtype", "--device")
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -93,14 +118,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = "without") -> None:
-    """Add the options that make an edit repeatable.
-
-    Args:
-        parser: Where to.
-        text_bos: Default of ``--text-bos``; None where the command finds out what fits the model.
-    """
-    usual = "%(default)s, as in the papers" if text_bos else "what fits the model"
+def add_edit_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make an edit repeatable."""
     add_prompt_options(parser)
     group = parser.add_argument_group("edit")
     group.add_argument("--seed", type=int, default=0, help="seed of the contexts (default: 0)")
@@ -118,18 +137,7 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
     group.add_argument(
         "--corpus", metavar="FILE", help="text file for the second moment (default: pydoc topics)"
     )
-    group.add_argument(
-        "--texts",
-        metavar="FILE",
-        help="sentences for perplexity, as in ME-PPL (JSON, JSON Lines, Parquet, .gz), or the name "
-        "of a pulled set",
-    )
-    group.add_argument(
-        "--text-bos",
-        choices=["as_tokenizer", "with", "without"],
-        default=text_bos,
-        help=f"whether those sentences begin with BOS (default: {usual})",
-    )
+    add_shared(group, "--texts", "--text-bos")
     for name, kind, what in (
         ("steps", int, "loss evaluations of the value optimisation"),
         ("lr", float, "learning rate of Adam"),
@@ -140,37 +148,29 @@ def add_edit_options(parser: argparse.ArgumentParser, *, text_bos: str | None = 
         group.add_argument(f"--{name}", type=kind, help=f"{what} (default: the model's)")
 
 
-def add_facts_options(
-    parser: argparse.ArgumentParser, *, limit: str | None = None, default: str = ""
-) -> None:
-    """Add the options that choose the facts.
-
-    Args:
-        parser: Where to.
-        limit: What ``--limit`` does; None where there is none.
-        default: What is told of the default.
-    """
+def add_facts_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> None:
+    """Add the options that choose the facts, ``--limit`` among them unless there is to be none."""
     group = parser.add_argument_group("facts")
     group.add_argument(
         "--facts",
         metavar="FILE",
         help="facts as published (COUNTERFACT, ZsRE, KnowEdit, MQuAKE, ...; JSON, JSON Lines, "
-        f"Parquet, .gz), or the name of a pulled data set{default}",
+        "Parquet, .gz), or the name of a pulled data set (default: built-in ones)",
     )
     group.add_argument(
         "--skip-bad",
         action="store_true",
         help="leave out facts that cannot be read or edited, and say how many and why",
     )
-    if limit is not None:
-        group.add_argument("--limit", type=int, help=limit)
+    if limit:
+        group.add_argument("--limit", type=int, help="only the first so many facts")
 
 
 def add_script_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the scripts in ``analyses/``."""
     add_model_options(parser)
     add_edit_options(parser)
-    add_facts_options(parser)
+    add_facts_options(parser, limit=False)
     group = parser.add_argument_group("cases and output")
     group.add_argument("--cases", metavar="FILE", help="list of collapse cases of firsttok scan")
     group.add_argument(
@@ -182,17 +182,11 @@ def add_script_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--collapse", type=int, help="most collapse cases")
     group.add_argument("--normal", type=int, help="number of normal cases")
-    group.add_argument(
-        "--out", metavar="DIR", default="figures", help="folder for results (default: figures)"
-    )
+    add_shared(group, "--out")
 
 
 def model_label(name: str) -> str:
-    """What tables and records call a model: its name; of a folder, the folder's own name.
-
-    Args:
-        name: What the model is loaded by: a name of the catalog, a hub id or a folder.
-    """
+    """What tables and records call a model: its name; of a folder, the folder's own name."""
     plain = name.rstrip("/") or name
     if not (plain.startswith((".", "/", "~")) or plain.count("/") > 1):
         return plain or "model"
@@ -208,9 +202,6 @@ def folder_name(name: str) -> str:
     A hub id's slash becomes two hyphens. A label whose folder could be that of another one, or none
     at all, gets a part of its SHA-256: one that holds two hyphens or characters that not every file
     system takes, or is very long.
-
-    Args:
-        name: What the model is loaded by, or its label.
     """
     label = model_label(name)
     folder = label.replace("/", "--")

@@ -9,7 +9,7 @@ import torch
 from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.display import Note, Panel, Part, Plot, Shown, Table
+from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.exploration import prepare_study
 from firsttok.keys import (
@@ -32,6 +32,7 @@ from firsttok.probes import (
 )
 from firsttok.prompts import fact_prompt, pad, text_prompt
 from firsttok.study import Study
+from firsttok.svg import Plot
 from firsttok.tensors import Intervention
 from firsttok.token_strips import tokens
 

@@ -44,9 +44,7 @@ class ScreenRow:
     case_id: int
     """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     prompt: str
-    """The fact's prompt."""
     first_token: bool
     """Whether the looked-up token is the very first of the sequence (BOS counts as a token)."""
     one_token: bool
@@ -68,23 +66,19 @@ class ScreenRow:
     def is_hard(self, threshold: float | None) -> bool:
         """Whether the fact is taken for a collapse case.
 
-        Args:
-            threshold: It is if the denominator is smaller in size; None to compare with C-ROME's
-                by :data:`RATIO`.
+        It is if the denominator is smaller in size than the threshold, or, without one, than
+        :data:`RATIO` of C-ROME's.
         """
         return self.ratio < RATIO if threshold is None else abs(self.denominator) < threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its 95 % interval from resampling the cases."""
+    """A number on all cases, with its 95 % interval: percentiles over resamples of the cases."""
 
     value: float
-    """The number on all cases."""
     low: float
-    """2.5th percentile over resamples."""
     high: float
-    """97.5th percentile over resamples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +86,8 @@ class Calibration:
     """How well the size of the denominator foretells what the real edit did."""
 
     cases: int
-    """Edited cases."""
+    """Edited cases, of which some collapsed the model."""
     collapsed: int
-    """Those of them that collapsed the model."""
     auc: Estimate
     """Area under the receiver operating characteristic."""
     average_precision: Estimate
@@ -119,8 +112,8 @@ def screen(
     """Read the keys of every fact; no value is optimised and no weight changed.
 
     Args:
-        study: The study; contexts, second moment and layer count.
-        facts: The facts; a few at a time are in memory.
+        study: Its contexts, second moment and layer count.
+        facts: A few at a time are in memory.
         progress: Where to show progress.
         total: Number of facts, for the estimate.
         on_failure: Told of each fact whose keys cannot be read or are not finite, which has no row
@@ -163,16 +156,11 @@ def screen(
 def calibrate(
     denominators: Sequence[float], collapsed: Sequence[bool], *, seed: int = 0
 ) -> Calibration:
-    """Compare denominators with what the real edits did.
+    """Compare the denominators ``u . k^u`` of edited cases with what their edits did.
 
     The threshold is the one that separates best (Youden's J, midway between two cases). Recall and
     precision are those of ten-fold cross-validation, so that no case is judged by a threshold it
-    helped to make. Intervals are percentiles over resamples of the cases.
-
-    Args:
-        denominators: ``u . k^u`` of every edited case.
-        collapsed: Whether its edit collapsed the model.
-        seed: Seed of folds and resamples.
+    helped to make.
 
     Raises:
         BadInputError: If the numbers of both differ, or there are not two cases of each kind.
@@ -189,8 +177,7 @@ def calibrate(
             "least two that do and two that do not"
         )
     found = _held_out(sizes, truth, seed)
-    draws = _resamples(truth, seed)
-    estimate = partial(_estimate, draws=draws)
+    estimate = partial(_estimate, draws=_resamples(truth, seed))
     return Calibration(
         cases=len(truth),
         collapsed=int(truth.sum()),

@@ -32,7 +32,7 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
         CacheError: If there can be no such file, if its folder cannot be written to, or if the disk
             is full.
     """
-    stream = _checked(path)
+    stream = _checked(path, str(path))
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
         if stream is None:
@@ -63,24 +63,25 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
-    """Check that a file can be written later, before work is done for it.
+def check_output(path: Path, option: str = "") -> None:
+    """Check that a file, named by an option, can be written later, before work is done for it.
 
     Raises:
         BadInputError: If a folder or a device has that name, if its folder does not exist, or if
             the file or its folder may not be changed.
         CacheError: If there can be no such file.
     """
-    if _checked(path) is not None:
+    named = f"{option} {path}".lstrip()
+    if _checked(path, named) is not None:
         return
     folder = Path(os.path.realpath(path)).parent
     if not folder.is_dir():
-        raise BadInputError(f"the folder of {path} does not exist; make it first")
+        raise BadInputError(f"the folder of {named} does not exist; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInputError(f"the folder of {path} cannot be written to; choose another one")
+        raise BadInputError(f"the folder of {named} cannot be written to; choose another one")
 
 
-def _checked(path: Path) -> Path | int | None:
+def _checked(path: Path, named: str) -> Path | int | None:
     """What to open where output is sent, a descriptor or a pipe; None where a file is replaced."""
     descriptor = _descriptor(path)
     if descriptor is not None:
@@ -91,12 +92,12 @@ def _checked(path: Path) -> Path | int | None:
         return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CacheError(f"{str(path)!r} cannot be written ({reason}); name another file") from None
+        raise CacheError(f"{named!r} cannot be written ({reason}); name another file") from None
     kind = found.st_mode
     if stat.S_ISREG(kind):
         if not kind & 0o222 or not os.access(path, os.W_OK):
             raise BadInputError(
-                f"{path} is there and may not be written to; name another file, or change its "
+                f"{named} is there and may not be written to; name another file, or change its "
                 "permissions"
             )
         return None
@@ -104,7 +105,7 @@ def _checked(path: Path) -> Path | int | None:
     if null or stat.S_ISFIFO(kind):
         return path
     what = "folder" if stat.S_ISDIR(kind) else "socket" if stat.S_ISSOCK(kind) else "device"
-    raise BadInputError(f"{path} is a {what}; name a file, a pipe or {os.devnull}")
+    raise BadInputError(f"{named} is a {what}; name a file, a pipe or {os.devnull}")
 
 
 def _descriptor(path: Path) -> int | None:

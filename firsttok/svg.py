@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from firsttok.display import cell_text
 from firsttok.escapes import as_html
 
-__all__ = ["line_plot", "sparkline"]
+__all__ = ["Plot", "sparkline"]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which those see apart, too, who do not see red and green apart."""
@@ -15,87 +17,100 @@ _WIDTH, _HEIGHT = 460, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 26, 40
 
 
-def line_plot(
-    series: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    x: Sequence[int | float] | None = None,
-    log: bool = False,
-) -> str:
-    """Draw one line for each series; what is no finite number is left out of its line.
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A line for each series; what is no finite number is left out of its line."""
 
-    Args:
-        series: Values by the name of their line.
-        title: What the plot shows; also read out.
-        x_label: What runs to the right.
-        y_label: What runs upwards.
-        x: Where the values stand; None for 0, 1, 2 and so on.
-        log: Whether the values are drawn on a logarithmic scale, from which 0 and less are missing.
-    """
-    longest = max((len(each) for each in series.values()), default=0)
-    places = [float(place) for place in (range(longest) if x is None else x)]
-    lines = {name: _points(places, values, log) for name, values in series.items()}
-    found = [point for points in lines.values() for point in points]
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{as_html(title)}" '
-        f'viewBox="0 0 {_WIDTH} {_HEIGHT + 14 * len(series)}" width="{_WIDTH}" '
-        'font-family="sans-serif" font-size="11" fill="currentColor" stroke="none">'
-        f'<title>{as_html(title)}</title><text x="{_LEFT}" y="14">{as_html(title)}</text>'
-    )
-    if not found:
-        return f'{head}<text x="{_LEFT}" y="40">nothing finite to draw</text></svg>'
-    left, right = _limits([point[0] for point in found])
-    low, high = _limits([point[1] for point in found])
+    title: str
+    """What it shows; also read out."""
+    series: Mapping[str, Sequence[float]]
+    """Values by the name of their line."""
+    x_label: str
+    """What runs to the right."""
+    y_label: str
+    """What runs upwards."""
+    x: Sequence[int | float] | None = None
+    """Where the values stand; None for 0, 1, 2 and so on."""
+    log: bool = False
+    """Whether the scale is logarithmic, from which 0 and less are missing."""
 
-    def across(value: float) -> float:
-        return _LEFT + (value - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+    @property
+    def text(self) -> str:
+        """A sparkline for each line, with its least and its largest value."""
+        width = max((len(name) for name in self.series), default=0)
+        rows = [f"{self.title} ({self.x_label} to the right{', log scale' if self.log else ''})"]
+        for name, values in self.series.items():
+            known = [value for value in values if math.isfinite(value)]
+            ends = f"  {cell_text(min(known))} to {cell_text(max(known))}" if known else ""
+            rows.append(f"  {name.ljust(width)}  {sparkline(values, log=self.log)}{ends}")
+        return "\n".join(rows)
 
-    def up(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
-
-    heights = _ticks(low, high, whole=log)
-    if len(heights) < 2:
-        # Less than a decade of a logarithmic scale: its ends.
-        heights = [low, high]
-    body = [
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}" '
-        'stroke="currentColor" stroke-opacity="0.2"/>'
-        f'<text x="{_LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">'
-        f"{_number(10**tick if log else tick)}</text>"
-        for tick in heights
-    ]
-    body += [
-        f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
-        f"{_number(tick)}</text>"
-        for tick in _ticks(left, right, whole=all(place.is_integer() for place in places))
-    ]
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    body.append(
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-        f"{as_html(x_label)}</text>"
-        f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">'
-        f"{as_html(y_label)}</text>"
-    )
-    for index, (name, points) in enumerate(lines.items()):
-        stroke = (
-            f'stroke="{_COLOURS[index % len(_COLOURS)]}" stroke-width="1.8" '
-            f'stroke-dasharray="{_DASHES[index % len(_DASHES)]}"'
+    @property
+    def html(self) -> str:
+        """The plot as SVG."""
+        title = as_html(self.title)
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" '
+            f'viewBox="0 0 {_WIDTH} {_HEIGHT + 14 * len(self.series)}" width="{_WIDTH}" '
+            'font-family="sans-serif" font-size="11" fill="currentColor" stroke="none">'
+            f'<title>{title}</title><text x="{_LEFT}" y="14">{title}</text>'
         )
-        path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
-        height = _HEIGHT + 14 * index + 4
+        longest = max((len(each) for each in self.series.values()), default=0)
+        places = [float(place) for place in (range(longest) if self.x is None else self.x)]
+        lines = {name: _points(places, each, self.log) for name, each in self.series.items()}
+        found = [point for points in lines.values() for point in points]
+        if not found:
+            return f'{head}<text x="{_LEFT}" y="40">nothing finite to draw</text></svg>'
+        left, right = _limits([point[0] for point in found])
+        low, high = _limits([point[1] for point in found])
+
+        def across(value: float) -> float:
+            return _LEFT + (value - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+
+        def up(value: float) -> float:
+            return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+        heights = _ticks(low, high, whole=self.log)
+        if len(heights) < 2:
+            # Less than a decade of a logarithmic scale: its ends.
+            heights = [low, high]
+        body = [
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}" '
+            'stroke="currentColor" stroke-opacity="0.2"/>'
+            f'<text x="{_LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">'
+            f"{_number(10**tick if self.log else tick)}</text>"
+            for tick in heights
+        ]
+        body += [
+            f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
+            f"{_number(tick)}</text>"
+            for tick in _ticks(left, right, whole=all(place.is_integer() for place in places))
+        ]
+        middle = (_TOP + _HEIGHT - _BOTTOM) / 2
         body.append(
-            f'<polyline points="{path}" fill="none" {stroke}/>'
-            f'<line x1="{_LEFT}" x2="{_LEFT + 26}" y1="{height}" y2="{height}" {stroke}/>'
-            f'<text x="{_LEFT + 32}" y="{height + 4}">{as_html(name)}</text>'
+            f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
+            f"{as_html(self.x_label)}</text>"
+            f'<text x="12" y="{middle}" text-anchor="middle" '
+            f'transform="rotate(-90 12 {middle})">{as_html(self.y_label)}</text>'
         )
-    return f"{head}{''.join(body)}</svg>"
+        for index, (name, points) in enumerate(lines.items()):
+            stroke = (
+                f'stroke="{_COLOURS[index % len(_COLOURS)]}" stroke-width="1.8" '
+                f'stroke-dasharray="{_DASHES[index % len(_DASHES)]}"'
+            )
+            path = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
+            height = _HEIGHT + 14 * index + 4
+            body.append(
+                f'<polyline points="{path}" fill="none" {stroke}/>'
+                f'<line x1="{_LEFT}" x2="{_LEFT + 26}" y1="{height}" y2="{height}" {stroke}/>'
+                f'<text x="{_LEFT + 32}" y="{height + 4}">{as_html(name)}</text>'
+            )
+        return f"{head}{''.join(body)}</svg>"
 
 
 def sparkline(values: Sequence[float], *, log: bool = False) -> str:
     """The values as a row of blocks, from the least to the largest; ``·`` where there is none."""
-    known = dict(_points([float(place) for place in range(len(values))], values, log))
+    known = dict(_points(range(len(values)), values, log))
     if not known:
         return "·" * len(values)
     low, high = min(known.values()), max(known.values())
@@ -106,7 +121,7 @@ def sparkline(values: Sequence[float], *, log: bool = False) -> str:
 
 
 def _points(
-    places: Sequence[float], values: Sequence[float], log: bool
+    places: Sequence[int | float], values: Sequence[float], log: bool
 ) -> list[tuple[float, float]]:
     return [
         (float(place), math.log10(value) if log else float(value))

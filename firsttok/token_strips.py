@@ -21,7 +21,6 @@ class TokenStrip(Shown):
     pieces: tuple[str, ...]
     """Each token as text; what shows nothing is written out, a line end as ``\\n``."""
     token_ids: tuple[int, ...]
-    """Each token's number."""
     looked_up: int | None
     """Position of the subject's last token, whose key an edit looks up; None without a subject."""
     joined_target: str | None = None
@@ -65,9 +64,9 @@ def tokens(model: Model, prompt: Fact | str, context: str = "{}") -> TokenStrip:
     """Show how a fact's prompt, or a plain text, falls into tokens under the model's BOS policy.
 
     Args:
-        model: The model.
+        model: Whose tokenizer and BOS policy it is.
         prompt: A fact, or a text without a subject.
-        context: Template put around it; the bare one by default.
+        context: Template put around it.
 
     Raises:
         BadInputError: If it yields no token, or has no subject token of its own.

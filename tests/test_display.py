@@ -11,7 +11,7 @@ import torch
 from tiny import BARE_ONLY, CONTEXTS, FACTS, SENTENCES, TinyFactory, same_weights, weights
 
 import firsttok as ft
-from firsttok.display import Note, Panel, Plot, Shown, Strip, Table, cell_text
+from firsttok.display import Note, Panel, Shown, Strip, Table, cell_text
 from firsttok.editing import METHODS, compute_edit
 from firsttok.errors import BadInputError, FirsttokError, LayerOutOfRangeError
 from firsttok.evaluation import perplexity, target_probabilities
@@ -21,7 +21,7 @@ from firsttok.models import Model
 from firsttok.probes import IDENTITY_CELLS, SECOND2FIRST, SeesAll, distinct_with_space
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
-from firsttok.svg import line_plot, sparkline
+from firsttok.svg import Plot, sparkline
 from firsttok.tensors import TokenBatch
 
 EVIL = "<script>alert('x')</script> & \"y\""
@@ -157,13 +157,8 @@ def test_facts_tokens_and_templates_are_escaped(tiny: TinyFactory) -> None:
 
 
 def test_a_plot_is_drawn_where_its_values_are() -> None:
-    drawn = line_plot(
-        {"up": [1.0, 10.0, 100.0], "gap": [5.0, float("nan"), -1.0]},
-        title="t",
-        x_label="x",
-        y_label="y",
-        log=True,
-    )
+    series = {"up": [1.0, 10.0, 100.0], "gap": [5.0, float("nan"), -1.0]}
+    drawn = Plot(series=series, title="t", x_label="x", y_label="y", log=True).html
     root = ET.fromstring(drawn)
     lines = [node.attrib["points"].split() for node in root if node.tag.endswith("polyline")]
     points = [[tuple(map(float, point.split(","))) for point in line] for line in lines]
@@ -185,7 +180,7 @@ def test_a_plot_is_drawn_where_its_values_are() -> None:
 )
 @pytest.mark.parametrize("log", [False, True])
 def test_no_values_are_too_odd_to_draw(values: list[float], log: bool) -> None:
-    drawn = line_plot({"a": values}, title="t", x_label="x", y_label="y", log=log)
+    drawn = Plot(series={"a": values}, title="t", x_label="x", y_label="y", log=log).html
     ET.fromstring(drawn)
     assert "nan" not in drawn
     assert "inf" not in drawn.replace("infinite", "").replace("nothing finite", "")
@@ -460,7 +455,7 @@ def test_panels_need_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     code = (
-        "import sys; from firsttok.display import *; "
+        "import sys; from firsttok.display import *; from firsttok.svg import Plot; "
         "p = Panel(title='t', parts=[Plot(title='p', series={'a': [1, 2]}, x_label='', "
         "y_label='')]); p.html; p.text; "
         "print([m for m in ('torch', 'numpy', 'jinja2', 'rich') if m in sys.modules])"

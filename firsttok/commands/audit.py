@@ -5,22 +5,18 @@ from pathlib import Path
 
 from firsttok.auditing import audit
 from firsttok.console import progress_bar, show, show_json
-from firsttok.data import builtin_sentences, load_texts, resolve_data
 from firsttok.editing import load_edit
 from firsttok.escapes import finite
+from firsttok.inputs import texts_from
 from firsttok.models import BosPolicy, load
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Open both states, compare them, and print what was found.
-
-    Raises:
-        FirsttokError: If a model cannot be opened, or the two are not of one kind.
-    """
+    """Open both states, compare them, and print what was found."""
     edit = load_edit(args.second) if Path(args.second).suffix == ".safetensors" else None
-    texts = load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
+    texts = texts_from(args)
     before = load(args.before, dtype=args.dtype, device=args.device)
     after = edit or load(args.second, dtype=args.dtype, device=args.device)
     with progress_bar() as progress:

@@ -9,14 +9,8 @@ from firsttok.data import Fact
 from firsttok.editing import find_methods, load_edit, shown_components
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
-from firsttok.exploration import (
-    Comparison,
-    Observation,
-    WhatIf,
-    compare_methods,
-    state_lines,
-)
-from firsttok.inputs import open_study
+from firsttok.exploration import Comparison, Observation, WhatIf, compare_methods, state_lines
+from firsttok.inputs import fact_from, open_study
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
 from firsttok.study import Study
@@ -25,23 +19,11 @@ __all__ = ["observation_record", "print_observations", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Edit the fact by each method, and print what the model says then.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Edit the fact by each method, and print what the model says then."""
     methods = find_methods(args.method)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
-    fact = Fact(
-        subject=args.subject,
-        template=args.template,
-        target_new=args.target,
-        target_true=args.true,
-        source="command line",
-        join=args.join or "auto",
-        straddle=args.straddle or "refuse",
-    )
+    fact = fact_from(args, target=args.target, true=args.true)
     earlier = [load_edit(path) for path in args.after or ()]
     with progress_bar() as progress:
         study = open_study(args, cache_folder("explorations"), progress)
@@ -80,13 +62,7 @@ def observation_record(seen: Observation) -> dict[str, Any]:
 def print_observations(
     prompt: str, states: Mapping[str, Observation], lines: Sequence[Sequence[Any]]
 ) -> None:
-    """Print what a model says to a prompt in several states.
-
-    Args:
-        prompt: The prompt.
-        states: What was seen, by the name of the state.
-        lines: Lines of the table, a value for each state behind the label.
-    """
+    """Print what a model says to a prompt in several states; a line has a value for each."""
     print_table(prompt, ["", *states], [list(line) for line in lines])
     for name, seen in states.items():
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions)
@@ -101,15 +77,13 @@ def _record(study: Study, found: Comparison) -> dict[str, Any]:
     prompt = with_target(study.model, prompt, fact.target_new, join=fact.join)
     states = {"before": observation_record(first.before)}
     for each in found.results:
-        states[each.method.name] = (
-            observation_record(each.after)
-            | each.report
-            | {
-                "losses": list(each.edit.losses),
-                "damage": None if each.damage is None else each.damage.value,
-                "verdict": each.verdict,
-            }
-        )
+        states[each.method.name] = {
+            **observation_record(each.after),
+            **each.report,
+            "losses": list(each.edit.losses),
+            "damage": None if each.damage is None else each.damage.value,
+            "verdict": each.verdict,
+        }
     return {
         "fact": fact.as_record(),
         "subject_position": prompt.subject_position,

@@ -11,12 +11,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Put the edits into the model, one after another, and write it.
-
-    Raises:
-        FirsttokError: If a file is no edit, or does not fit the model or the edits before it; or if
-            the folder is not empty or cannot be written.
-    """
+    """Put the edits into the model, one after another, and write it."""
     edits = [load_edit(path) for path in args.edit]
     out = Path(args.out)
     check_export(out)

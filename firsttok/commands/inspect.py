@@ -18,11 +18,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Inspect the model, print what was found, and leave it in a folder if asked to.
-
-    Raises:
-        FirsttokError: If an input is unusable, or the model fails a check.
-    """
+    """Inspect the model, print what was found, and leave it in a folder if asked to."""
     args.model = args.name or args.model
     facts = tuple(fact_file(args)) if args.facts or args.limit is not None else None
     if facts is None and (args.join or args.straddle):

@@ -11,15 +11,22 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the models, or pull the named one.
-
-    Raises:
-        FirsttokError: If no model goes by the name, or it cannot be fetched.
-    """
+    """List the models, or pull the named one."""
     if args.action == "list":
         _list()
+        return
+    spec = find_spec(args.name)
+    if spec is None:
+        raise BadInputError(
+            f"no model is called {args.name!r}; see the names with: firsttok models list"
+        )
+    if spec.hub_id is None:
+        where = pull(spec.name, accept_terms=args.accept_terms)
+        note(f"{spec.name} is in {where}")
     else:
-        _pull(args.name, accept_terms=args.accept_terms)
+        model = load(spec.name)
+        check_hub_copy(spec.hub_id, spec.revision)
+        note(f"{spec.name} is in the hub's cache ({model.source})")
 
 
 def _list() -> None:
@@ -36,18 +43,3 @@ def _list() -> None:
     print_table("Models", ["name", "from", "layer", "steps", "weight decay"], rows)
     for spec in CATALOG:
         show(f"{spec.name}: {spec.note}")
-
-
-def _pull(name: str, *, accept_terms: bool) -> None:
-    spec = find_spec(name)
-    if spec is None:
-        raise BadInputError(
-            f"no model is called {name!r}; see the names with: firsttok models list"
-        )
-    if spec.hub_id is None:
-        folder = pull(spec.name, accept_terms=accept_terms)
-        note(f"{spec.name} is in {folder}")
-    else:
-        model = load(spec.name)
-        check_hub_copy(spec.hub_id, spec.revision)
-        note(f"{spec.name} is in the hub's cache ({model.source})")

@@ -12,11 +12,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the pages of one model, or of all, and print their paths.
-
-    Raises:
-        FirsttokError: If there is no result, or a file is not what a script writes.
-    """
+    """Write the pages of one model, or of all, and print their paths."""
     out, model = Path(args.out), args.model
     if model is not None and model not in {folder.name for folder in result_folders(out)}:
         model = folder_name(model)

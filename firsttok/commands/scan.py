@@ -15,11 +15,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scan the facts, leave the list in the model's folder, and print a summary.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Scan the facts, leave the list in the model's folder, and print a summary."""
     facts = fact_file(args)
     out = Path(args.out) / folder_name(args.model)
     failed: list[FailedFact] = []
@@ -40,17 +36,13 @@ def run(args: argparse.Namespace) -> None:
         "first token, one token": [row for row in rows if row.first_token],
         "not the first token": [row for row in rows if not row.first_token],
     }
-    lines = [
-        [
-            name,
-            len(chosen),
-            sum(row.collapsed for row in chosen),
-            max((row.perplexity for row in chosen), default=None),
-            min((abs(row.denominator) for row in chosen), default=None),
-            max((abs(row.denominator) for row in chosen), default=None),
-        ]
-        for name, chosen in groups.items()
-    ]
+    lines: list[list[object]] = []
+    for name, chosen in groups.items():
+        sizes = [abs(row.denominator) for row in chosen]
+        worst = max((row.perplexity for row in chosen), default=None)
+        collapsed = sum(row.collapsed for row in chosen)
+        ends = (min(sizes, default=None), max(sizes, default=None))
+        lines.append([name, len(chosen), collapsed, worst, *ends])
     print_table(
         f"ROME on {len(rows)} facts (original perplexity {study.original_perplexity.mean:.2f})",
         ["subject is", "facts", "collapsed", "max perplexity", "min |denominator|", "max"],

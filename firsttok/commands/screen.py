@@ -33,11 +33,7 @@ SHOWN = 10
 
 
 def run(args: argparse.Namespace) -> None:
-    """Screen the facts, calibrate on edited ones, and leave ranking, curves and hard list.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Screen the facts, calibrate on edited ones, and leave ranking, curves and hard list."""
     facts = _facts(args)
     out = Path(args.out) / folder_name(args.model)
     failed: list[FailedFact] = []
@@ -159,12 +155,9 @@ def _calibrated(
     judged = [row for row in rows if row.case_id in collapsed]
     if not judged:
         return None
+    outcomes = [collapsed[row.case_id] for row in judged]
     try:
-        return calibrate(
-            [row.denominator for row in judged],
-            [collapsed[row.case_id] for row in judged],
-            seed=seed,
-        )
+        return calibrate([row.denominator for row in judged], outcomes, seed=seed)
     except BadInputError as error:
         # The ranking is worth having without it.
         logger.warning("%s", error)
@@ -172,22 +165,14 @@ def _calibrated(
 
 
 def _line(row: Mapping[str, Any]) -> list[object]:
-    outcome = {None: None, True: "yes", False: "no"}[row["collapsed"]]
-    place = "yes" if row["first_token"] else "no"
-    return [
-        row["case_id"],
-        row["prompt"],
-        abs(row["denominator"]),
-        row["key_cosine"],
-        row["key_norm_ratio"],
-        place,
-        outcome,
-    ]
+    said = {None: None, True: "yes", False: "no"}
+    numbers = (abs(row["denominator"]), row["key_cosine"], row["key_norm_ratio"])
+    answers = (said[row["first_token"]], said[row["collapsed"]])
+    return [row["case_id"], row["prompt"], *numbers, *answers]
 
 
 def _describe(found: Calibration | None, seconds: Mapping[str, float]) -> None:
-    took = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    show(f"took: {took}")
+    show("took: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     if found is None:
         show("no edited cases to calibrate on: firsttok scan, or --measure")
         return

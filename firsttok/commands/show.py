@@ -7,24 +7,21 @@ from typing import Any
 from firsttok.commands.edit import observation_record, print_observations
 from firsttok.console import progress_bar, show, show_json
 from firsttok.contexts import ContextSet
-from firsttok.data import Fact, builtin_sentences, load_texts, resolve_data
+from firsttok.data import Fact
 from firsttok.display import Note, Panel, Table
 from firsttok.editing import Edit, load_edit
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import Perplexity, perplexity
 from firsttok.exploration import Observation, observe, state_lines, verdict
+from firsttok.inputs import texts_from
 from firsttok.models import BosPolicy, Model, load
 
 __all__ = ["open_model_of", "run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print each edit's record; with ``--run`` put them into the model, one after another.
-
-    Raises:
-        FirsttokError: If a file is no edit, or does not fit the model or the edits before it.
-    """
+    """Print each edit's record; with ``--run`` put them into the model, one after another."""
     edits = [load_edit(path) for path in args.edit]
     if not args.run:
         if args.json:
@@ -34,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         return
     facts = [_fact(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
     contexts = [_contexts(path, edit) for path, edit in zip(args.edit, edits, strict=True)]
-    texts = load_texts(resolve_data(args.texts, "texts")) if args.texts else builtin_sentences()
+    texts = texts_from(args)
     model = open_model_of(edits[0], args.edit[0], name=args.model, device=args.device)
     views = list(accumulate(edits, lambda view, edit: view.edited(edit), initial=model))
     names = ["before", "with edit 1", *(f"with edits 1 to {n}" for n in range(2, len(views)))]
@@ -46,30 +43,26 @@ def run(args: argparse.Namespace) -> None:
             progress.advance(task)
         seen: list[dict[str, Observation]] = []
         for fact, templates in zip(facts, contexts, strict=True):
-            states: dict[str, Observation] = {}
+            seen.append({})
             for which in (0, -1):
                 found = observe(views[which], fact, measured[which], contexts=templates)
-                states[names[which]] = found
+                seen[-1][names[which]] = found
                 progress.advance(task)
-            seen.append(states)
     verdicts = [
         verdict(name.removeprefix("with "), measured[0], found)
         for name, found in zip(names[1:], measured[1:], strict=True)
     ]
     if args.json:
-        record = finite(
-            {
-                "edits": [_as_json(edit) for edit in edits],
-                "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
-                "verdicts": verdicts,
-                "facts": [
-                    {name: observation_record(each) for name, each in states.items()}
-                    for states in seen
-                ],
-                "model": views[-1].record(),
-            }
-        )
-        show_json(record)
+        record = {
+            "edits": [_as_json(edit) for edit in edits],
+            "perplexity": dict(zip(names, (each.mean for each in measured), strict=True)),
+            "verdicts": verdicts,
+            "facts": [
+                {name: observation_record(each) for name, each in states.items()} for states in seen
+            ],
+            "model": views[-1].record(),
+        }
+        show_json(finite(record))
         return
     for number, (edit, fact, states) in enumerate(zip(edits, facts, seen, strict=True), 1):
         show(f"edit {number}: {edit.title}\n")
@@ -79,17 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_model_of(edit: Edit, path: str, *, name: str | None, device: str) -> Model:
-    """Open the model that a saved edit was made for, in its type and under its BOS policy.
-
-    Args:
-        edit: The edit.
-        path: Its file, for messages.
-        name: The model to open in its place; None for the one it names.
-        device: Where to.
-
-    Raises:
-        BadInputError: If there is no name.
-    """
+    """Open the model that a saved edit names, or another, in its type and under its BOS policy."""
     made = edit.provenance.get("model", {})
     name = name or made.get("name")
     if not name:
@@ -114,11 +97,9 @@ def _fact(path: str, edit: Edit) -> Fact:
 
 def _contexts(path: str, edit: Edit) -> ContextSet:
     templates = edit.provenance.get("contexts", {}).get("templates", ["{}"])
-    if not isinstance(templates, list) or not all(isinstance(each, str) for each in templates):
-        raise BadInputError(f"{path} names no contexts as texts; compute the edit again")
     try:
         return ContextSet(templates=tuple(templates))
-    except BadInputError as error:
+    except (BadInputError, TypeError) as error:
         raise BadInputError(f"{path} names no contexts ({error}); compute the edit again") from None
 
 

@@ -3,29 +3,16 @@
 import argparse
 
 from firsttok.console import show
-from firsttok.data import Fact
-from firsttok.inputs import model_from
+from firsttok.inputs import fact_from, model_from
 from firsttok.token_strips import tokens
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the tokens, and how a target is joined to them.
-
-    Raises:
-        FirsttokError: If an input is unusable.
-    """
+    """Print the tokens, and how a target is joined to them."""
     letters = (c for c in reversed(args.template.replace("{}", args.subject)) if c.isalpha())
-    fact = Fact(
-        subject=args.subject,
-        template=args.template,
-        target_new=args.target or next(letters, "a"),
-        target_true="true",
-        source="command line",
-        join=args.join or "auto",
-        straddle=args.straddle or "refuse",
-    )
+    fact = fact_from(args, target=args.target or next(letters, "a"), true="true")
     strip = tokens(model_from(args), fact)
     show(strip.lines)
     if strip.joint:

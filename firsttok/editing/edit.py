@@ -14,7 +14,7 @@ from torch import Tensor
 from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
 from firsttok.data.schemas import fact_from
-from firsttok.display import Panel, Plot, Shown, Table, short_hash
+from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing.delta import Delta
 from firsttok.editing.record import EditRecord, ModelRecord, edit_record
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
@@ -22,6 +22,7 @@ from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import hash_weights
 from firsttok.provenance import versions
 from firsttok.storage import content_hash, write_tensors
+from firsttok.svg import Plot
 from firsttok.tensors import KeyVector, ValueVector
 
 if TYPE_CHECKING:

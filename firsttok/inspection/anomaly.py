@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 from firsttok.data import builtin_facts, builtin_sentences
-from firsttok.display import Note, Panel, Part, Plot, Shown
+from firsttok.display import Note, Panel, Part, Shown
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import BosPolicy, Model
 from firsttok.probes import LayerConcentration, concentration
 from firsttok.prompts import Prompt, text_prompt
+from firsttok.svg import Plot
 
 __all__ = [
     "CONCENTRATED",

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from firsttok.arguments import taken
 from firsttok.data import Fact
-from firsttok.display import Note, Panel, Part, Plot, Shown, Table
+from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.exploration import prepare_study
@@ -26,6 +26,7 @@ from firsttok.inspection.proposal import Proposal, TextPerplexities, propose, te
 from firsttok.models import BosPolicy, Model
 from firsttok.screening import RATIO
 from firsttok.study import Study
+from firsttok.svg import Plot
 
 __all__ = ["Architecture", "Bos", "Inspection", "inspect_model"]
 
