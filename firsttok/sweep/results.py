@@ -131,11 +131,10 @@ class RunResults(Shown):
         Raises:
             BadInputError: If it does not take part in the run.
         """
-        records = self.of(model).table.select(COLUMNS).to_pylist()
-        return GroupedRows.of(
-            model,
-            self.methods,
-            records,
+        return GroupedRows(
+            model=model,
+            methods=self.methods,
+            records=self.of(model).table.select(COLUMNS).to_pylist(),
             original=self.original(model),
             labels=self.labels,
         )
