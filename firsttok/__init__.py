@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from firsttok.screening import screen
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
     from firsttok.study import Study
-    from firsttok.sweep import read_run, sweep_facts
+    from firsttok.sweep.local_run import sweep_facts
+    from firsttok.sweep.results import read_run
     from firsttok.synthetic import synthetic_facts
     from firsttok.token_strips import TokenStrip, show_tokens, tokens
 
@@ -106,7 +107,8 @@ _MODULES = {
     "screening": ("screen",),
     "second_moment": ("SecondMoment", "compute_second_moment", "load_second_moment"),
     "study": ("Study",),
-    "sweep": ("read_run", "sweep_facts"),
+    "sweep.local_run": ("sweep_facts",),
+    "sweep.results": ("read_run",),
     "synthetic": ("synthetic_facts",),
     "token_strips": ("TokenStrip", "show_tokens", "tokens"),
 }
