@@ -91,17 +91,9 @@ def measure_chunk(
     plan: Plan,
     *,
     done: Collection[int] = (),
-    on_step: Callable[[int], None] | None = None,
 ) -> list[Row]:
-    """Edit the facts of a chunk and measure every edit; arguments as of :func:`measure_each`.
-
-    Returns:
-        One row per fact and method, fact by fact, of the facts that are not done.
-
-    Raises:
-        CacheError: If a disk is full or cannot be written to; that is no fault of a case.
-    """
-    found = measure_each(study, facts, plan, done=done, on_step=on_step)
+    """All that :func:`measure_each` gives, row by row."""
+    found = measure_each(study, facts, plan, done=done)
     return [row for rows in found for row in rows]
 
 

@@ -183,12 +183,7 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> "pa.Table":
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
-    """Write a file of rows; nothing is left behind if that fails.
-
-    Args:
-        path: The file.
-        rows: The rows.
-        seconds: Time they took, see :func:`seconds_of`.
+    """Write a file of rows and of the time they took; nothing is left behind if that fails.
 
     Raises:
         BadInputError: As :func:`table_of` does.

@@ -136,9 +136,6 @@ def connected(address: str | None) -> Generator[Any, None, None]:
 def check_cluster(address: str | None) -> None:
     """See that Ray is there, and that something listens: Ray itself would go on asking for minutes.
 
-    Args:
-        address: As for :func:`connected`.
-
     Raises:
         BadInputError: If Ray is not installed, or nothing listens.
     """
