@@ -23,8 +23,8 @@ from firsttok.editing import ROME
 from firsttok.measuring import Plan
 from firsttok.storage import write_json
 from firsttok.study import Study
-from firsttok.sweep import chunks_of
 from firsttok.sweep.cluster import RayEngine, Recipe, connected
+from firsttok.sweep.runner import chunks_of
 
 PLAN = Plan(methods=(ROME,), metrics=("perplexity",))
 

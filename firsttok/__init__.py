@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from firsttok.screening import screen
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
     from firsttok.study import Study
-    from firsttok.sweep import read_run, sweep_facts
+    from firsttok.sweep.local_run import sweep_facts
+    from firsttok.sweep.results import read_run
     from firsttok.synthetic import synthetic_facts
     from firsttok.token_strips import TokenStrip, show_tokens, tokens
 

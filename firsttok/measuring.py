@@ -1,9 +1,11 @@
 """Facts edited and measured: the one loop of scripts, commands and sweeps."""
 
-import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,14 +19,12 @@ from firsttok.errors import BadInputError
 from firsttok.metrics import METRICS, AccuracyMetric, Metric, ScoresMetric, find_metrics
 from firsttok.prompts import fact_prompt
 from firsttok.provenance import described
-from firsttok.rows import COLUMNS, DONE, FACT, Row, failed_row, read_rows, write_rows
+from firsttok.rows import COLUMNS, FACT, Row, first_columns, read_rows, write_rows
 from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_against
 from firsttok.storage import content_hash, locked
 from firsttok.study import Study
 
 __all__ = ["TOGETHER", "Plan", "measure_chunk", "measure_each", "measure_facts"]
-
-logger = logging.getLogger(__name__)
 
 TOGETHER = 8
 """Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
@@ -91,17 +91,9 @@ def measure_chunk(
     plan: Plan,
     *,
     done: Collection[int] = (),
-    on_step: Callable[[int], None] | None = None,
 ) -> list[Row]:
-    """Edit the facts of a chunk and measure every edit; arguments as of :func:`measure_each`.
-
-    Returns:
-        One row per fact and method, fact by fact, of the facts that are not done.
-
-    Raises:
-        CacheError: If a disk is full or cannot be written to; that is no fault of a case.
-    """
-    found = measure_each(study, facts, plan, done=done, on_step=on_step)
+    """All that :func:`measure_each` gives, row by row."""
+    found = measure_each(study, facts, plan, done=done)
     return [row for rows in found for row in rows]
 
 
@@ -150,20 +142,18 @@ def measure_each(
         reasons = {fact.case_id: _unusable(study, fact, plan) for fact in part}
         found = each_or_reason([f for f in part if reasons[f.case_id] is None], together)
         for fact in part:
-            reason, rows = reasons[fact.case_id], list[Row]()
-            if reason is None:
-                _, outcome = next(found)
-                if isinstance(outcome, FailedFact):
-                    reason = outcome.reason
-                else:
-                    rows = outcome
-            if reason is not None:
-                label = study.model.label
-                rows = [
-                    failed_row(label, study.layer, fact, each.name, reason) for each in plan.methods
-                ]
-            if fact.case_id not in done:
-                yield rows
+            outcome = reasons[fact.case_id] or next(found)[1]
+            if fact.case_id in done:
+                continue
+            if isinstance(outcome, list):
+                yield outcome
+            else:
+                reason = outcome.reason if isinstance(outcome, FailedFact) else outcome
+                columns = (
+                    first_columns(study.model.label, study.layer, fact, each.name, reason=reason)
+                    for each in plan.methods
+                )
+                yield list(map(Row, columns))
 
 
 @taken
@@ -210,25 +200,23 @@ def measure_facts(
                 f"{numbered[fact.case_id].prompt!r}; number each once"
             )
     plan = Plan(methods=find_editors(methods), metrics=tuple(metrics), seed=seed)
-    task = None if progress is None else progress.add_task(label, total=len(facts))
+    progress = progress or Progress(disable=True)
+    task = progress.add_task(label, total=len(facts))
 
     def on_step(count: int) -> None:
-        if progress is not None and task is not None:
-            progress.advance(task, count / plan.steps(study))
+        progress.advance(task, count / plan.steps(study))
 
-    kept = _Kept.of(study, plan)
+    kept = _Kept(study, plan)
     known = {fact.case_id: kept.rows(fact) for fact in facts}
 
     def together(some: Sequence[Fact]) -> Iterator[list[Row]]:
         for fact, edits in study.edits(some, plan.methods, on_step=on_step):
-            for missing in kept.missing(fact):
-                wanted = [edits[method.name] for method in missing.methods]
-                rows = _measured(study, fact, wanted, missing.methods, missing.metrics)
-                kept.add(fact, missing, rows)
+            for missing, lacking in kept.missing(fact):
+                wanted = [edits[method.name] for method in missing]
+                kept.add(fact, missing, lacking, _measured(study, fact, wanted, missing, lacking))
             yield kept.rows(fact)
 
     open_facts = [fact for fact in facts if kept.missing(fact)]
-    done = len(facts) - len(open_facts)
     failed: FailedFact | None = None
     try:
         found: Iterator[tuple[Fact, list[Row] | FailedFact]] = (
@@ -236,7 +224,7 @@ def measure_facts(
             if on_failure is None or not open_facts
             else each_or_reason(open_facts, together)
         )
-        for fact, outcome in found:
+        for done, (fact, outcome) in enumerate(found, len(facts) - len(open_facts) + 1):
             if isinstance(outcome, FailedFact):
                 failed = outcome
                 del known[fact.case_id]
@@ -245,13 +233,10 @@ def measure_facts(
             else:
                 known[fact.case_id] = outcome
                 kept.write(at_most_every=_PERIOD)
-            done += 1
-            if progress is not None and task is not None:
-                progress.update(task, completed=done)
+            progress.update(task, completed=done)
     finally:
         kept.write()
-    if progress is not None and task is not None:
-        progress.update(task, completed=len(facts))
+    progress.update(task, completed=len(facts))
     if not known:
         raise nothing_done("edit", failed)
     return [row for fact in facts for row in known.get(fact.case_id, ())]
@@ -277,16 +262,7 @@ def _measured(
     prompt = fact_prompt(study.model, fact)
     rows: list[dict[str, Any]] = [
         {
-            "model": study.model.label,
-            "case_id": fact.case_id,
-            "layer": study.layer,
-            "method": method.name,
-            "status": DONE,
-            "reason": None,
-            "subject": fact.subject,
-            "prompt": fact.prompt,
-            "target_new": fact.target_new,
-            "target_true": fact.target_true,
+            **first_columns(study.model.label, study.layer, fact, method.name),
             "first_token": prompt.subject_position == 0,
             "one_token": prompt.subject_length == 1,
             **edit.report,
@@ -317,15 +293,6 @@ def _measured(
     return [Row(row) for row in rows]
 
 
-@dataclass(frozen=True)
-class _Missing:
-    """What is not measured of a fact: these methods by these metrics."""
-
-    methods: tuple[Method | Editor, ...]
-    metrics: tuple[Metric, ...]
-
-
-@dataclass(kw_only=True, eq=False)
 class _Kept:
     """The rows of one call of :func:`measure_facts`, and the files that they are kept in.
 
@@ -333,54 +300,36 @@ class _Kept:
     all that decides its numbers. So scripts that measure the same find it done.
     """
 
-    study: Study
-    plan: Plan
-    settings: list[Any] | None
-    """What decides the rows besides method and metric; None if they may not be kept."""
-    held: dict[tuple[str, str], dict[str, Row]]
-    """Rows by method and metric, then by the hash of the fact."""
-    new: dict[tuple[str, str], dict[str, Row]] = field(default_factory=dict)
-    """Those of them that are not written yet."""
-    written: float = field(default_factory=monotonic)
+    def __init__(self, study: Study, plan: Plan) -> None:
+        """Read what an earlier run left; damage counts as not there."""
+        self.study, self.plan = study, plan
+        # By method and metric: rows by the hash of the fact, and those that are not written yet.
+        self.held = defaultdict[tuple[str, str], dict[str, Row]](dict)
+        self.new = defaultdict[tuple[str, str], dict[str, Row]](dict)
+        self.paths: dict[tuple[str, str], Path] = {}
+        self.written = monotonic()
+        self.settings = _row_settings(study)
+        if self.settings is None or study.work is None:
+            return
+        for method, metric in product(plan.methods, plan.measures):
+            # What cannot be described is not kept.
+            with suppress(BadInputError, TypeError):
+                parts = [self.settings, method.name, _slots(method), described(metric)]
+                path = study.work / "rows" / f"{content_hash(parts)[:24]}.parquet"
+                self.paths[method.name, metric.name] = path
+                self.held[method.name, metric.name] = _rows_by_fact(path)
 
-    @staticmethod
-    def of(study: Study, plan: Plan) -> "_Kept":
-        """What an earlier run left; damage counts as not there."""
-        kept = _Kept(study=study, plan=plan, settings=_row_settings(study), held={})
-        for method in plan.methods:
-            for metric in plan.measures:
-                path = kept.path(method, metric)
-                rows = {} if path is None else _rows_by_fact(path)
-                kept.held[method.name, metric.name] = rows
-        return kept
-
-    def path(self, method: Method | Editor, metric: Metric) -> Path | None:
-        """Where the rows of a method and a metric are; None if they are not kept."""
-        if self.settings is None or self.study.work is None:
-            return None
-        try:
-            parts = [method.name, _slots(method), described(metric)]
-        except (BadInputError, TypeError):
-            return None
-        name = content_hash([self.settings, *parts])[:24]
-        return self.study.work / "rows" / f"{name}.parquet"
-
-    def missing(self, fact: Fact) -> list[_Missing]:
+    def missing(self, fact: Fact) -> list[tuple[list[Method | Editor], list[Metric]]]:
         """What is to be measured of a fact, methods that lack the same metrics together."""
         key = fact.content_hash
         lacking: dict[tuple[str, ...], list[Method | Editor]] = {}
         for method in self.plan.methods:
-            names = tuple(
-                metric.name
-                for metric in self.plan.measures
-                if key not in self.held[method.name, metric.name]
-            )
+            names = [each.name for each in self.plan.measures]
+            names = tuple(name for name in names if key not in self.held[method.name, name])
             if names:
                 lacking.setdefault(names, []).append(method)
         return [
-            _Missing(
-                tuple(methods), tuple(each for each in self.plan.measures if each.name in names)
-            )
+            (methods, [each for each in self.plan.measures if each.name in names])
             for names, methods in lacking.items()
         ]
 
@@ -391,41 +340,41 @@ class _Kept:
         empty = [name for metric in self.plan.measures for name in metric.columns]
         rows: list[Row] = []
         for method in self.plan.methods:
-            parts = [self.held[method.name, metric.name].get(key) for metric in self.plan.measures]
-            if all(part is not None for part in parts):
-                whole: dict[str, Any] = dict.fromkeys(empty)
-                for part in parts:
-                    whole |= part or {}
-                # The same model may have gone by another name then.
-                whole["model"] = self.study.model.label
-                order = dict.fromkeys([*(name for name in COLUMNS if name in whole), *whole])
-                rows.append(Row({name: whole[name] for name in order}))
+            parts = [self.held[method.name, each.name].get(key) for each in self.plan.measures]
+            if None in parts:
+                continue
+            whole: dict[str, Any] = dict.fromkeys(empty)
+            for part in parts:
+                whole |= part or {}
+            # The same model may have gone by another name then.
+            whole["model"] = self.study.model.label
+            order = dict.fromkeys([*(name for name in COLUMNS if name in whole), *whole])
+            rows.append(Row({name: whole[name] for name in order}))
         return rows
 
-    def add(self, fact: Fact, missing: _Missing, rows: Sequence[Row]) -> None:
-        """Take up new rows."""
+    def add(
+        self,
+        fact: Fact,
+        methods: Sequence[Method | Editor],
+        metrics: Sequence[Metric],
+        rows: Sequence[Row],
+    ) -> None:
+        """Take up new rows, one for each method."""
         # An edit that was put into the model meanwhile would be filed under the model without.
         same = self.settings is not None and _row_settings(self.study) == self.settings
-        others = {name for metric in missing.metrics for name in metric.columns}
-        for method, row in zip(missing.methods, rows, strict=True):
-            for metric in missing.metrics:
-                leave = others - set(metric.columns)
-                part = Row({name: value for name, value in row.items() if name not in leave})
-                self.held[method.name, metric.name][fact.content_hash] = part
-                if same:
-                    new = self.new.setdefault((method.name, metric.name), {})
-                    new[fact.content_hash] = part
+        others = {name for metric in metrics for name in metric.columns}
+        for (method, row), metric in product(zip(methods, rows, strict=True), metrics):
+            leave = others - set(metric.columns)
+            part = Row({name: value for name, value in row.items() if name not in leave})
+            for kept in (self.held, self.new) if same else (self.held,):
+                kept[method.name, metric.name][fact.content_hash] = part
 
     def write(self, *, at_most_every: float = 0.0) -> None:
         """Write what is new, beside what another process wrote meanwhile."""
         if not self.new or monotonic() - self.written < at_most_every:
             return
-        for method in self.plan.methods:
-            for metric in self.plan.measures:
-                new = self.new.pop((method.name, metric.name), None)
-                path = self.path(method, metric)
-                if not new or path is None:
-                    continue
+        for place, path in self.paths.items():
+            if new := self.new.pop(place, None):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(path):
                     rows = _rows_by_fact(path) | new
@@ -435,13 +384,9 @@ class _Kept:
 
 def _rows_by_fact(path: Path) -> dict[str, Row]:
     """Kept rows by the hash of their fact; none if there is no sound file."""
-    if not path.is_file():
-        return {}
     try:
-        return {
-            row["fact"]: Row({name: value for name, value in row.items() if name != "fact"})
-            for row in read_rows(path)
-        }
+        rows = map(dict, read_rows(path))
+        return {row.pop("fact"): Row(row) for row in rows}
     except (BadInputError, KeyError):
         return {}
 

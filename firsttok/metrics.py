@@ -51,12 +51,7 @@ class Metric(Protocol):
     def measure(
         self, study: Study, fact: Fact, edits: Sequence[Edit]
     ) -> Sequence[Mapping[str, Any]]:
-        """Measure several edits of one fact, each on the unedited model.
-
-        Args:
-            study: The model, as it is without the edits, and the settings.
-            fact: The fact.
-            edits: The edits.
+        """Measure several edits of one fact, each on the unedited model of the study.
 
         Returns:
             Values of the columns for each edit, in order; None where there is nothing to measure.

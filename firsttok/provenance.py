@@ -40,9 +40,6 @@ def described(value: Any) -> Any:
     A user's function counts with the globals it reads; functions and classes of other modules count
     by their names.
 
-    Args:
-        value: An intervention, a key source, or a part of one.
-
     Raises:
         TypeError: If it holds what cannot be described: an open file, an object of a library.
     """

@@ -10,9 +10,7 @@ bytes of the pages mean.
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from firsttok.data import Fact
@@ -30,11 +28,12 @@ __all__ = [
     "METRIC_COLUMNS",
     "REPORT",
     "Row",
-    "Shard",
-    "failed_row",
+    "first_columns",
     "read_rows",
     "read_table",
     "row_schema",
+    "rows_of",
+    "seconds_of",
     "shard_path",
     "shard_paths",
     "table_of",
@@ -45,42 +44,38 @@ DONE = "done"
 """Status of a row that holds numbers."""
 FAILED = "failed"
 """Status of a row that holds a reason instead."""
-FACT: Mapping[str, type] = MappingProxyType(
-    {
-        **{"model": str, "case_id": int, "layer": int, "method": str, "status": str, "reason": str},
-        **{"subject": str, "prompt": str, "target_new": str, "target_true": str},
-        # Whether the looked-up token is the very first of the sequence, where BOS counts as a
-        # token; whether the subject is a single token.
-        **{"first_token": bool, "one_token": bool},
-    }
-)
+FACT: Mapping[str, type] = {
+    **{"model": str, "case_id": int, "layer": int, "method": str, "status": str, "reason": str},
+    **{"subject": str, "prompt": str, "target_new": str, "target_true": str},
+    # Whether the looked-up token is the very first of the sequence, where BOS counts as a
+    # token; whether the subject is a single token.
+    **{"first_token": bool, "one_token": bool},
+}
 """Columns of every row. ``layer`` is that of the study."""
-REPORT: Mapping[str, type] = MappingProxyType(
-    {
-        **dict.fromkeys(("numerator", "denominator", "raw_numerator", "raw_denominator"), float),
-        **dict.fromkeys(("delta_norm", "mean_delta", "key_cosine", "key_norm_ratio"), float),
-        # Loss evaluations of the value optimisation, and the loss of the last one.
-        **{"steps": int, "final_loss": float},
-    }
-)
+REPORT: Mapping[str, type] = {
+    **dict.fromkeys(("numerator", "denominator", "raw_numerator", "raw_denominator"), float),
+    **dict.fromkeys(("delta_norm", "mean_delta", "key_cosine", "key_norm_ratio"), float),
+    # Loss evaluations of the value optimisation, and the loss of the last one.
+    **{"steps": int, "final_loss": float},
+}
 """Columns of the ROME family's report, see :func:`~firsttok.editing.solve_update`; other editors
 add columns of their own."""
-METRIC_COLUMNS: Mapping[str, Mapping[str, type]] = MappingProxyType(
-    {
-        "perplexity": {"perplexity": float, "corpus_perplexity": float, "collapsed": bool},
-        "accuracy": {
-            **dict.fromkeys(("efficacy", "generalization", "locality"), float),
-            **{"prefix": str, "prefixed_efficacy": float},
-        },
-        "scores": dict.fromkeys(("es", "ps", "ns", "em", "pm", "nm", "score"), float),
-        "generated": {"generated": str, "generated_exact": bool, "generated_first_words": bool},
-        "entropy": {"entropy": float},
-    }
-)
+METRIC_COLUMNS: Mapping[str, Mapping[str, type]] = {
+    "perplexity": {"perplexity": float, "corpus_perplexity": float, "collapsed": bool},
+    "accuracy": {
+        **dict.fromkeys(("efficacy", "generalization", "locality"), float),
+        **{"prefix": str, "prefixed_efficacy": float},
+    },
+    "scores": dict.fromkeys(("es", "ps", "ns", "em", "pm", "nm", "score"), float),
+    "generated": {"generated": str, "generated_exact": bool, "generated_first_words": bool},
+    "entropy": {"entropy": float},
+}
 """Columns of the built-in metrics by the metric's name, see :mod:`firsttok.metrics`."""
-COLUMNS: Mapping[str, type] = MappingProxyType(
-    {**FACT, **REPORT, **{k: v for each in METRIC_COLUMNS.values() for k, v in each.items()}}
-)
+COLUMNS: Mapping[str, type] = {
+    **FACT,
+    **REPORT,
+    **{k: v for each in METRIC_COLUMNS.values() for k, v in each.items()},
+}
 """All columns that firsttok itself knows, in order."""
 _SECONDS = b"seconds"
 _AGAIN = "run the sweep again, which does its chunk again, or move the file out of the run"
@@ -135,61 +130,22 @@ class Row(Mapping[str, Any]):
         return f"Row({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A chunk's file, which may not hold all of its rows yet."""
-
-    index: int
-    """Number of the chunk."""
-    path: Path
-    """The file."""
-    rows: int
-    """Rows in it."""
-    seconds: float
-    """Time its facts took."""
-
-    @staticmethod
-    def at(path: Path) -> "Shard":
-        """Look at a file.
-
-        Raises:
-            BadInputError: If it is no shard, or damaged.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        content = _checked(path)
-        try:
-            footer = pq.read_metadata(io.BytesIO(content))
-            metadata: dict[bytes, bytes] = footer.schema.to_arrow_schema().metadata or {}
-            return Shard(
-                index=int(path.stem.removeprefix("chunk-")),
-                path=path,
-                rows=footer.num_rows,
-                seconds=float(metadata[_SECONDS]),
-            )
-        except (pa.ArrowException, OSError, KeyError, ValueError):
-            raise BadInputError(
-                f"{path} is not a shard of a sweep; move it out of the run"
-            ) from None
-
-
-def failed_row(model: str, layer: int, fact: Fact, method: str, reason: str) -> Row:
-    """The row of a case that could not be done."""
-    return Row(
-        {
-            "model": model,
-            "case_id": fact.case_id,
-            "layer": layer,
-            "method": method,
-            "status": FAILED,
-            "reason": reason,
-            "subject": fact.subject,
-            "prompt": fact.prompt,
-            "target_new": fact.target_new,
-            "target_true": fact.target_true,
-        }
-    )
+def first_columns(
+    model: str, layer: int, fact: Fact, method: str, *, reason: str | None = None
+) -> dict[str, Any]:
+    """Columns of a row that nothing has to be computed for; with a reason, one that failed."""
+    return {
+        "model": model,
+        "case_id": fact.case_id,
+        "layer": layer,
+        "method": method,
+        "status": DONE if reason is None else FAILED,
+        "reason": reason,
+        "subject": fact.subject,
+        "prompt": fact.prompt,
+        "target_new": fact.target_new,
+        "target_true": fact.target_true,
+    }
 
 
 def row_schema() -> "pa.Schema":
@@ -227,12 +183,7 @@ def table_of(rows: Iterable[Mapping[str, Any]]) -> "pa.Table":
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], *, seconds: float = 0.0) -> None:
-    """Write a file of rows; nothing is left behind if that fails.
-
-    Args:
-        path: The file.
-        rows: The rows.
-        seconds: Time they took, told by :class:`Shard`.
+    """Write a file of rows and of the time they took; nothing is left behind if that fails.
 
     Raises:
         BadInputError: As :func:`table_of` does.
@@ -254,7 +205,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         BadInputError: As :func:`read_table` does.
     """
-    return [Row(record) for record in read_table(path).to_pylist()]
+    return rows_of(read_table(path))
+
+
+def rows_of(table: "pa.Table") -> list[Row]:
+    """The rows of a table, each with all of its columns."""
+    return [Row(record) for record in table.to_pylist()]
 
 
 def read_table(path: Path) -> "pa.Table":
@@ -284,7 +240,12 @@ def read_table(path: Path) -> "pa.Table":
             f"{path} has other columns than this version of firsttok writes; read it with the "
             "version its run's manifest.json names"
         )
-    return table.replace_schema_metadata(None)
+    return table
+
+
+def seconds_of(table: "pa.Table") -> float:
+    """Time that the rows of a file took."""
+    return float((table.schema.metadata or {}).get(_SECONDS, 0))
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -4,7 +4,8 @@ A file that firsttok reads again holds a digest of its content (:mod:`firsttok.d
 two readers for each kind. :func:`read_json` and :func:`read_safetensors` take a file that a user
 names, whoever wrote it, and check its digest if it has one. :func:`read_record` and
 :func:`read_tensors` take a file that is kept under a name made from what it depends on: without its
-digest, or under another name, it is damaged.
+digest, or under another name, it is damaged. Each is told what the file should hold (``"facts"``),
+for its messages.
 """
 
 import contextlib
@@ -99,10 +100,6 @@ def file_sha256(path: Path) -> str:
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file; one that :func:`write_record` wrote has to be as it was written.
 
-    Args:
-        path: The file.
-        what: What it should hold, for the message (``"facts"``).
-
     Raises:
         BadInputError: If it is missing, unreadable, not UTF-8 or not JSON; the message names the
             line.
@@ -115,10 +112,6 @@ def read_json(path: Path, what: str) -> Any:
 def read_record(path: Path, what: str) -> dict[str, Any]:
     """Read a kept file, written by :func:`write_record` under the same name.
 
-    Args:
-        path: The file.
-        what: What it should hold, for the message (``"a finished row"``).
-
     Raises:
         BadInputError: As :func:`read_json` does.
         DamagedFileError: If it holds no digest, or another one than that of its content and name.
@@ -128,10 +121,6 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """Read a TOML file.
-
-    Args:
-        path: The file.
-        what: What it should hold, for the message (``"methods"``).
 
     Raises:
         BadInputError: If it is missing, unreadable, not UTF-8 or not TOML; the message names the
@@ -213,10 +202,10 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
     """Read a kept safetensors file, written by :func:`write_tensors` under the same name.
 
     Returns:
-        Tensors by name (on the CPU), and the string metadata.
+        As :func:`read_safetensors` does.
 
     Raises:
-        BadInputError: If it is missing, truncated or not a safetensors file.
+        BadInputError: As :func:`read_safetensors` does.
         DamagedFileError: If it holds no digest, or another one than that of its content and name.
     """
     tensors, metadata = _read_safetensors(path, what)
@@ -226,11 +215,6 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Any], dict[str, str]]
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write safetensors atomically, with a digest of tensors, metadata and the file's name.
-
-    Args:
-        path: The file.
-        tensors: Tensors by name, of any shape, type and place.
-        metadata: Texts by name.
 
     Raises:
         CacheError: If the file cannot be written.
@@ -267,12 +251,7 @@ def _read_text(path: Path, what: str) -> str:
 
 
 def parse_json(path: Path, text: str, what: str) -> Any:
-    """The content of a JSON text.
-
-    Args:
-        path: The file it is of, for messages.
-        text: The text.
-        what: What the file should hold, for messages.
+    """The content of a JSON text that was read from a file.
 
     Raises:
         BadInputError: If it is empty or no JSON; says where.

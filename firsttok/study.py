@@ -126,9 +126,6 @@ class Study(Shown):
     def perplexities(self, edits: Sequence[Edit]) -> list[Perplexity]:
         """Measure the perplexity under each edit alone, whatever weights it changes.
 
-        Args:
-            edits: The edits.
-
         Raises:
             EditMismatchError: If an edit was made for another model.
         """
@@ -191,11 +188,7 @@ class Study(Shown):
         return None if self.work is None else ValueStore(self.work / "values")
 
     def varied(self, **changes: Any) -> "Study":
-        """Return the study with some fields changed; what was measured and still holds goes along.
-
-        Args:
-            changes: New values of fields, by name.
-        """
+        """Return the study with other fields; what was measured and still holds goes along."""
         return replace(self, **changes)
 
     def _measured(
@@ -242,9 +235,6 @@ class Study(Shown):
 
     def editors(self, methods: Sequence[Method | str | Editor]) -> tuple[Editor, ...]:
         """Return an editor with the study's settings for each method; an editor stays as it is.
-
-        Args:
-            methods: Methods, their names, or editors.
 
         Raises:
             BadInputError: If no method goes by a name.

@@ -20,8 +20,9 @@ from firsttok.models import BosPolicy
 from firsttok.rows import FAILED, Row, read_rows, shard_paths
 from firsttok.second_moment import compute_second_moment
 from firsttok.study import Study
-from firsttok.sweep import LocalEngine, sweep
 from firsttok.sweep.cluster import LIVES, RayEngine, Recipe, connected
+from firsttok.sweep.engine import LocalEngine
+from firsttok.sweep.runner import sweep
 
 pytestmark = [
     pytest.mark.slow,

@@ -24,8 +24,8 @@ from firsttok.contexts import load_contexts
 from firsttok.errors import BadInputError, FirsttokError
 from firsttok.paper.cases import load_scan
 from firsttok.rows import FACT, METRIC_COLUMNS, REPORT
-from firsttok.sweep import read_run
 from firsttok.sweep.query import select
+from firsttok.sweep.results import read_run
 
 ROOT = Path(__file__).parent.parent
 _GONE: Any = object()

@@ -11,8 +11,8 @@ from firsttok.cli import main
 from firsttok.errors import BadInputError
 from firsttok.options import folder_name, model_label
 from firsttok.storage import write_json
-from firsttok.sweep import read_run
 from firsttok.sweep.manifest import join_run
+from firsttok.sweep.results import read_run
 
 KEPT = {
     "smollm2-135m": "smollm2-135m",

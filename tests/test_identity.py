@@ -31,7 +31,7 @@ from firsttok.prompts import pad, text_prompt
 from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.study import Study
-from firsttok.sweep import sweep_facts
+from firsttok.sweep.local_run import sweep_facts
 from firsttok.tensors import TokenBatch
 
 LAYER = 2

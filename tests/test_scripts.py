@@ -26,7 +26,7 @@ from firsttok.paper.experiment import parse_script
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.report import build_report, load_result
 from firsttok.storage import read_json, write_record
-from firsttok.sweep import read_run
+from firsttok.sweep.results import read_run
 
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"

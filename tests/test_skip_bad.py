@@ -36,7 +36,7 @@ from firsttok.second_moment import SecondMoment
 from firsttok.sieve import FailedFact, each_or_reason, reason_against, usable_facts
 from firsttok.storage import write_json
 from firsttok.study import Study
-from firsttok.sweep import read_run
+from firsttok.sweep.results import read_run
 
 GOOD = [replace(fact, case_id=20 + index).as_record() for index, fact in enumerate(FACTS)]
 STRADDLES = Fact(subject="Arth", template="{}ur left", target_new="it", case_id=30).as_record()

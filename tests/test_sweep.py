@@ -27,11 +27,13 @@ from firsttok.evaluation import counterfact_scores, edit_accuracy, generated_mat
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import Plan, measure_chunk, measure_facts
 from firsttok.models import Model
-from firsttok.rows import DONE, FAILED, Row, Shard, read_rows, shard_paths, write_rows
+from firsttok.rows import DONE, FAILED, Row, read_rows, shard_paths, write_rows
 from firsttok.second_moment import SecondMoment, compute_second_moment
 from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
-from firsttok.sweep import Chunk, DoneChunk, LocalEngine, Share, chunks_of, read_run, sweep
+from firsttok.sweep.engine import Chunk, DoneChunk, LocalEngine
+from firsttok.sweep.results import read_run
+from firsttok.sweep.runner import Share, chunks_of, sweep
 
 METHODS = (ROME, C_ROME, FC_ROME)
 PLAN = Plan(methods=METHODS)
@@ -573,7 +575,7 @@ def test_kills_lose_and_repeat_nothing(command: list[str], tmp_path: Path, own_c
         process.wait()
         assert process.returncode == -signal.SIGKILL, "it was done before the last kill"
         # Each of them is whole.
-        done = len([Shard.at(path) for path in shard_paths(folder)])
+        done = len([read_rows(path) for path in shard_paths(folder)])
         assert done >= begun
     assert 0 < done < 8
     torch.set_num_threads(1)

@@ -32,16 +32,22 @@ def run(args: argparse.Namespace) -> None:
     results = read_run(args.run)
     if args.model is not None:
         results = results.of(args.model)
-    if args.sql is not None:
-        if args.figures:
-            raise BadInputError("--figures draws the whole run, not an answer; leave out --sql")
+    answer: pd.DataFrame | None = None
+    if args.sql is None:
+        _print_run(results, as_json=args.json)
+    elif args.figures:
+        raise BadInputError("--figures draws the whole run, not an answer; leave out --sql")
+    else:
         answer = results.sql(args.sql, seconds=args.sql_seconds)
         _print_answer(answer, as_json=args.json)
-        kept = [*_save_csv(args.csv, answer)]
-    else:
-        _print_run(results, as_json=args.json)
-        kept = [*_save_csv(args.csv, results.frame() if args.csv else None)]
-        kept += _draw(results, args.figures)
+    kept: list[Path] = []
+    if args.csv is not None:
+        kept.append(Path(args.csv))
+        with atomic_path(kept[0]) as temporary:
+            frame = results.frame() if answer is None else answer
+            frame.to_csv(temporary, index=False)
+    if args.figures is not None:
+        kept += _draw(results, Path(args.figures))
     if not args.json:
         for path in kept:
             show(str(path))
@@ -94,24 +100,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | str) else str(value)
 
 
-def _save_csv(path: str | None, frame: "pd.DataFrame | None") -> Iterator[Path]:
-    if path is None or frame is None:
-        return
-    with atomic_path(Path(path)) as temporary:
-        frame.to_csv(temporary, index=False)
-    yield Path(path)
-
-
-def _draw(results: RunResults, folder: str | None) -> Iterator[Path]:
+def _draw(results: RunResults, folder: Path) -> Iterator[Path]:
     """|Delta| against entropy, a panel per method, as in Figures 2 and 5 of "Rebuilding ROME"."""
-    if folder is None:
-        return
     for model in results.models:
         rows = results.grouped(model)
         if not any(rows.pick("entropy", method) for method in rows.methods):
             logger.warning("%s: no entropy was measured, so there is nothing to draw", model)
             continue
-        stem = Path(folder) / f"{folder_name(model)}_delta_entropy"
+        stem = folder / f"{folder_name(model)}_delta_entropy"
         _scatter(rows, stem)
         yield stem.with_name(f"{stem.name}.png")
 

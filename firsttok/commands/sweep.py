@@ -18,20 +18,11 @@ from firsttok.inputs import fact_file, open_study
 from firsttok.measuring import Plan
 from firsttok.models.location import check_name
 from firsttok.options import folder_name
-from firsttok.rows import FAILED, Shard, read_rows, shard_paths
+from firsttok.rows import FAILED, read_table, rows_of, seconds_of, shard_paths
 from firsttok.study import Study
-from firsttok.sweep import (
-    Engine,
-    LocalEngine,
-    Share,
-    check_run,
-    join_run,
-    model_entry,
-    model_folder,
-    read_manifest,
-    run_entry,
-    sweep,
-)
+from firsttok.sweep.engine import Engine, LocalEngine
+from firsttok.sweep.manifest import check_run, join_run, model_entry, read_manifest, run_entry
+from firsttok.sweep.runner import Share, model_folder, sweep
 
 __all__ = ["run"]
 
@@ -164,29 +155,28 @@ def _ray_engine(stack: ExitStack, args: argparse.Namespace, study: Study, plan: 
 
 def _status(folder: Path) -> None:
     manifest = read_manifest(folder)
-    facts, methods = manifest["facts"]["count"], len(manifest["methods"])
-    chunks = -(-facts // manifest["chunk"])
+    facts, size = manifest["facts"]["count"], manifest["chunk"]
+    methods = len(manifest["methods"])
     lines: list[list[object]] = []
     reasons: Counter[str] = Counter()
     for label in manifest["models"]:
-        shards = [Shard.at(path) for path in shard_paths(model_folder(folder, label))]
-        rows = sum(shard.rows for shard in shards)
-        seconds = sum(shard.seconds for shard in shards)
-        lost = [row for s in shards for row in read_rows(s.path) if row.status == FAILED]
+        shards = {path: read_table(path) for path in shard_paths(model_folder(folder, label))}
+        whole = 0
+        for path, table in shards.items():
+            first = size * int(path.stem.removeprefix("chunk-"))
+            whole += table.num_rows >= methods * min(size, facts - first)
+        lost = [row for table in shards.values() for row in rows_of(table) if row.status == FAILED]
         reasons.update(row.reason or "" for row in lost)
-        done = rows // methods if methods else 0
-        size = manifest["chunk"]
-        whole = sum(
-            shard.rows >= methods * min(size, facts - shard.index * size) for shard in shards
-        )
+        done = sum(table.num_rows for table in shards.values()) // methods if methods else 0
+        pace = sum(map(seconds_of, shards.values())) / done if done else None
         lines.append(
             [
                 label,
                 f"{done} of {facts}",
-                f"{whole} of {chunks}",
+                f"{whole} of {-(-facts // size)}",
                 len(lost),
-                seconds / done if done else None,
-                seconds / done * (facts - done) / 3600 if done else None,
+                pace,
+                None if pace is None else pace * (facts - done) / 3600,
             ]
         )
     print_table(

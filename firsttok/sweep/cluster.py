@@ -4,21 +4,17 @@ import importlib.util
 import logging
 import os
 import socket
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from firsttok.contexts import ContextSet
 from firsttok.errors import BadInputError, WorkerError
-from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import Plan, measure_chunk
-from firsttok.models import BosPolicy, Model, load
-from firsttok.rows import failed_row
-from firsttok.second_moment import SecondMoment
+from firsttok.models import BosPolicy, load
+from firsttok.rows import Row, first_columns
 from firsttok.study import Study
 from firsttok.sweep.engine import Chunk, DoneChunk
 
@@ -30,6 +26,8 @@ LIVES = 3
 """Workers that may be lost over one chunk before its cases count as failed."""
 PATIENCE = 300.0
 """Seconds without any worker before a sweep gives up."""
+_SENT = ("contexts", "second_moment", "layer", "hyperparameters", "texts", "text_bos")
+"""Fields of a study that are the same for all workers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,18 +44,8 @@ class Recipe:
     """The view's BOS policy."""
     identity: str
     """The model's, to be sure that every worker loads the same."""
-    contexts: ContextSet
-    """Contexts of Equation 1."""
-    second_moment: SecondMoment
-    """C, computed once and sent."""
-    layer: int
-    """Layer to edit."""
-    hyperparameters: Hyperparameters
-    """Settings of the value optimisation."""
-    texts: tuple[str, ...]
-    """Sentences of the perplexity."""
-    text_bos: BosPolicy
-    """BOS policy of the sentences."""
+    settings: Mapping[str, Any]
+    """Fields of the study besides the model; what they hold was computed once and is sent."""
 
     @staticmethod
     def of(study: Study, *, source: str, device: str) -> "Recipe":
@@ -74,12 +62,7 @@ class Recipe:
             device=device,
             bos=study.model.bos,
             identity=study.model.identity(),
-            contexts=study.contexts,
-            second_moment=study.second_moment,
-            layer=study.layer,
-            hyperparameters=study.hyperparameters,
-            texts=study.texts,
-            text_bos=study.text_bos,
+            settings={name: getattr(study, name) for name in _SENT},
         )
 
     def study(self) -> Study:
@@ -88,21 +71,13 @@ class Recipe:
         Raises:
             BadInputError: If the model is another one than where the run was begun.
         """
-        model: Model = load(self.source, bos=self.bos.value, dtype=self.dtype, device=self.device)
+        model = load(self.source, bos=self.bos.value, dtype=self.dtype, device=self.device)
         if model.identity() != self.identity:
             raise BadInputError(
                 f"{self.source} on a worker is another model than where the run was begun, by its "
                 "weights, configuration or tokenizer; give every node the same one"
             )
-        return Study(
-            model=model,
-            contexts=self.contexts,
-            second_moment=self.second_moment,
-            layer=self.layer,
-            hyperparameters=self.hyperparameters,
-            texts=self.texts,
-            text_bos=self.text_bos,
-        )
+        return Study(model=model, **self.settings)
 
 
 class Worker:
@@ -115,19 +90,14 @@ class Worker:
         self._recipe = recipe
         self._plan = plan
 
-    @cached_property
-    def study(self) -> Study:
-        """The study."""
-        return self._recipe.study()
-
     def ready(self) -> None:
         """Load the model, and answer."""
-        _ = self.study
+        self._study = self._recipe.study()
 
     def do(self, chunk: Chunk) -> DoneChunk:
         """Do a chunk."""
         start = perf_counter()
-        rows = measure_chunk(self.study, chunk.facts, self._plan, done=chunk.done)
+        rows = measure_chunk(self._study, chunk.facts, self._plan, done=chunk.done)
         return DoneChunk(index=chunk.index, rows=tuple(rows), seconds=perf_counter() - start)
 
 
@@ -166,9 +136,6 @@ def connected(address: str | None) -> Generator[Any, None, None]:
 def check_cluster(address: str | None) -> None:
     """See that Ray is there, and that something listens: Ray itself would go on asking for minutes.
 
-    Args:
-        address: As for :func:`connected`.
-
     Raises:
         BadInputError: If Ray is not installed, or nothing listens.
     """
@@ -192,26 +159,6 @@ def _silent(address: str | None, error: Exception) -> BadInputError:
         f"no Ray cluster answers at {address or 'this machine'} ({first}); start one with: "
         "ray start --head, or leave --address out"
     )
-
-
-@dataclass(kw_only=True, eq=False)
-class _Crew:
-    """The actors and what each is at; lives as long as one run."""
-
-    make: Callable[[], Any]
-    starting: dict[Any, Any] = field(default_factory=dict)
-    """Reference of ``ready`` to its actor."""
-    working: dict[Any, tuple[Any, Chunk]] = field(default_factory=dict)
-    """Reference of ``do`` to its actor and chunk."""
-    idle: deque[Any] = field(default_factory=deque)
-
-    def hire(self) -> None:
-        actor = self.make()
-        self.starting[actor.ready.remote()] = actor
-
-    def assign(self, chunk: Chunk) -> None:
-        actor = self.idle.popleft()
-        self.working[actor.do.remote(chunk)] = (actor, chunk)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,103 +191,100 @@ class RayEngine:
         Raises:
             WorkerError: If no worker can be started, or the model cannot be loaded there.
         """
-        ray = self.ray
-        remote = ray.remote(Worker)
-        shared = ray.put(self.recipe)
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
-        crew = _Crew(make=lambda: remote.options(**options).remote(shared, self.plan, self.cpus))
+        remote, shared = self.ray.remote(Worker).options(**options), self.ray.put(self.recipe)
+        source, exhausted = iter(chunks), False
         again: deque[Chunk] = deque()
-        losses: dict[int, int] = {}
-        source = iter(chunks)
+        idle: deque[Any] = deque()
+        # The actor, and its chunk; None while it loads the model.
+        at_work: dict[Any, tuple[Any, Chunk | None]] = {}
+        losses: Counter[int] = Counter()
+
+        def hire() -> None:
+            actor = remote.remote(shared, self.plan, self.cpus)
+            at_work[actor.ready.remote()] = (actor, None)
+
         for _ in range(self.actors):
-            crew.hire()
-        exhausted = False
+            hire()
         while True:
-            while crew.idle and not (exhausted and not again):
+            while idle and (again or not exhausted):
                 chunk = again.popleft() if again else next(source, None)
                 if chunk is None:
                     exhausted = True
                 else:
-                    crew.assign(chunk)
-            if exhausted and not again and not crew.working:
-                break
-            waiting = [*crew.working, *crew.starting]
-            ready, _ = ray.wait(waiting, num_returns=1, timeout=PATIENCE)
-            if not ready and not crew.working:
+                    actor = idle.popleft()
+                    at_work[actor.do.remote(chunk)] = (actor, chunk)
+            busy = any(chunk for _, chunk in at_work.values())
+            if exhausted and not again and not busy:
+                return
+            ready, _ = self.ray.wait([*at_work], num_returns=1, timeout=PATIENCE)
+            if not ready and not busy:
                 raise WorkerError(
                     f"no worker with {self.cpus} CPUs and {self.gpus} GPUs could be started "
                     f"for {PATIENCE:.0f} s; see 'ray status', or ask for less"
                 )
             for reference in ready:
-                yield from self._take(reference, crew, again, losses, on_facts)
+                actor, chunk = at_work.pop(reference)
+                answer = self._answer(reference, chunk)
+                if not isinstance(answer, Exception):
+                    idle.append(actor)
+                else:
+                    answer = self._lost(chunk, answer, losses)
+                    hire()
+                    if chunk and not answer:
+                        again.append(chunk)
+                if chunk and answer:
+                    on_facts(float(chunk.missing))
+                    yield answer
 
-    def _take(
-        self,
-        reference: Any,
-        crew: _Crew,
-        again: deque[Chunk],
-        losses: dict[int, int],
-        on_facts: Callable[[float], None],
-    ) -> Iterator[DoneChunk]:
-        """Look at an answer: a worker that is there, a chunk that is done, or a loss."""
+    def _answer(self, reference: Any, chunk: Chunk | None) -> Any:
+        """What a worker gives back, or the exception that says that it was lost."""
         exceptions = self.ray.exceptions
-        lost = (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.WorkerCrashedError)
-        if reference in crew.starting:
-            actor = crew.starting.pop(reference)
-            try:
-                self.ray.get(reference)
-            except exceptions.RayTaskError as error:
-                raise WorkerError(f"a worker cannot load the model: {_first_line(error)}") from None
-            except lost as error:
-                losses[-1] = losses.get(-1, 0) + 1
-                if losses[-1] > LIVES * self.actors:
-                    raise WorkerError(
-                        f"workers die while they load the model ({_first_line(error)}); is there "
-                        "enough memory for so many?"
-                    ) from None
-                crew.hire()
-            else:
-                crew.idle.append(actor)
-            return
-        actor, chunk = crew.working.pop(reference)
         try:
-            done: DoneChunk = self.ray.get(reference)
+            return self.ray.get(reference)
         except exceptions.RayTaskError as error:
+            reason = _first_line(error)
             raise WorkerError(
-                f"chunk {chunk.index} cannot be done ({_first_line(error)}); correct that and run "
-                "the same command again to go on"
+                f"a worker cannot load the model: {reason}"
+                if chunk is None
+                else f"chunk {chunk.index} cannot be done ({reason}); correct that and run the "
+                "same command again to go on"
             ) from None
-        except lost:
-            losses[chunk.index] = losses.get(chunk.index, 0) + 1
-            logger.warning(
-                "the worker of chunk %d was lost (%d of %d times)",
-                chunk.index,
-                losses[chunk.index],
-                LIVES,
-            )
-            crew.hire()
-            if losses[chunk.index] < LIVES:
-                again.append(chunk)
-                return
-            done = self._given_up(chunk)
-        else:
-            crew.idle.append(actor)
-        on_facts(float(chunk.missing))
-        yield done
+        except (
+            exceptions.RayActorError,
+            exceptions.ObjectLostError,
+            exceptions.WorkerCrashedError,
+        ) as error:
+            return error
 
-    def _given_up(self, chunk: Chunk) -> DoneChunk:
-        reason = f"its worker was lost {LIVES} times"
-        rows = [
-            failed_row(self.label, self.recipe.layer, fact, method.name, reason)
+    def _lost(
+        self, chunk: Chunk | None, error: Exception, losses: Counter[int]
+    ) -> DoneChunk | None:
+        """Count a lost worker; a chunk that cost too many of them is given up."""
+        index = -1 if chunk is None else chunk.index
+        losses[index] += 1
+        if chunk is None:
+            if losses[index] > LIVES * self.actors:
+                raise WorkerError(
+                    f"workers die while they load the model ({_first_line(error)}); is there "
+                    "enough memory for so many?"
+                )
+            return None
+        lost = losses[index]
+        logger.warning("the worker of chunk %d was lost (%d of %d times)", index, lost, LIVES)
+        if lost < LIVES:
+            return None
+        reason, layer = f"its worker was lost {LIVES} times", self.recipe.settings["layer"]
+        rows = tuple(
+            Row(first_columns(self.label, layer, fact, method.name, reason=reason))
             for fact in chunk.facts
             if fact.case_id not in chunk.done
             for method in self.plan.methods
-        ]
-        return DoneChunk(index=chunk.index, rows=tuple(rows), seconds=0.0)
+        )
+        return DoneChunk(index=index, rows=rows, seconds=0.0)
 
 
 def _first_line(error: BaseException) -> str:
     """The cause in one line, without the trace of the worker."""
     cause: Any = getattr(error, "cause", None) or error
-    lines: Sequence[str] = [line for line in str(cause).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(cause).__name__
+    return str(cause).strip().rpartition("\n")[2].strip() or type(cause).__name__

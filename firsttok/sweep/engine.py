@@ -52,7 +52,7 @@ class Engine(Protocol):
         """Do the chunks; each may be given back in several parts.
 
         Args:
-            chunks: The chunks; they are taken one at a time, when there is somebody to do them.
+            chunks: Taken one at a time, when there is somebody to do them.
             on_facts: Called with the number of facts (or parts of one) that were got through.
         """
         ...

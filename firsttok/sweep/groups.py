@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 from firsttok.rows import DONE, FAILED
 
-__all__ = ["COLUMNS", "GROUPS", "GroupedRows", "Record", "group_cases", "mean_of", "method_label"]
+__all__ = ["COLUMNS", "GROUPS", "GroupedRows", "Record", "method_label"]
 
 COLUMNS = (
     *("case_id", "method", "status", "reason", "numerator", "denominator", "mean_delta"),
@@ -18,7 +19,8 @@ COLUMNS = (
 )
 """Columns of a :class:`~firsttok.rows.Row` that the tables need."""
 GROUPS = ("collapse", "normal", "not judged")
-"""Groups of cases; see :func:`group_cases`."""
+"""Groups of cases, by what ROME did to the model in this very run (Section 3). A case without a
+finished ROME row, or whose perplexity was not measured, is not judged, since nothing says which."""
 # As firsttok.editing.METHODS has them. To import that takes seconds, and a table needs no model.
 _LABELS = {"rome": "ROME", "c-rome": "C-ROME", "p-rome": "p-ROME", "fc-rome": "FC-ROME"}
 
@@ -33,47 +35,32 @@ class GroupedRows:
     """Label of the model."""
     methods: tuple[str, ...]
     """Names of the methods, in order."""
-    done: Mapping[tuple[str, str], Sequence[Record]]
-    """Rows that hold numbers, by method and group of the case."""
-    failed: Sequence[Record]
-    """Rows that hold a reason."""
+    records: Sequence[Record]
+    """The rows, with at least :data:`COLUMNS`."""
     original: float | None = None
     """Perplexity of the unedited model, where it is known."""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     """Names in tables of methods that are not built in."""
 
-    @staticmethod
-    def of(
-        model: str,
-        methods: Sequence[str],
-        records: Sequence[Record],
-        *,
-        original: float | None = None,
-        labels: Mapping[str, str] | None = None,
-    ) -> "GroupedRows":
-        """Group the rows of one model.
-
-        Args:
-            model: Its label.
-            methods: Names of the methods, in order.
-            records: Its rows, with at least :data:`COLUMNS`.
-            original: Perplexity of the unedited model, where it is known.
-            labels: Names in tables of methods that are not built in.
-        """
-        cases = group_cases(records)
+    @cached_property
+    def done(self) -> Mapping[tuple[str, str], Sequence[Record]]:
+        """Rows that hold numbers, by method and group of the case."""
+        finished = [record for record in self.records if record["status"] == DONE]
+        cases = {
+            record["case_id"]: GROUPS[0] if record["collapsed"] else GROUPS[1]
+            for record in finished
+            if record["method"] == "rome" and record["collapsed"] is not None
+        }
         done: dict[tuple[str, str], list[Record]] = {}
-        for record in records:
-            if record["status"] == DONE:
-                group = cases.get(record["case_id"], GROUPS[2])
-                done.setdefault((record["method"], group), []).append(record)
-        return GroupedRows(
-            model=model,
-            methods=tuple(methods),
-            done=done,
-            failed=[record for record in records if record["status"] == FAILED],
-            original=original,
-            labels=labels or {},
-        )
+        for record in finished:
+            group = cases.get(record["case_id"], GROUPS[2])
+            done.setdefault((record["method"], group), []).append(record)
+        return done
+
+    @property
+    def failed(self) -> list[Record]:
+        """Rows that hold a reason."""
+        return [record for record in self.records if record["status"] == FAILED]
 
     def label(self, method: str) -> str:
         """Name of a method in tables."""
@@ -103,32 +90,8 @@ class GroupedRows:
 
     def percent(self, column: str, method: str, *groups: str) -> float | None:
         """Mean of a column of fractions in percent, None if nothing was measured."""
-        mean = mean_of(self.pick(column, method, *groups))
-        return None if mean is None else 100.0 * mean
-
-
-def group_cases(records: Sequence[Record]) -> dict[int, str]:
-    """Sort cases by what ROME did to the model in this very run (Section 3).
-
-    Args:
-        records: Rows of one model.
-
-    Returns:
-        ``collapse`` or ``normal`` by case number. A case without a finished ROME row, or whose
-        perplexity was not measured, is in neither group, since nothing says in which.
-    """
-    return {
-        record["case_id"]: GROUPS[0] if record["collapsed"] else GROUPS[1]
-        for record in records
-        if record["method"] == "rome"
-        and record["status"] == DONE
-        and record["collapsed"] is not None
-    }
-
-
-def mean_of(values: Sequence[float]) -> float | None:
-    """Mean, None of nothing."""
-    return fmean(values) if values else None
+        values = self.pick(column, method, *groups)
+        return 100.0 * fmean(values) if values else None
 
 
 def method_label(name: str) -> str:

@@ -1,9 +1,9 @@
 """What a run is made of; one that was begun with something else is not resumed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from firsttok.errors import BadInputError, CacheError
 from firsttok.escapes import finite
@@ -19,21 +19,6 @@ __all__ = ["check_run", "join_run", "model_entry", "read_manifest", "run_entry"]
 
 _NAME = "manifest.json"
 _FORMAT = 2
-_FIELDS: Mapping[str, Callable[[Any], bool]] = {
-    "models": lambda found: _is_table(found, dict),
-    "facts": lambda found: _is_table(found, object),
-    "facts.count": lambda found: _is_count(found, 0),
-    "methods": lambda found: (
-        _is_table(found, dict) and all(_is_table(slots, str) for slots in found.values())
-    ),
-    "metrics": lambda found: (
-        isinstance(found, list) and all(isinstance(name, str) for name in cast(list[Any], found))
-    ),
-    "seed": lambda found: _is_count(found, None),
-    "chunk": lambda found: _is_count(found, 1),
-    "format": lambda found: _is_count(found, None),
-}
-"""Fields of a manifest, and whether one is what a sweep writes."""
 _SHOWN = 6
 """Differences that are named; a whole list would hide the first."""
 
@@ -96,11 +81,7 @@ def model_entry(study: "Study") -> Any:
 
 
 def check_run(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Refuse a run that was begun with something else; nothing is written.
-
-    Args:
-        folder: The run's folder, which need not exist.
-        entry: What :func:`run_entry` returned.
+    """Refuse a run that was begun with another :func:`run_entry`; nothing is written.
 
     Raises:
         BadInputError: If it was begun with something else; the message shows the difference.
@@ -161,45 +142,52 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInputError(f"{path} is not the manifest of a run; begin another run elsewhere")
     manifest = cast(dict[str, Any], content)
-    for name, is_right in _FIELDS.items():
-        whole, _, part = name.partition(".")
-        found = manifest.get(whole)
-        if not is_right(found.get(part) if part and found else found):
-            raise BadInputError(
-                f"{path} has no field {name}, or it is damaged; begin another run elsewhere"
-            )
-    if manifest["format"] != _FORMAT:
+    for name in _damaged(manifest):
         raise BadInputError(
-            f"{path} has format {manifest['format']}, this version of firsttok reads {_FORMAT}; "
-            "begin another run elsewhere"
+            f"{path} has no field {name}, or it is damaged; begin another run elsewhere"
+        )
+    if manifest.get("format") != _FORMAT:
+        raise BadInputError(
+            f"{path} has format {manifest.get('format')}, this version of firsttok reads "
+            f"{_FORMAT}; begin another run elsewhere"
         )
     return manifest
 
 
-def _is_table(found: Any, kind: type[Any]) -> bool:
+def _damaged(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that are not what a sweep writes, as far as they are not only compared."""
+    facts, methods = manifest.get("facts"), manifest.get("methods")
+    if not _is_table(manifest.get("models"), dict):
+        yield "models"
+    if not (isinstance(facts, dict) and _is_count(cast(Any, facts).get("count"), 0)):
+        yield "facts.count"
+    if not (_is_table(methods, dict) and all(_is_table(each, str) for each in methods.values())):
+        yield "methods"
+    if not _is_count(manifest.get("chunk"), 1):
+        yield "chunk"
+
+
+def _is_table(found: Any, kind: type[Any]) -> TypeGuard[dict[str, Any]]:
     """Whether it is a JSON object whose values are all of a kind."""
-    values = cast(dict[str, Any], found).values() if isinstance(found, dict) else [None]
-    return isinstance(found, dict) and all(isinstance(value, kind) for value in values)
+    return isinstance(found, dict) and all(
+        isinstance(value, kind) for value in cast(dict[str, Any], found).values()
+    )
 
 
-def _is_count(found: Any, least: int | None) -> bool:
+def _is_count(found: Any, least: int) -> bool:
     """Whether it is a whole number, which True is not, and not below the least."""
-    if not isinstance(found, int) or isinstance(found, bool):
-        return False
-    return least is None or found >= least
+    return type(found) is int and found >= least
 
 
 def _refuse(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     differences = list(_differences(known, wanted, ""))
-    if not differences:
-        return
-    shown = "; ".join(differences[:_SHOWN])
-    more = len(differences) - _SHOWN
-    rest = f"; and {more} more" if more > 0 else ""
-    raise BadInputError(
-        f"the run in {folder} was begun with something else ({shown}{rest}); "
-        "use the same settings, or another folder"
-    )
+    if len(differences) > _SHOWN:
+        differences[_SHOWN:] = [f"and {len(differences) - _SHOWN} more"]
+    if differences:
+        raise BadInputError(
+            f"the run in {folder} was begun with something else ({'; '.join(differences)}); "
+            "use the same settings, or another folder"
+        )
 
 
 _TOLD = ("told", "original_perplexity", "name", "source")

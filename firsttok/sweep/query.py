@@ -46,9 +46,6 @@ def select(table: "pa.Table", query: str, *, seconds: float = SECONDS) -> "pa.Ta
         query: One SELECT in DuckDB's SQL; DESCRIBE and SUMMARIZE are such, too.
         seconds: How long it may take.
 
-    Returns:
-        The answer.
-
     Raises:
         BadInputError: If the query is no single SELECT, DuckDB cannot answer it, or the answer
             takes too long or more than a gigabyte.

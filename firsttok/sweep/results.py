@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -78,10 +79,12 @@ class RunResults(Shown):
     @property
     def labels(self) -> Mapping[str, str]:
         """Names of the methods in tables, as far as the run tells."""
-        told: Any = self.manifest.get("told")
-        labels: Any = told.get("labels") if isinstance(told, Mapping) else None
-        known = cast(Mapping[str, Any], labels) if isinstance(labels, Mapping) else {}
-        return {name: label for name, label in known.items() if isinstance(label, str)}
+        match self.manifest:
+            case {"told": {"labels": dict() as labels}}:
+                known = cast(dict[str, Any], labels)
+                return {name: label for name, label in known.items() if isinstance(label, str)}
+            case _:
+                return {}
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -131,11 +134,10 @@ class RunResults(Shown):
         Raises:
             BadInputError: If it does not take part in the run.
         """
-        records = self.of(model).table.select(COLUMNS).to_pylist()
-        return GroupedRows.of(
-            model,
-            self.methods,
-            records,
+        return GroupedRows(
+            model=model,
+            methods=self.methods,
+            records=self.of(model).table.select(COLUMNS).to_pylist(),
             original=self.original(model),
             labels=self.labels,
         )
@@ -154,33 +156,27 @@ class RunResults(Shown):
 
     def progress(self) -> tuple[ModelProgress, ...]:
         """How much is done, model by model."""
-        names = ["model", "status", "collapsed"]
-        counts = self.table.group_by(names).aggregate([([], "count_all")]).to_pylist()
-
-        def count(model: str, **match: Any) -> int:
-            wanted = {"model": model, **match}
-            return sum(
-                each["count_all"]
-                for each in counts
-                if all(each[name] == value for name, value in wanted.items())
+        found: list[ModelProgress] = []
+        for model in self.models:
+            table = self.of(model).table
+            status = Counter(table["status"].to_pylist())
+            found.append(
+                ModelProgress(
+                    model=model,
+                    planned=self.manifest["facts"]["count"] * len(self.methods),
+                    done=status[DONE],
+                    failed=status[FAILED],
+                    collapsed=table["collapsed"].to_pylist().count(True),
+                )
             )
-
-        return tuple(
-            ModelProgress(
-                model=model,
-                planned=self.manifest["facts"]["count"] * len(self.methods),
-                done=count(model, status=DONE),
-                failed=count(model, status=FAILED),
-                collapsed=count(model, collapsed=True),
-            )
-            for model in self.models
-        )
+        return tuple(found)
 
     def panel(self) -> Panel:
         """How much is done, and the summary of every model."""
-        names = ("model", "planned", "done", "failed", "collapsed")
-        lines = [[getattr(each, name) for name in names] for each in self.progress()]
-        parts: list[Part] = [Table(columns=names, lines=lines)]
+        names = [field.name for field in fields(ModelProgress)]
+        parts: list[Part] = [
+            Table(columns=names, lines=[astuple(each) for each in self.progress()])
+        ]
         for model in self.models:
             summary = self.summary(model)
             parts += [Note(text=summary.title), *summary.panel().parts]
@@ -211,25 +207,24 @@ class RunResults(Shown):
             BadInputError: If no model has a row yet.
             CacheError: If a file cannot be written.
         """
-        done = set(self.table["model"].unique().to_pylist())
-        if not done:
-            raise BadInputError(f"the run in {self.folder} holds no rows yet; sweep first")
         written: list[Path] = []
-        for model in (name for name in self.models if name in done):
-            table, entry = self.summary(model), self.manifest["models"][model]
+        for model, entry in self.manifest["models"].items():
+            rows = self.of(model).table.to_pylist()
+            if not rows:
+                continue
+            table = self.summary(model)
             stem = Path(out) / folder_name(model) / f"sweep_{_plain_name(self.folder)}"
             record = {
                 "title": table.title,
                 "columns": table.columns,
-                "lines": [[_finite(cell) for cell in line] for line in table.lines],
+                "lines": [list(map(_finite, line)) for line in table.lines],
                 "provenance": {**entry, "methods": self.manifest["methods"]},
-                "rows": [
-                    {name: _finite(value) for name, value in row.items()}
-                    for row in self.of(model).table.to_pylist()
-                ],
+                "rows": [{name: _finite(cell) for name, cell in row.items()} for row in rows],
             }
             save_result(stem, record)
             written.append(Path(f"{stem}.json"))
+        if not written:
+            raise BadInputError(f"the run in {self.folder} holds no rows yet; sweep first")
         return tuple(written)
 
 
@@ -261,13 +256,10 @@ def read_run(path: str | Path) -> RunResults:
             f"files of the run in {folder} hold different kinds of values ({error}); begin another "
             "run"
         ) from None
-    for column, known in (
-        ("model", list(manifest["models"])),
-        ("method", list(manifest["methods"])),
-        ("status", [DONE, FAILED]),
-    ):
+    known = {"model": manifest["models"], "method": manifest["methods"], "status": (DONE, FAILED)}
+    for column, values in known.items():
         for value in table[column].unique().to_pylist():
-            if value not in known:
+            if value not in values:
                 raise BadInputError(
                     f"{_holder(files, shards, {column: value})} holds rows of {column} {value!r}, "
                     "which the run's manifest.json does not know; move the file out of the run"

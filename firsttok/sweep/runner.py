@@ -13,7 +13,7 @@ from rich.progress import Progress
 from firsttok.data import Fact
 from firsttok.errors import BadInputError, CacheError
 from firsttok.options import folder_name
-from firsttok.rows import FAILED, Row, Shard, read_rows, shard_path, write_rows
+from firsttok.rows import FAILED, Row, read_table, rows_of, seconds_of, shard_path, write_rows
 from firsttok.sweep.engine import Chunk, DoneChunk, Engine
 
 __all__ = ["CHUNK", "Share", "chunks_of", "model_folder", "sweep"]
@@ -45,9 +45,7 @@ class Share:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not 1 <= self.number <= self.of:
-            raise BadInputError(
-                f"--shard is {self.number}/{self.of}; give I/N with I from 1 to N, such as 1/4"
-            )
+            raise _no_share(f"{self.number}/{self.of}")
         if self.limit is not None and self.limit < 1:
             raise BadInputError(f"--limit is {self.limit}; give at least 1")
 
@@ -58,35 +56,27 @@ class Share:
         Raises:
             BadInputError: If it reads otherwise.
         """
-        if text is None:
-            return Share(limit=limit)
-        number, slash, of = text.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal()):
-            raise BadInputError(f"--shard is {text!r}; give I/N with I from 1 to N, such as 1/4")
+        number, _, of = ("1/1" if text is None else text).partition("/")
+        if not (number.isdecimal() and of.isdecimal()):
+            raise _no_share(repr(text))
         return Share(number=int(number), of=int(of), limit=limit)
 
     def of_chunk(self, chunk: Chunk, size: int) -> tuple[Fact, ...]:
-        """Those facts of a chunk that are to be done here.
-
-        Args:
-            chunk: The chunk, with all its facts.
-            size: Facts in a chunk.
-        """
+        """Those facts of a chunk, with so many in each, that are to be done here."""
         if chunk.index % self.of != self.number - 1:
             return ()
         within = None if self.limit is None else max(0, self.limit - chunk.index * size)
         return chunk.facts[:within]
 
     def count(self, total: int, size: int) -> int:
-        """How many facts of a run are to be done here.
-
-        Args:
-            total: Facts of the run.
-            size: Facts in a chunk.
-        """
+        """How many facts of a run are to be done here, with so many in a chunk."""
         end = total if self.limit is None else min(total, self.limit)
         starts = range((self.number - 1) * size, end, self.of * size)
         return sum(min(size, end - start) for start in starts)
+
+
+def _no_share(given: str) -> BadInputError:
+    return BadInputError(f"--shard is {given}; give I/N with I from 1 to N, such as 1/4")
 
 
 def model_folder(run: Path, label: str) -> Path:
@@ -139,15 +129,14 @@ def sweep(
         CacheError: If a shard cannot be written.
     """
     share = share or Share()
-    asked = None if total is None else share.count(total, size)
-    task = None if progress is None else progress.add_task(label, total=asked)
+    progress = progress or Progress(disable=True)
+    task = progress.add_task(label, total=None if total is None else share.count(total, size))
     begun: dict[int, _Begun] = {}
     touched: set[int] = set()
     before = now = 0
 
     def advance(count: float) -> None:
-        if progress is not None and task is not None:
-            progress.advance(task, count)
+        progress.advance(task, count)
 
     def open_chunks() -> Iterator[Chunk]:
         nonlocal before
@@ -155,15 +144,20 @@ def sweep(
             wanted = share.of_chunk(chunk, size)
             if not wanted:
                 continue
-            found = _Begun.at(folder, chunk, retry_failed=retry_failed)
-            done = frozenset(fact.case_id for fact in wanted if fact.case_id in found.rows)
+            rows, seconds = _kept(shard_path(folder, chunk.index), chunk, retry_failed=retry_failed)
+            done = frozenset(fact.case_id for fact in wanted if rows[fact.case_id])
             before += len(done)
             advance(float(len(done)))
             rest = replace(chunk, facts=wanted, done=done)
             if rest.missing:
-                begun[chunk.index] = found
-                found.missing = rest.missing
+                begun[chunk.index] = _Begun(rows=rows, seconds=seconds, missing=rest.missing)
                 yield rest
+
+    def write(index: int) -> None:
+        chunk = begun[index]
+        rows = (row for found in chunk.rows.values() for row in found)
+        write_rows(shard_path(folder, index), rows, seconds=chunk.seconds)
+        chunk.written, chunk.unwritten = monotonic(), False
 
     try:
         for part in engine.run(open_chunks(), on_facts=advance):
@@ -171,20 +165,19 @@ def sweep(
             now += chunk.add(part, label)
             touched.add(part.index)
             if not chunk.missing:
-                chunk.write(folder)
+                write(part.index)
                 del begun[part.index]
             elif monotonic() - chunk.written > _PERIOD:
-                chunk.write(folder)
+                write(part.index)
     except BaseException:
-        for chunk in begun.values():
+        for index, chunk in begun.items():
             # What ended the run is what is to be told.
             with suppress(CacheError):
                 if chunk.unwritten:
-                    chunk.write(folder)
+                    write(index)
         raise
-    if progress is not None and task is not None:
-        # Parts of facts do not add up to whole ones.
-        progress.update(task, completed=before + now)
+    # Parts of facts do not add up to whole ones.
+    progress.update(task, completed=before + now)
     return len(touched)
 
 
@@ -192,37 +185,13 @@ def sweep(
 class _Begun:
     """A chunk that is being done, and what is there of it; lives as long as that takes."""
 
-    index: int
-    order: tuple[int, ...]
     rows: dict[int, list[Row]]
-    """Rows by case id."""
+    """Rows by case id, in the order of the facts."""
     seconds: float
-    missing: int = 0
+    missing: int
+    """Facts without rows, as far as they are asked for."""
     unwritten: bool = False
     written: float = field(default_factory=monotonic)
-
-    @staticmethod
-    def at(folder: Path, chunk: Chunk, *, retry_failed: bool) -> "_Begun":
-        """What is kept of a chunk; nothing, with a warning, of a damaged file."""
-        order = tuple(fact.case_id for fact in chunk.facts)
-        rows: dict[int, list[Row]] = {}
-        seconds = 0.0
-        path = shard_path(folder, chunk.index)
-        if path.is_file():
-            try:
-                kept, seconds = read_rows(path), Shard.at(path).seconds
-            except BadInputError as error:
-                logger.warning("%s", error)
-                kept = []
-            for row in kept:
-                rows.setdefault(row.case_id, []).append(row)
-        again = {
-            case_id
-            for case_id, found in rows.items()
-            if case_id not in order or (retry_failed and any(r.status == FAILED for r in found))
-        }
-        rows = {case_id: found for case_id, found in rows.items() if case_id not in again}
-        return _Begun(index=chunk.index, order=order, rows=rows, seconds=seconds)
 
     def add(self, part: DoneChunk, label: str) -> int:
         """Take up the rows of some facts; returns how many facts."""
@@ -235,8 +204,21 @@ class _Begun:
         self.unwritten = True
         return len(new)
 
-    def write(self, folder: Path) -> None:
-        """Write all rows that are there, in the order of the facts."""
-        rows = [row for case_id in self.order for row in self.rows.get(case_id, ())]
-        write_rows(shard_path(folder, self.index), rows, seconds=self.seconds)
-        self.written, self.unwritten = monotonic(), False
+
+def _kept(path: Path, chunk: Chunk, *, retry_failed: bool) -> tuple[dict[int, list[Row]], float]:
+    """Rows of a chunk by case id, none of a damaged file, and the seconds they took."""
+    rows: dict[int, list[Row]] = {fact.case_id: [] for fact in chunk.facts}
+    seconds = 0.0
+    if path.is_file():
+        try:
+            table = read_table(path)
+        except BadInputError as error:
+            logger.warning("%s", error)
+        else:
+            seconds = seconds_of(table)
+            for row in rows_of(table):
+                rows.get(row.case_id, []).append(row)
+    for found in rows.values():
+        if retry_failed and any(row.status == FAILED for row in found):
+            found.clear()
+    return rows, seconds

@@ -2,25 +2,25 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import harmonic_mean, median
+from statistics import fmean, harmonic_mean, median
 from typing import Any
 
 from firsttok.data import paper_values
 from firsttok.data.paper import REBUILDING
 from firsttok.display import Panel, Shown, Table
-from firsttok.sweep.groups import GROUPS, GroupedRows, mean_of
+from firsttok.sweep.groups import GROUPS, GroupedRows
 
 __all__ = ["ResultTable", "method_summary", "model_tables"]
 
 _ACCURACIES = ("efficacy", "generalization", "locality")
 _SCORES = ("ES", "EM", "PS", "PM", "NS", "NM")
-_SINGLE_EDITS = (("Table 1", "gpt-j-6b"), ("Table 4", "gpt2-xl"))
-"""Tables of "Rebuilding ROME" that can stand beside a sweep; its Table 2 edits sequentially."""
 _REASONS = 15
 """Reasons that are shown; the rows hold all."""
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+
+_Line = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -52,17 +52,13 @@ def model_tables(rows: GroupedRows) -> tuple[ResultTable, ...]:
     Args:
         rows: The model's rows.
     """
-    tables = [
-        _update_components(rows),
-        _perplexities(rows),
-        _accuracies(rows),
-        _prefixed_accuracies(rows),
-        _scores(rows),
-        _sizes(rows),
-    ]
+    builders = [_update_components, _perplexities, _accuracies, _prefixed_accuracies]
+    builders += [_scores, _sizes]
     if any(rows.pick("generated_exact", method) for method in rows.methods):
-        tables.append(_generated(rows))
-    return (*tables, _failures(rows)) if rows.failed else tuple(tables)
+        builders.append(_generated)
+    if rows.failed:
+        builders.append(_failures)
+    return tuple(build(rows) for build in builders)
 
 
 def method_summary(rows: GroupedRows, slots: Mapping[str, Mapping[str, str]]) -> ResultTable:
@@ -73,7 +69,8 @@ def method_summary(rows: GroupedRows, slots: Mapping[str, Mapping[str, str]]) ->
         slots: Slot values by the name of the method, then of the slot, as a manifest has them.
     """
     names = list(dict.fromkeys(name for chosen in slots.values() for name in chosen))
-    lines: list[tuple[Any, ...]] = []
+    percents = ("locality", "efficacy", "prefixed_efficacy", "generated_first_words")
+    lines: list[_Line] = []
     for method in rows.methods:
         sizes = [abs(value) for value in rows.pick("denominator", method)]
         collapsed = rows.pick("collapsed", method)
@@ -83,196 +80,137 @@ def method_summary(rows: GroupedRows, slots: Mapping[str, Mapping[str, str]]) ->
                 *(slots[method].get(name, "-").replace("_", " ") for name in names),
                 len(sizes),
                 f"{sum(map(bool, collapsed))} of {len(collapsed)}" if collapsed else None,
-                min(sizes, default=None),
-                max(rows.pick("perplexity", method), default=None),
-                rows.percent("locality", method),
-                rows.percent("efficacy", method),
-                rows.percent("prefixed_efficacy", method),
-                rows.percent("generated_first_words", method),
+                _of(min, sizes),
+                _of(max, rows.pick("perplexity", method)),
+                *(rows.percent(column, method) for column in percents),
             )
         )
     before = "" if rows.original is None else f"; perplexity {rows.original:.2f} before"
-    return ResultTable(
-        name="Methods",
-        model=rows.model,
-        title=f"Methods side by side, {rows.model} (locality, efficacy and generated in "
-        f"percent{before})",
-        columns=(
-            *("method", *names, "cases", "collapsed", "least |denominator|", "max perplexity"),
-            *("locality", "efficacy", "behind a prefix", "generated"),
-        ),
-        lines=tuple(lines),
+    columns = (
+        *("method", *names, "cases", "collapsed", "least |denominator|", "max perplexity"),
+        *("locality", "efficacy", "behind a prefix", "generated"),
     )
+    note = f"locality, efficacy and generated in percent{before}"
+    return _table(rows, "Methods", "Methods side by side", columns, lines, note=note)
 
 
 def _update_components(rows: GroupedRows) -> ResultTable:
     printed, papers = _printed("Table 1")
-    lines: list[tuple[Any, ...]] = []
+    lines: list[_Line] = []
     for component in ("numerator", "denominator"):
         for cases in rows.groups:
-            values = [
-                [abs(value) for value in rows.pick(component, method, cases)]
-                for method in rows.methods
-            ]
-            lines.append(
-                (
-                    f"{component}, {cases} ({_counts(values)})",
-                    *(mean_of(each) for each in values),
-                    *(printed.get((f"{component}/{cases}", paper)) for paper in papers),
-                )
-            )
-    return ResultTable(
-        name="Table 1",
-        model=rows.model,
-        title=f"Table 1. Mean norm of the numerator and mean |denominator|, {rows.model} "
-        f"({_meaning(rows)})",
-        columns=("", *map(rows.label, rows.methods), *(f"paper, {p}, ROME" for p in papers)),
-        lines=tuple(lines),
-    )
+            values = [list(map(abs, rows.pick(component, m, cases))) for m in rows.methods]
+            counts = sorted({len(each) for each in values}) or [0]
+            count = f"n={counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+            own = (_of(fmean, each) for each in values)
+            theirs = (printed.get((f"{component}/{cases}", paper)) for paper in papers)
+            lines.append((f"{component}, {cases} ({count})", *own, *theirs))
+    columns = ("", *map(rows.label, rows.methods), *(f"paper, {p}, ROME" for p in papers))
+    what = "Table 1. Mean norm of the numerator and mean |denominator|"
+    return _table(rows, "Table 1", what, columns, lines)
 
 
 def _perplexities(rows: GroupedRows) -> ResultTable:
     printed, papers = _printed("Table 2")
     before = rows.original
     first = (before, before, before, None if before is None else 1.0)
-    lines: list[tuple[Any, ...]] = [
-        ("original", *first, *(printed["Original", paper] for paper in papers))
-    ]
-    for method in rows.methods:
-        for cases in rows.groups:
-            values = rows.pick("perplexity", method, cases)
-            largest = max(values, default=None)
-            row = f"{rows.label(method)}/{cases}"
-            lines.append(
-                (
-                    f"{rows.label(method)}, {cases} (n={len(values)})",
-                    min(values, default=None),
-                    mean_of(values),
-                    largest,
-                    largest / before if largest is not None and before else None,
-                    *(printed.get((row, paper)) for paper in papers),
-                )
+    lines: list[_Line] = [("original", *first, *(printed["Original", paper] for paper in papers))]
+    for method, cases in _by_group(rows):
+        values = rows.pick("perplexity", method, cases)
+        largest = _of(max, values)
+        row = f"{rows.label(method)}/{cases}"
+        lines.append(
+            (
+                f"{rows.label(method)}, {cases} (n={len(values)})",
+                _of(min, values),
+                _of(fmean, values),
+                largest,
+                largest / before if largest is not None and before else None,
+                *(printed.get((row, paper)) for paper in papers),
             )
-    return ResultTable(
-        name="Table 2",
-        model=rows.model,
-        title=f"Table 2. Perplexity of the edited model, {rows.model} ({_meaning(rows)})",
-        columns=("", "min", "mean", "max", "max / original", *(f"paper, {p}, max" for p in papers)),
-        lines=tuple(lines),
-    )
+        )
+    columns = ("", "min", "mean", "max", "max / original", *(f"paper, {p}, max" for p in papers))
+    return _table(rows, "Table 2", "Table 2. Perplexity of the edited model", columns, lines)
 
 
 def _accuracies(rows: GroupedRows) -> ResultTable:
-    shown = [cases for cases in rows.groups if cases != "normal"]
-    lines = [
-        _accuracy_line(rows, method, cases, _ACCURACIES)
-        for method in rows.methods
-        for cases in shown
-    ]
-    printed, papers = _printed("Table 4")
-    for paper in papers:
-        cells = (printed[column, paper] for column in _ACCURACIES)
-        lines.append((f"paper, {paper}, C-ROME, collapse", None, *cells))
-    return ResultTable(
-        name="Table 4",
-        model=rows.model,
-        title=f"Table 4. Accuracy on collapse cases in percent, {rows.model} ({_meaning(rows)})",
-        columns=("", "cases", *_ACCURACIES),
-        lines=tuple(lines),
-    )
+    shown = [(method, cases) for method, cases in _by_group(rows) if cases != "normal"]
+    lines = [_percents(rows, method, cases, _ACCURACIES) for method, cases in shown]
+    lines += _paper_lines("Table 4", {"C-ROME, collapse": ""}, _ACCURACIES)
+    what = "Table 4. Accuracy on collapse cases in percent"
+    return _table(rows, "Table 4", what, ("", "cases", *_ACCURACIES), lines)
 
 
 def _prefixed_accuracies(rows: GroupedRows) -> ResultTable:
-    lines: list[tuple[Any, ...]] = []
+    lines: list[_Line] = []
     for cases in rows.groups:
         # As in the paper, which prefixes the prompts of collapse cases and no others.
         first = "efficacy" if cases == "normal" else "prefixed_efficacy"
         columns = (first, *_ACCURACIES[1:])
-        lines += [_accuracy_line(rows, method, cases, columns) for method in rows.methods]
-    printed, papers = _printed("Table 5")
-    for paper in papers:
-        for cases in GROUPS[:2]:
-            cells = (printed[f"{cases}/{column}", paper] for column in _ACCURACIES)
-            lines.append((f"paper, {paper}, C-ROME, {cases}", None, *cells))
-    return ResultTable(
-        name="Table 5",
-        model=rows.model,
-        title="Table 5. Accuracy in percent, rewriting prompts of collapse cases prefixed at test "
-        f"time, {rows.model} ({_meaning(rows)})",
-        columns=("", "cases", *_ACCURACIES),
-        lines=tuple(lines),
-    )
+        lines += [_percents(rows, method, cases, columns) for method in rows.methods]
+    printed = {f"C-ROME, {cases}": f"{cases}/" for cases in GROUPS[:2]}
+    lines += _paper_lines("Table 5", printed, _ACCURACIES)
+    what = "Table 5. Accuracy in percent, rewriting prompts of collapse cases prefixed at test time"
+    return _table(rows, "Table 5", what, ("", "cases", *_ACCURACIES), lines)
 
 
 def _scores(rows: GroupedRows) -> ResultTable:
-    lines: list[tuple[Any, ...]] = []
+    columns = (*_SCORES, "Score")
+    lines: list[_Line] = []
     for method in rows.methods:
         means = {name: rows.percent(name.lower(), method) for name in _SCORES}
-        count = len(rows.pick("es", method))
-        lines.append((rows.label(method), count, *means.values(), _score(means)))
-    for table, paper in _SINGLE_EDITS:
-        printed, _ = _printed(table, paper=REBUILDING)
-        for row in dict.fromkeys(row.partition("/")[0] for row, _ in printed):
-            name = {"Original": "ROME", "r-ROME": "r-ROME (C-ROME)"}.get(row, row)
-            cells = (printed[f"{row}/{column}", paper] for column in (*_SCORES, "Score"))
-            lines.append((f"paper, {paper}, {name}", None, *cells))
-    return ResultTable(
-        name="Table R1",
-        model=rows.model,
-        title='Table R1. Scores of single edits in percent, as in Tables 1 and 4 of "Rebuilding '
-        f'ROME", {rows.model} (Score: harmonic mean of the mean ES, PS and NS)',
-        columns=("", "cases", *_SCORES, "Score"),
-        lines=tuple(lines),
-    )
-
-
-def _generated(rows: GroupedRows) -> ResultTable:
-    columns = ("generated_exact", "generated_first_words", "efficacy", "locality")
-    lines = [
-        _accuracy_line(rows, method, cases, columns)
-        for method in rows.methods
-        for cases in rows.groups
-    ]
-    return ResultTable(
-        name="Generated",
-        model=rows.model,
-        title="What the edited model writes behind the bare prompt, in percent: exactly the "
-        "target, or the target and then more; and the teacher-forced efficacy, which gives it the "
-        f"target's earlier tokens, {rows.model} ({_meaning(rows)})",
-        columns=("", "cases", "exact", "first words", "efficacy, forced", "locality"),
-        lines=tuple(lines),
-    )
+        parts = [mean for mean in (means["ES"], means["PS"], means["NS"]) if mean is not None]
+        score = float(harmonic_mean(parts)) if len(parts) == 3 else None
+        lines.append((rows.label(method), len(rows.pick("es", method)), *means.values(), score))
+    printed = {"ROME": "Original/", "r-ROME (C-ROME)": "r-ROME/", "p-ROME": "p-ROME/"}
+    # Its tables of single edits; in its Table 2 they are sequential.
+    for table in ("Table 1", "Table 4"):
+        lines += _paper_lines(table, printed, columns, paper=REBUILDING)
+    what = 'Table R1. Scores of single edits in percent, as in Tables 1 and 4 of "Rebuilding ROME"'
+    note = "Score: harmonic mean of the mean ES, PS and NS"
+    return _table(rows, "Table R1", what, ("", "cases", *columns), lines, note=note)
 
 
 def _sizes(rows: GroupedRows) -> ResultTable:
-    lines: list[tuple[Any, ...]] = []
-    for method in rows.methods:
-        for cases in rows.groups:
-            sizes = rows.pick("mean_delta", method, cases)
-            entropies = rows.pick("entropy", method, cases)
-            lines.append(
-                (
-                    f"{rows.label(method)}, {cases} (n={len(sizes)})",
-                    median(sizes) if sizes else None,
-                    max(sizes, default=None),
-                    len(entropies),
-                    min(entropies, default=None),
-                    median(entropies) if entropies else None,
-                    max(entropies, default=None),
-                )
+    lines: list[_Line] = []
+    for method, cases in _by_group(rows):
+        sizes = rows.pick("mean_delta", method, cases)
+        entropies = rows.pick("entropy", method, cases)
+        lines.append(
+            (
+                f"{rows.label(method)}, {cases} (n={len(sizes)})",
+                *(_of(measure, sizes) for measure in (median, max)),
+                len(entropies),
+                *(_of(measure, entropies) for measure in (min, median, max)),
             )
-    return ResultTable(
-        name="Figure R2",
-        model=rows.model,
-        title="Figure R2. |Delta| (Frobenius norm over number of elements) and normalised "
-        f'entropy of ten generations, as in Figures 2 and 5 of "Rebuilding ROME", {rows.model} '
-        f"({_meaning(rows)})",
-        columns=(
-            *("", "|Delta|, median", "|Delta|, max", "with entropy"),
-            *("entropy, min", "entropy, median", "entropy, max"),
-        ),
-        lines=tuple(lines),
+        )
+    columns = (
+        *("", "|Delta|, median", "|Delta|, max", "with entropy"),
+        *("entropy, min", "entropy, median", "entropy, max"),
     )
+    what = (
+        "Figure R2. |Delta| (Frobenius norm over number of elements) and normalised entropy of "
+        'ten generations, as in Figures 2 and 5 of "Rebuilding ROME"'
+    )
+    return _table(rows, "Figure R2", what, columns, lines)
+
+
+def _generated(rows: GroupedRows) -> ResultTable:
+    columns = {
+        "exact": "generated_exact",
+        "first words": "generated_first_words",
+        "efficacy, forced": "efficacy",
+        "locality": "locality",
+    }
+    lines = [
+        _percents(rows, method, cases, [*columns.values()]) for method, cases in _by_group(rows)
+    ]
+    what = (
+        "What the edited model writes behind the bare prompt, in percent: exactly the target, or "
+        "the target and then more; and the teacher-forced efficacy, which gives it the target's "
+        "earlier tokens"
+    )
+    return _table(rows, "Generated", what, ("", "cases", *columns), lines)
 
 
 def _failures(rows: GroupedRows) -> ResultTable:
@@ -283,35 +221,57 @@ def _failures(rows: GroupedRows) -> ResultTable:
         cases.setdefault(reason, []).append(record["case_id"])
     counts = Counter({reason: len(found) for reason, found in cases.items()})
     shown = counts.most_common(_REASONS)
-    lines: list[tuple[Any, ...]] = [
+    lines: list[_Line] = [
         (reason, count, len(set(cases[reason])), cases[reason][0]) for reason, count in shown
     ]
     if len(counts) > len(shown):
         rest = counts.total() - sum(count for _, count in shown)
         lines.append((f"{len(counts) - len(shown)} other reasons", rest, None, None))
     number = len({record["case_id"] for record in rows.failed})
+    note = f"n={number}; what a reason quotes is left out"
+    columns = ("reason", "rows", "cases", "first case")
+    return _table(rows, "Failed cases", "Failed cases", columns, lines, note=note)
+
+
+def _table(
+    rows: GroupedRows,
+    name: str,
+    what: str,
+    columns: tuple[str, ...],
+    lines: Iterable[_Line],
+    *,
+    note: str | None = None,
+) -> ResultTable:
+    """A table; behind its title stands a note, by default what the groups are."""
+    if note is None:
+        note = "collapse: ROME's row of the case collapsed in this run; normal: it did not"
+        note += "; not judged: no ROME row says" if GROUPS[2] in rows.groups else ""
+    title = f"{what}, {rows.model} ({note})"
     return ResultTable(
-        name="Failed cases",
-        model=rows.model,
-        title=f"Failed cases, {rows.model} (n={number}; what a reason quotes is left out)",
-        columns=("reason", "rows", "cases", "first case"),
-        lines=tuple(lines),
+        name=name, model=rows.model, title=title, columns=columns, lines=tuple(lines)
     )
 
 
-def _accuracy_line(
-    rows: GroupedRows, method: str, cases: str, columns: Sequence[str]
-) -> tuple[Any, ...]:
+def _by_group(rows: GroupedRows) -> list[tuple[str, str]]:
+    return [(method, cases) for method in rows.methods for cases in rows.groups]
+
+
+def _percents(rows: GroupedRows, method: str, cases: str, columns: Sequence[str]) -> _Line:
     count = len(rows.pick(columns[0], method, cases))
     means = (rows.percent(column, method, cases) for column in columns)
     return (f"{rows.label(method)}, {cases}", count, *means)
 
 
-def _meaning(rows: GroupedRows) -> str:
-    """What the groups are."""
-    meaning = "collapse: ROME's row of the case collapsed in this run; normal: it did not"
-    unknown = "; not judged: no ROME row says" if GROUPS[2] in rows.groups else ""
-    return meaning + unknown
+def _paper_lines(
+    table: str, named: Mapping[str, str], columns: Sequence[str], **paper: str
+) -> list[_Line]:
+    """Lines of a paper's table, by what each is called and how its rows begin."""
+    printed, papers = _printed(table, **paper)
+    return [
+        (f"paper, {model}, {name}", None, *(printed[begin + c, model] for c in columns))
+        for model in papers
+        for name, begin in named.items()
+    ]
 
 
 def _printed(table: str, **paper: str) -> tuple[dict[tuple[str, str], float], list[str]]:
@@ -320,12 +280,6 @@ def _printed(table: str, **paper: str) -> tuple[dict[tuple[str, str], float], li
     return printed, list(dict.fromkeys(model for _, model in printed))
 
 
-def _counts(values: Sequence[Sequence[float]]) -> str:
-    sizes = sorted({len(each) for each in values}) or [0]
-    return f"n={sizes[0]}" if len(sizes) == 1 else f"n={sizes[0]} to {sizes[-1]}"
-
-
-def _score(means: Mapping[str, float | None]) -> float | None:
-    """The papers' Score: harmonic mean of the mean ES, PS and NS; 0 if one of them is 0."""
-    parts = [mean for mean in (means[name] for name in ("ES", "PS", "NS")) if mean is not None]
-    return float(harmonic_mean(parts)) if len(parts) == 3 else None
+def _of(measure: Callable[[list[float]], float], values: list[float]) -> float | None:
+    """A mean or an extreme, None of nothing."""
+    return measure(values) if values else None
