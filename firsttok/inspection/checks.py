@@ -26,31 +26,18 @@ _CHECKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCheck:
-    """One layer's edit site, and how exactly it is one."""
+    """One layer's edit site (see :class:`~firsttok.models.EditSite`), and how exactly it is one."""
 
     layer: int
-    """The layer, from 0."""
     key_hook: str
-    """Hook point of the key."""
     value_hook: str
-    """Hook point of the MLP's output."""
     residual_hook: str
-    """Hook point of the residual stream behind the block."""
     d_mlp: int
-    """Width of a key."""
     d_model: int
-    """Width of a value."""
     in_out: bool
-    """Whether the weight lies as ``[d_mlp, d_model]`` (GPT-2) or transposed (most others)."""
     bias: bool
-    """Whether a bias is part of the value."""
     error: float
     """``||key @ W + b - output|| / ||output||`` over the tokens of some real text."""
-
-    @property
-    def layout(self) -> str:
-        """How the weight lies."""
-        return "[d_mlp, d_model]" if self.in_out else "[d_model, d_mlp]"
 
 
 @contextlib.contextmanager
