@@ -327,9 +327,7 @@ class IntervenedKeys:
     interventions: tuple[Intervention, ...]
     """The changes, in order."""
 
-    def __post_init__(self) -> None:
-        """Check the changes."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
         """Return the keys under these interventions and no others.

@@ -18,7 +18,7 @@ from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys, fact_keys, keys_at
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, fact_prompt, is_changed, pad, positions
-from firsttok.tensors import Intervention, KeyMatrix, KeyVector, TokenBatch
+from firsttok.tensors import Intervention, KeyMatrix, TokenBatch
 
 __all__ = [
     "MaskedKeys",
@@ -37,9 +37,7 @@ class SeesAll:
     position: int = 0
     """Position of the token, counted from the first of the sequence."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -61,9 +59,7 @@ class SeesItself:
     position: int
     """Position of the token, counted from the first of the sequence."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -149,9 +145,6 @@ class MaskedKeys:
         ordinary = fact_keys(model, fact, contexts, layer=layer)
         if not (self.later or self.changed):
             return ordinary
-        return replace(ordinary, unprefixed=self._unprefixed(model, fact, contexts, layer))
-
-    def _unprefixed(self, model: Model, fact: Fact, contexts: ContextSet, layer: int) -> KeyVector:
         prompt = fact_prompt(model, fact, contexts.first_prefix if self.later else "{}")
         place = int(positions([prompt])[0])
         change: Intervention = SeesItself(position=place) if self.later else SeesAll(position=place)
@@ -161,7 +154,8 @@ class MaskedKeys:
                 f"in {prompt.text!r} {self.name!r} changes nothing, since the subject ends the "
                 "prompt and sees all of it anyway; give a fact whose prompt goes on behind it"
             )
-        return keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
+        key = keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
+        return replace(ordinary, unprefixed=key)
 
 
 def _visible(batch: TokenBatch) -> Tensor:

@@ -13,37 +13,16 @@ from torch import Tensor
 
 from firsttok.arguments import taken
 from firsttok.errors import BadInputError
+from firsttok.probes.concentration import LEVEL, RESAMPLES, Average, resampled
 from firsttok.probes.tracing import LAST_SUBJECT, ROLES, Trace
 
 __all__ = [
-    "Average",
     "LayerProposal",
     "RoleEffect",
     "average_effects",
     "average_total_effect",
     "propose_layer",
 ]
-
-RESAMPLES = 1000
-LEVEL = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """A mean over facts with its bootstrap interval."""
-
-    facts: int
-    """How many facts it is the mean of."""
-    value: float
-    """The mean."""
-    low: float
-    """Lower end of the 95 % percentile interval over facts."""
-    high: float
-    """Upper end of that interval."""
-
-    def columns(self, name: str) -> dict[str, float]:
-        """Mean and interval under the names of a row: ``name``, ``name_low``, ``name_high``."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +175,7 @@ def _resampled(
 ) -> Float[Tensor, "resample column"]:
     """Means over facts drawn with replacement, the same draws for every column."""
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    weights = torch.zeros(resamples, len(values), dtype=torch.float64)
-    weights.scatter_add_(1, draws, torch.full(draws.shape, 1 / len(values), dtype=torch.float64))
-    return weights @ values
+    return resampled(len(values), resamples, generator) @ values
 
 
 def _averages(
@@ -208,6 +184,6 @@ def _averages(
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     bounds = torch.quantile(means, tails, dim=0).T.tolist()
     return [
-        Average(facts=len(values), value=value, low=low, high=high)
+        Average(n=len(values), value=value, low=low, high=high)
         for value, (low, high) in zip(values.mean(0).tolist(), bounds, strict=True)
     ]

@@ -15,7 +15,7 @@ from firsttok.measuring import measure_facts
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, pad
 from firsttok.study import Study
-from firsttok.tensors import KeyMatrix, TokenBatch
+from firsttok.tensors import TokenBatch
 
 __all__ = [
     "FIRST2SECOND",
@@ -57,9 +57,7 @@ class PositionSwap:
     like: int
     """Position whose embedding it gets."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Change the position ids of every prompt that is long enough."""
@@ -75,9 +73,7 @@ class PositionShift:
     by: int
     """How many positions."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -111,15 +107,11 @@ def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
         raise ValueError(f"no stage is called {stage!r}; choose from {', '.join(STAGES)}")
     if stage == "none":
         return study
-    plain, swapped = study.model, study.model.intervened(swap)
     source = IntervenedKeys(name=f"{swap.name} keys", interventions=(swap,))
     if stage == "keys":
         return study.varied(key_source=source)
-    return study.varied(
-        key_source=source,
-        model=swapped,
-        judge=plain if stage == "editing" else None,
-    )
+    judge = study.model if stage == "editing" else None
+    return study.varied(key_source=source, model=study.model.intervened(swap), judge=judge)
 
 
 @taken
@@ -131,11 +123,11 @@ def first_key_change(
     On rotary models it is exactly zero under :data:`SECOND2FIRST`: the first token attends to
     itself alone, with weight one, whatever its angle.
     """
-
-    def keys(view: Model) -> KeyMatrix:
-        return keys_at(view, prompts, [0] * len(prompts), layers=[layer]).at(layer)
-
-    return float((keys(model.intervened(swap)) - keys(model)).abs().max())
+    changed, usual = (
+        keys_at(view, prompts, [0] * len(prompts), layers=[layer]).values
+        for view in (model.intervened(swap), model)
+    )
+    return float((changed - usual).abs().max())
 
 
 @taken

@@ -29,8 +29,8 @@ from firsttok.models import Model, logits
 from firsttok.probes.restoration import (
     KINDS,
     Corruption,
+    Runs,
     State,
-    run_corrupted,
     subject_range,
 )
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
@@ -59,7 +59,6 @@ ROLES = (
     "last token",
 )
 """The roles of a prompt's tokens (Figure 2 of Meng et al.); tokens before the subject have none."""
-_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +192,7 @@ def trace_fact(
     *,
     kinds: Sequence[str] = KINDS,
     window: int | None = None,
-    max_tokens: int = _MAX_TOKENS,
+    max_tokens: int = 512,
     on_step: Callable[[float], None] | None = None,
 ) -> Trace:
     """Restore every state of a prompt in turn (Section 2.1 and Figure 1 of Meng et al.).
@@ -220,7 +219,7 @@ def trace_fact(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise BadInputError(f"no state is called {unknown[0]!r}; take {', '.join(KINDS)}")
-    runs = run_corrupted(model, fact, corruption)
+    runs = Runs(model, fact, corruption)
     count = model.n_layers
     width = default_window(count) if window is None else window
     start, _ = subject_range(runs.prompt)
