@@ -19,9 +19,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "SpecialTokenError",
-    "SubjectAmbiguousError",
     "SubjectBoundaryError",
-    "SubjectNotFoundError",
     "TargetTokenError",
     "TemplateError",
     "TextFormatError",
@@ -63,14 +61,6 @@ class HyperparameterError(BadInputError):
 
 class TemplateError(BadInputError):
     """A template does not hold exactly one ``{}``."""
-
-
-class SubjectNotFoundError(BadInputError):
-    """A subject does not occur in the text."""
-
-
-class SubjectAmbiguousError(BadInputError):
-    """A subject occurs more than once in the text."""
 
 
 class SubjectBoundaryError(BadInputError):
