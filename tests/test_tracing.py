@@ -562,7 +562,7 @@ def test_the_interval_is_that_of_the_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(60, generator=generator, dtype=torch.float64)
     traces = [made_trace(index, [value]) for index, value in enumerate(values.tolist())]
-    (row,) = average_effects(traces, resamples=4000)
+    (row,) = average_effects(traces)
     error = 1.96 * float(values.std()) / len(values) ** 0.5
     assert abs(row.effect.high - row.effect.value - error) < 0.15 * error
     assert abs(row.effect.value - row.effect.low - error) < 0.15 * error

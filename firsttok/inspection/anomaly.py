@@ -65,11 +65,7 @@ class FirstTokens(Shown):
         return any(row.distinct_first == 1 for row in self.layers)
 
     def verdict(self, layer: int) -> str:
-        """A sentence on where the anomaly is, and on one layer in numbers.
-
-        Args:
-            layer: The layer, usually the one that will be edited.
-        """
+        """A sentence on where the anomaly is, and on one layer in numbers."""
         head = self.what[0].upper() + self.what[1:]
         if self.reason is not None:
             return f"{head}: not measured, {self.reason}"
@@ -119,10 +115,6 @@ def is_massive(row: LayerConcentration) -> bool:
 
 def measure_first_tokens(model: Model, *, seed: int = 0) -> tuple[FirstTokens, ...]:
     """Measure the first token under the model's BOS policy, the BOS itself, and a text without.
-
-    Args:
-        model: A decoder.
-        seed: Seed of the bootstrap.
 
     Returns:
         The first token of the text under the model's policy, always first; if that puts a BOS

@@ -42,10 +42,7 @@ class SiteCheck:
 
 @contextlib.contextmanager
 def named_checks(name: str) -> Generator[None, None, None]:
-    """Say which check failed where a model is refused.
-
-    Args:
-        name: The model, for the message.
+    """Say which check failed where a model of that name is refused.
 
     Raises:
         UnsupportedModelError: If the model is refused, or a library stumbles over it.
@@ -79,10 +76,6 @@ def check_sites(model: Model, prompts: Sequence[Prompt]) -> tuple[SiteCheck, ...
     """Compare ``key @ W + b`` with what the MLPs put out, at every layer and token of prompts.
 
     ``load`` has compared them on six made-up tokens, and refuses a model on which they differ.
-
-    Args:
-        model: The model.
-        prompts: A few prompts; they are run together.
     """
     batch = pad(model, prompts)
     names = [name for site in model.sites for name in (site.key_hook, site.value_hook)]

@@ -80,21 +80,12 @@ class TokenStates:
     """What one token of each prompt looks like after one layer."""
 
     residual_norms: Float[Tensor, "prompt"]
-    """Norm of the residual stream after the layer."""
     keys: KeyMatrix
-    """Key at the layer."""
 
 
 @taken
 def token_states(model: Model, prompts: list[Prompt], at: list[int], *, layer: int) -> TokenStates:
-    """Read the residual norm and the key of one token of each prompt.
-
-    Args:
-        model: A decoder; its interventions hold.
-        prompts: The prompts.
-        at: Absolute position of the token, for each prompt.
-        layer: The layer.
-    """
+    """Read the residual norm and the key of one token of each prompt, at its absolute position."""
     site = model.site(layer)
     norms = torch.empty(len(prompts), dtype=torch.float64)
     keys = torch.empty(len(prompts), site.d_mlp, dtype=model.dtype, device=model.device)

@@ -32,6 +32,7 @@ __all__ = [
 
 RESAMPLES = 1000
 LEVEL = 0.95
+TAILS = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
 MAX_SUBSEQUENT = 2000
 ROUNDING = 1e-5
 """Relative spread that a forward pass in float32 gives to equal vectors."""
@@ -102,19 +103,12 @@ def spread(
     points: Float[Tensor, "point width"],
     *,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> Average:
-    """D of Equation 4 with a percentile bootstrap interval over points.
+    """D of Equation 4 with a 95 % percentile bootstrap interval over points.
 
     Every resample has a centroid of its own. Two equal draws lie at distance 0 from each other, so
     the interval of a handful of points lies low.
-
-    Args:
-        points: The vectors.
-        resamples: Number of resamples.
-        level: Share of the resamples inside the interval.
-        seed: Seed of the resamples.
 
     Raises:
         BadInputError: If there are no two points.
@@ -132,8 +126,7 @@ def spread(
         centroids = weights @ centred
         distances = squares - 2 * centroids @ centred.T + centroids.square().sum(1, keepdim=True)
         found.append((weights * distances.clamp_min(0).sqrt()).sum(1))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.cat(found).quantile(tails).tolist()
+    low, high = torch.cat(found).quantile(TAILS).tolist()
     return Average(n=count, value=float(centred.norm(dim=1).mean()), low=low, high=high)
 
 

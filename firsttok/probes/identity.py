@@ -90,12 +90,8 @@ def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy | None = N
     The paper takes BOS away from models that have one, and they collapse. A model without BOS
     allows the reverse: put one there, and the collapse is gone.
 
-    Contexts and second moment stay those of the given study, so that BOS is all that differs.
-
-    Args:
-        study: A study.
-        policy: The policy of keys and value optimisation.
-        text_bos: The policy of the sentences of the perplexity; None keeps the study's.
+    Contexts and second moment stay those of the given study, so that BOS is all that differs, and
+    so does the policy of the perplexity's sentences unless another one is given.
 
     Raises:
         BadInputError: If a BOS token is asked for and the tokenizer has none.

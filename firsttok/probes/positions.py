@@ -51,7 +51,6 @@ class PositionSwap:
     """
 
     name: str
-    """Name in tables and provenance."""
     of: int
     """Position of the token that is changed."""
     like: int
@@ -71,7 +70,6 @@ class PositionShift:
     """Move every token of a prompt up by some positions; an intervention."""
 
     by: int
-    """How many positions."""
 
     __post_init__ = take_fields
 
@@ -93,12 +91,7 @@ FIRST2SECOND = PositionSwap(name="First2Second", of=1, like=0)
 
 @taken
 def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
-    """Return a study in which a swap acts in some stages and not in others.
-
-    Args:
-        study: The ordinary study.
-        swap: The swap.
-        stage: One of :data:`STAGES`.
+    """Return a study in which a swap acts as one of :data:`STAGES` says.
 
     Raises:
         ValueError: If there is no such stage.
@@ -136,7 +129,6 @@ def measure_stages(
     facts: Sequence[Fact],
     swap: PositionSwap,
     *,
-    stages: Sequence[str] = tuple(STAGES),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Edit facts by ROME with a swap in one stage after another (Tables 6 and 7).
@@ -150,7 +142,7 @@ def measure_stages(
     for fact in facts[:1]:
         pad(study.model.intervened(swap), [fact_prompt(study.model, fact)])
     rows: list[dict[str, Any]] = []
-    for stage in stages:
+    for stage in STAGES:
         changed = swapped_study(study, swap, stage)
         original = changed.original_perplexity.mean
         rows += [

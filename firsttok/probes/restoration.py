@@ -102,14 +102,7 @@ def corruption_for(
     """Scale the noise to the model: ``factor`` times the deviation of the subjects' embeddings.
 
     The deviation is taken over all entries of all subject tokens' embeddings, as they stand in the
-    prompts (the released code reads subjects without their prompts).
-
-    Args:
-        model: The model.
-        facts: The facts.
-        factor: Three in the paper.
-        samples: As in :class:`Corruption`.
-        seed: As in :class:`Corruption`.
+    prompts (the released code reads subjects without their prompts). The paper's factor is three.
 
     Raises:
         BadInputError: If there are no facts.
@@ -228,9 +221,7 @@ class Runs:
     ) -> Iterator[tuple[list[int], Float[Tensor, "plan"]]]:
         """P* with the states of each plan restored, by as little as has to run again.
 
-        Args:
-            plans: The plans, each of one position, its lowest layer first.
-            max_tokens: Most tokens of a batch.
+        A plan is of one position, its lowest layer first; a batch has at most ``max_tokens``.
 
         Yields:
             Indices of plans that ran side by side, with their probabilities.

@@ -13,6 +13,7 @@ noise, and ``Trace.first_token`` such facts from others. Behind a BOS position 0
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,7 @@ class Trace:
     """One fact, with every state restored in turn from the subject's first token on."""
 
     case_id: int
-    """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     answer_id: int
     """The token that the model puts first, whose probability is traced."""
     positions: tuple[int, ...]
@@ -216,9 +215,9 @@ def trace_fact(
         NonFiniteError: If a probability is NaN.
         UnsupportedModelError: If the model is no decoder.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise BadInputError(f"no state is called {unknown[0]!r}; take {', '.join(KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise BadInputError(f"no state is called {kind!r}; take {', '.join(KINDS)}")
     runs = Runs(model, fact, corruption)
     count = model.n_layers
     width = default_window(count) if window is None else window
@@ -261,22 +260,11 @@ def trace_facts(
     window: int | None = None,
     progress: Progress | None = None,
 ) -> list[Trace]:
-    """Trace facts; finished ones are kept in the study's work folder and found again there.
-
-    Args:
-        study: The study, for its model and its folder.
-        facts: The facts.
-        corruption: The noise.
-        window: As for :func:`trace_fact`.
-        progress: Where to show progress.
-    """
-    task = None if progress is None else progress.add_task("tracing", total=len(facts))
+    """As :func:`trace_fact`; finished traces are kept in the study's folder and found there."""
+    bar = progress or Progress(disable=True)
+    task = bar.add_task("tracing", total=len(facts))
+    on_step = partial(bar.advance, task)
     width = default_window(study.model.n_layers) if window is None else window
-
-    def on_step(share: float) -> None:
-        if progress is not None and task is not None:
-            progress.advance(task, share)
-
     traces: list[Trace] = []
     for fact in facts:
         path = _path(study, fact, corruption, width)
@@ -286,8 +274,7 @@ def trace_facts(
             if path is not None and _path(study, fact, corruption, width) == path:
                 write_record(path, trace.as_record())
         traces.append(trace)
-        if progress is not None and task is not None:
-            progress.update(task, completed=len(traces))
+        bar.update(task, completed=len(traces))
     return traces
 
 
