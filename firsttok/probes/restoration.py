@@ -194,7 +194,7 @@ class Runs:
         self.residuals = [seen[name][1:] for name in before]
         """The corrupted runs' residual stream ``[sample, pos, d_model]`` before each block, and
         behind the last."""
-        self.past = [(entry.keys[1:], entry.values[1:]) for entry in cache.layers]
+        self.past = [(each.keys[1:], each.values[1:]) for each in cache.layers]
         """Each block's attention keys and values in the corrupted runs; empty if nothing replays.
         """
 
