@@ -23,6 +23,7 @@ from rich.progress import Progress
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.errors import BadInputError
+from firsttok.inspection.anomaly import ranges
 from firsttok.measuring import measure_facts
 from firsttok.paper.cases import choose_cases
 from firsttok.paper.experiment import ScriptOptions, run
@@ -150,11 +151,11 @@ def trace_rows(
     ]
     for name, members in groups.items():
         total = average_total_effect(members)
-        own = {"part": "total", "group": name, "facts": total.facts}
+        own = {"part": "total", "group": name, "facts": total.n}
         rows.append(own | total.columns("total_effect"))
         rows += [
             {"part": "effect", "group": name, "kind": row.kind, "role": row.role}
-            | {"layer": row.layer, "facts": row.effect.facts, **row.effect.columns("aie")}
+            | {"layer": row.layer, "facts": row.effect.n, **row.effect.columns("aie")}
             for row in average_effects(members)
         ]
     for (name, site), proposal in proposals.items():
@@ -162,7 +163,7 @@ def trace_rows(
         rows.append(
             {"part": "proposal", "group": name, "site": site, "kind": kind, "role": role}
             | {"layer": proposal.layer}
-            | {"facts": proposal.effect.facts, **proposal.effect.columns("aie")}
+            | {"facts": proposal.effect.n, **proposal.effect.columns("aie")}
             | {"undecided": ranges(proposal.undecided), "share": proposal.share}
         )
     return rows
@@ -198,17 +199,6 @@ def moment_at(options: ScriptOptions, layer: int, progress: Progress) -> SecondM
     return compute_second_moment(study.model, layer=layer, progress=progress)
 
 
-def ranges(layers: Sequence[int]) -> str:
-    """``4-6, 9`` for 4, 5, 6 and 9."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
 def lines_of(
     groups: dict[str, list[Trace]],
     proposals: dict[tuple[str, str], LayerProposal],
@@ -219,7 +209,7 @@ def lines_of(
     for (name, site), found in proposals.items():
         total = average_total_effect(groups[name])
         interval = f"{found.effect.low:.3f} to {found.effect.high:.3f}"
-        cells = [found.effect.facts, total.value, found.layer, found.effect.value, interval]
+        cells = [found.effect.n, total.value, found.layer, found.effect.value, interval]
         label = f"{site} at the {SITES[site][1]}, {name}"
         lines.append([label, *cells, ranges(found.undecided), *[None] * 5])
     proposed = proposals[GROUPS[0], "mlp"].layer

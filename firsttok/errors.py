@@ -18,9 +18,7 @@ __all__ = [
     "LayerOutOfRangeError",
     "NonFiniteError",
     "SpecialTokenError",
-    "SubjectAmbiguousError",
     "SubjectBoundaryError",
-    "SubjectNotFoundError",
     "TargetTokenError",
     "TemplateError",
     "TextFormatError",
@@ -62,14 +60,6 @@ class HyperparameterError(BadInputError):
 
 class TemplateError(BadInputError):
     """A template does not hold exactly one ``{}``."""
-
-
-class SubjectNotFoundError(BadInputError):
-    """A subject does not occur in the text."""
-
-
-class SubjectAmbiguousError(BadInputError):
-    """A subject occurs more than once in the text."""
 
 
 class SubjectBoundaryError(BadInputError):

@@ -74,9 +74,7 @@ class WhatIf(Shown):
     """One fact edited by one method, with the model before and after; the model is as it was."""
 
     fact: Fact
-    """The fact."""
     method: Method | Editor
-    """The method, or the editor."""
     tokens: TokenStrip
     """Tokens of the bare prompt, the looked-up one marked."""
     edit: Edit
@@ -127,7 +125,6 @@ class Comparison(Shown):
     """One fact edited by several methods, each on the unedited model."""
 
     results: tuple[WhatIf, ...]
-    """What each method did, in order."""
 
     def __getitem__(self, method: Method | Editor | str) -> WhatIf:
         """The result of one method, by itself or its name.
@@ -242,8 +239,10 @@ def what_if(
     chosen = find_editors([method])
     if len(chosen) != 1:
         raise BadInputError(f"{method} holds {len(chosen)} methods; give ft.compare_methods those")
-    with own_bar(progress) as bar:
-        return _results(_study(model, layer, bar), fact, chosen, key_source, bar)[0]
+    found = compare_methods(
+        model, fact, methods=chosen, layer=layer, key_source=key_source, progress=progress
+    )
+    return found.results[0]
 
 
 @taken
@@ -276,19 +275,44 @@ def compare_methods(
         names = ", ".join(each if isinstance(each, str) else each.name for each in given)
         raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
     with own_bar(progress) as bar:
-        found = _results(_study(model, layer, bar), fact, chosen, key_source, bar)
-    return Comparison(results=found)
+        study = _study(model, layer, bar)
+        if key_source is not None:
+            study = study.varied(key_source=key_source)
+        strip, origin = tokens(study.model, fact), study.origin
+        anchors = {method.anchor for method in chosen if isinstance(method, Method)}
+        steps = max(1, len(anchors) * study.hyperparameters.steps)
+        task = bar.add_task("optimising the value", total=steps)
+        ((_, made),) = study.edits([fact], chosen, on_step=lambda count: bar.advance(task, count))
+        # An optimisation may end early, or its value be in the cache.
+        bar.update(task, completed=steps)
+        edits = [made[method.name] for method in chosen]
+        task = bar.add_task("measuring before and after", total=3 + len(edits))
+        unedited = study.original_perplexity
+        bar.advance(task)
+        measured = study.perplexities(edits)
+        bar.advance(task)
+        before = observe(study.model, fact, unedited, contexts=study.contexts)
+        bar.advance(task)
+        results: list[WhatIf] = []
+        for one, edit, found in zip(chosen, edits, measured, strict=True):
+            after = observe(study.model.edited(edit), fact, found, contexts=study.contexts)
+            bar.advance(task)
+            results.append(
+                WhatIf(
+                    fact=fact,
+                    method=one,
+                    tokens=strip,
+                    edit=edit,
+                    before=before,
+                    after=after,
+                    origin=origin,
+                )
+            )
+    return Comparison(results=tuple(results))
 
 
 def observe(model: Model, fact: Fact, measured: Perplexity, *, contexts: ContextSet) -> Observation:
-    """Look at what a model says, be it edited or not.
-
-    Args:
-        model: The model, or a view of it.
-        fact: The fact.
-        measured: The model's perplexity, which has been measured already.
-        contexts: Contexts behind which the target's probability is told.
-    """
+    """Look at what a model says, whose perplexity has been measured already."""
     templates = contexts.templates
     found = target_probabilities(model, fact, contexts)
     bare = [p for p, text in zip(found, templates, strict=True) if text == "{}"]
@@ -313,50 +337,6 @@ def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study
     return model
 
 
-def _results(
-    study: Study,
-    fact: Fact,
-    methods: Sequence[Method | Editor],
-    key_source: KeySource | None,
-    progress: Progress,
-) -> tuple[WhatIf, ...]:
-    if key_source is not None:
-        study = study.varied(key_source=key_source)
-    strip, origin = tokens(study.model, fact), study.origin
-    anchors = {method.anchor for method in methods if isinstance(method, Method)}
-    steps = max(1, len(anchors) * study.hyperparameters.steps)
-    task = progress.add_task("optimising the value", total=steps)
-    ((_, edits),) = study.edits(
-        [fact], methods, on_step=lambda count: progress.advance(task, count)
-    )
-    # An optimisation may end early, or its value be in the cache.
-    progress.update(task, completed=steps)
-    chosen = [edits[method.name] for method in methods]
-    task = progress.add_task("measuring before and after", total=3 + len(methods))
-    unedited = study.original_perplexity
-    progress.advance(task)
-    measured = study.perplexities(chosen)
-    progress.advance(task)
-    before = observe(study.model, fact, unedited, contexts=study.contexts)
-    progress.advance(task)
-    results: list[WhatIf] = []
-    for method, edit, found in zip(methods, chosen, measured, strict=True):
-        after = observe(study.model.edited(edit), fact, found, contexts=study.contexts)
-        progress.advance(task)
-        results.append(
-            WhatIf(
-                fact=fact,
-                method=method,
-                tokens=strip,
-                edit=edit,
-                before=before,
-                after=after,
-                origin=origin,
-            )
-        )
-    return tuple(results)
-
-
 def _components(results: Sequence[WhatIf]) -> Table:
     shown = [dict(shown_components(result.edit)) for result in results]
     lines = [[label, *(each.get(label) for each in shown)] for label in shown[0]]
@@ -364,43 +344,28 @@ def _components(results: Sequence[WhatIf]) -> Table:
 
 
 def state_lines(fact: Fact, seen: Collection[Observation]) -> list[list[Any]]:
-    """Perplexity and the target's probability in several states, as lines of a table.
-
-    Args:
-        fact: The fact.
-        seen: What was seen in each state.
-    """
+    """Perplexity and the target's probability in several states, as lines of a table."""
+    target = f"P({fact.target_new})"
     return [
         ["perplexity", *(each.perplexity.mean for each in seen)],
-        [f"P({fact.target_new})", *(each.target_probability for each in seen)],
-        [
-            f"P({fact.target_new}) behind prefixes",
-            *(each.target_probability_prefixed for each in seen),
-        ],
+        [target, *(each.target_probability for each in seen)],
+        [f"{target} behind prefixes", *(each.target_probability_prefixed for each in seen)],
     ]
 
 
 def _states(fact: Fact, states: dict[str, Observation]) -> tuple[Table, Table]:
-    lines = state_lines(fact, states.values())
-    said = [[name, _top(each), repr(each.continuation)] for name, each in states.items()]
+    said: list[list[str]] = []
+    for name, each in states.items():
+        top = ", ".join(f"{token!r} {p:.2f}" for token, p in each.top_predictions[:3])
+        said.append([name, top, repr(each.continuation)])
     return (
-        Table(columns=("", *states), lines=lines),
+        Table(columns=("", *states), lines=state_lines(fact, states.values())),
         Table(columns=("", "next tokens", "continues with"), lines=said),
     )
 
 
-def _top(seen: Observation) -> str:
-    return ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions[:3])
-
-
 def verdict(name: str, before: Perplexity, after: Perplexity) -> str:
-    """Say what an edit did to a model, in a sentence.
-
-    Args:
-        name: What edited it.
-        before: Perplexity of the model without the edit.
-        after: Perplexity on the same sentences with it.
-    """
+    """Say what an edit of some name did to a model, from perplexities of the same sentences."""
     numbers = f"perplexity {before.mean:.4g} before, {after.mean:.4g} after"
     found = damage(before, after)
     if found is None:

@@ -16,14 +16,7 @@ from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.engine.replay import keys_behind
 from firsttok.errors import NonFiniteError
 from firsttok.models import Model, capture
-from firsttok.prompts import (
-    Prompt,
-    batches,
-    fact_prompt,
-    is_changed,
-    pad,
-    positions,
-)
+from firsttok.prompts import Prompt, batches, fact_prompt, is_changed, pad, positions
 from firsttok.svg import Plot
 from firsttok.tensors import Intervention, KeyMatrix, KeyVector
 
@@ -56,7 +49,6 @@ class Keys(Shown):
     """Keys of some prompts at some layers, with what they belong to beside them."""
 
     values: Float[Tensor, "layer prompt d_mlp"]
-    """The keys."""
     layers: tuple[int, ...]
     """Layer of each first index."""
     prompts: tuple[Prompt, ...]
@@ -64,7 +56,6 @@ class Keys(Shown):
     positions: tuple[int, ...]
     """Absolute token position the key was read at, for each prompt."""
     model_fingerprint: str
-    """The model they were read from."""
     origin: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The view of it, by label; see :attr:`firsttok.models.Model.origin`."""
 
@@ -76,12 +67,11 @@ class Keys(Shown):
     def panel(self) -> Panel:
         """Where each key was read, and its norm by layer."""
         norms, ends = self.norms, (self.layers[0], self.layers[-1]) if self.layers else ("-", "-")
+        places = [*zip(self.prompts, self.positions, strict=True)][:_SHOWN]
         lines = [
             [prompt.text, position, *norms[[0, -1], index].tolist()]
-            for index, (prompt, position) in enumerate(
-                zip(self.prompts, self.positions, strict=True)
-            )
-        ][:_SHOWN]
+            for index, (prompt, position) in enumerate(places)
+        ]
         columns = ("prompt", "position", *(f"norm, layer {layer}" for layer in ends))
         series = {
             str(line[0]): norms[:, index].tolist() for index, line in enumerate(lines[:_DRAWN])
@@ -203,13 +193,9 @@ def capture_keys(
     layers: Iterable[int] | None = None,
     context: str = "{}",
 ) -> Keys:
-    """Capture the keys of facts at their subjects' last tokens.
+    """Capture the keys of facts at their subjects' last tokens; all layers' unless some are named.
 
-    Args:
-        model: The model.
-        facts: One fact, or several.
-        layers: Layers to read; None for all.
-        context: Template the prompts are put into; the bare one by default.
+    The prompts are put into the context, a template with one ``{}``.
     """
     chosen = [facts] if isinstance(facts, Fact) else facts
     prompts = [fact_prompt(model, fact, context) for fact in chosen]
@@ -312,7 +298,6 @@ class OrdinaryKeys:
     """The keys of the model as it is (Equation 1 and Section 3.1)."""
 
     name: str = "ordinary"
-    """Name in provenance."""
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
         """Return the keys of :func:`fact_keys`."""
@@ -324,13 +309,9 @@ class IntervenedKeys:
     """Both keys read in a view of the model that intervenes."""
 
     name: str
-    """Name in provenance."""
     interventions: tuple[Intervention, ...]
-    """The changes, in order."""
 
-    def __post_init__(self) -> None:
-        """Check the changes."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     def keys(self, model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
         """Return the keys under these interventions and no others.

@@ -58,13 +58,10 @@ class ProbeResult(Shown):
     """What a probe found on one fact."""
 
     name: str
-    """Name of the probe."""
     question: str
-    """What it asks."""
     rows: tuple[Mapping[str, Any], ...]
     """What it measured, one record per line; the first column names the line."""
     plots: tuple[Plot, ...] = ()
-    """Pictures of it."""
     origin: Mapping[str, Any]
     """Fact, model and settings, in short."""
 
@@ -108,7 +105,6 @@ class BosKeys:
     """Both keys read behind a BOS token, or without the one that the tokenizer puts."""
 
     policy: BosPolicy
-    """The policy."""
 
     @property
     def name(self) -> str:
@@ -129,9 +125,7 @@ class KeyProbe:
     """
 
     name: str
-    """Name of the probe."""
     question: str
-    """What it asks."""
     sources: tuple[KeySource, ...]
     """Where the keys come from, line by line; each can be given to ``ft.what_if``, too."""
 
@@ -173,12 +167,10 @@ class ConcentrationProbe:
     sentences: int = _SENTENCES
     """How many of the study's sentences are read."""
     name: str = "concentration"
-    """Name of the probe."""
     question: str = (
         "How tightly do the keys of first tokens lie together, layer by layer, and does the "
         "looked-up token carry their residual stream?"
     )
-    """What it asks."""
 
     def measure(self, study: Study, fact: Fact) -> ProbeResult:
         """Read all layers in one pass."""
@@ -222,11 +214,9 @@ class TracingProbe:
     samples: int = 3
     """Draws of the noise; ten in the paper."""
     name: str = "tracing"
-    """Name of the probe."""
     question: str = (
         "Which states at the subject's last token bring the answer back once noise has taken it?"
     )
-    """What it asks."""
 
     def measure(self, study: Study, fact: Fact) -> ProbeResult:
         """Restore every state in turn; this takes a minute or more."""
@@ -254,6 +244,10 @@ class TracingProbe:
         )
 
 
+def _keys_under(change: Intervention) -> IntervenedKeys:
+    return IntervenedKeys(name=change.name, interventions=(change,))
+
+
 PROBES: tuple[Probe, ...] = (
     KeyProbe(
         name="attention",
@@ -267,11 +261,7 @@ PROBES: tuple[Probe, ...] = (
     KeyProbe(
         name="positions",
         question="What if the first token had the second one's position, or the other way round?",
-        sources=(
-            ORDINARY_KEYS,
-            IntervenedKeys(name=SECOND2FIRST.name, interventions=(SECOND2FIRST,)),
-            IntervenedKeys(name=FIRST2SECOND.name, interventions=(FIRST2SECOND,)),
-        ),
+        sources=(ORDINARY_KEYS, _keys_under(SECOND2FIRST), _keys_under(FIRST2SECOND)),
     ),
     KeyProbe(
         name="bos",
@@ -311,17 +301,13 @@ def probe(
 
 def _find(which: str | Probe | KeySource | Intervention) -> Probe:
     if isinstance(which, str):
-        for known in PROBES:
-            if known.name == which:
-                return known
-        names = ", ".join(known.name for known in PROBES)
-        raise BadInputError(f"no probe is called {which!r}; choose from {names}")
+        known = {each.name: each for each in PROBES}
+        if which not in known:
+            raise BadInputError(f"no probe is called {which!r}; choose from {', '.join(known)}")
+        return known[which]
     if isinstance(which, Probe):
         return which
-    if isinstance(which, KeySource):
-        source = which
-    else:
-        source = IntervenedKeys(name=which.name, interventions=(which,))
+    source = which if isinstance(which, KeySource) else _keys_under(which)
     return KeyProbe(
         name=source.name,
         question=f"What becomes of the keys under this change: {source.name}?",

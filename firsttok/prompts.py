@@ -20,8 +20,6 @@ from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
     SpecialTokenError,
-    SubjectAmbiguousError,
-    SubjectNotFoundError,
     TargetTokenError,
     TemplateError,
     UnsupportedModelError,
@@ -41,7 +39,6 @@ __all__ = [
     "pad",
     "positions",
     "subject_prompt",
-    "subject_span",
     "text_prompt",
     "with_target",
 ]
@@ -86,26 +83,6 @@ def text_prompt(model: Model, text: str) -> Prompt:
     return Prompt(text=text, token_ids=encode(model, text).ids)
 
 
-def subject_span(text: str, subject: str) -> tuple[int, int]:
-    """Return start and end of the subject's characters in a text.
-
-    Raises:
-        SubjectNotFoundError: If it does not occur.
-        SubjectAmbiguousError: If it occurs more than once.
-    """
-    count = text.count(subject) if subject else 0
-    if count == 0:
-        raise SubjectNotFoundError(
-            f"subject {subject!r} does not occur in {text!r}; write it as it stands there"
-        )
-    if count > 1:
-        raise SubjectAmbiguousError(
-            f"subject {subject!r} occurs {count} times in {text!r}; use a template with '{{}}'"
-        )
-    start = text.index(subject)
-    return start, start + len(subject)
-
-
 def subject_prompt(
     model: Model, text: str, span: tuple[int, int], *, straddle: Straddle = "refuse"
 ) -> Prompt:
@@ -136,12 +113,7 @@ def subject_prompt(
 
 @taken
 def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
-    """Tokenise a fact's prompt inside a context template.
-
-    Args:
-        model: The model.
-        fact: The fact.
-        context: A template with one ``{}`` for the whole prompt; ``"{}"`` is the bare prompt.
+    """Tokenise a fact's prompt in the place of a context's one ``{}``; ``"{}"`` leaves it bare.
 
     Raises:
         TemplateError: If the context does not hold exactly one ``{}``.

@@ -53,14 +53,12 @@ class SecondMoment(Shown):
         NonFiniteError: If it holds NaN or infinity.
     """
 
-    matrix: Float[Tensor, "d_mlp d_mlp"]
-    """The matrix, float64, on the CPU."""
+    matrix: SecondMomentMatrix
+    """Float64, on the CPU."""
     tokens: int
     """Number of tokens it was taken over; 0 for an identity."""
     corpus: str
-    """Name of the corpus."""
     corpus_hash: str
-    """SHA-256 of the corpus."""
     layer: int | None
     """Layer of the keys; None for an identity."""
     model_fingerprint: str | None
@@ -78,9 +76,10 @@ class SecondMoment(Shown):
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 over corpus, model and layer."""
+        """SHA-256 over corpus, model, layer and matrix."""
+        digest = hashlib.sha256(self.matrix.contiguous().numpy().data).hexdigest()
         return content_hash(
-            [self.corpus_hash, self.tokens, self.layer, self.model_fingerprint, self._digest()]
+            [self.corpus_hash, self.tokens, self.layer, self.model_fingerprint, digest]
         )
 
     @cached_property
@@ -119,10 +118,6 @@ class SecondMoment(Shown):
 
         The identity fits everywhere. C of the model as loaded may be used while edits stand in it,
         as released sequences of edits do.
-
-        Args:
-            model: The model, or a view of it.
-            layer: The layer.
 
         Raises:
             BadInputError: If it was computed at another layer, or on another model.
@@ -182,12 +177,19 @@ class SecondMoment(Shown):
             model_fingerprint=None,
         )
 
-    def _digest(self) -> str:
-        return hashlib.sha256(self.matrix.contiguous().numpy().data).hexdigest()
-
     @cached_property
-    def _factor(self) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:
-        return _cholesky(self.matrix)
+    def _factor(self) -> tuple[SecondMomentMatrix, float]:
+        """The Cholesky factor, and the ridge that it took."""
+        scale = float(self.matrix.diagonal().mean())
+        for ridge in _RIDGES:
+            shifted = self.matrix.clone()
+            shifted.diagonal().add_(ridge * scale)
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            if int(info) == 0:
+                if ridge:
+                    logger.warning("the second moment is singular; a ridge of %g was added", ridge)
+                return factor, ridge
+        raise NonFiniteError("the second moment is not positive definite; use a larger corpus")
 
 
 def default_corpus() -> tuple[str, ...]:
@@ -213,7 +215,6 @@ def compute_second_moment(
     """Compute C over a corpus, streaming in float64; cached, and resumed after an interruption.
 
     It is kept by what decides it: edits below the layer count, those at the layer or above do not.
-
     Documents are cut into windows of at most 128 tokens; every token counts, first positions
     included (note 3 of Section "C" in Meng et al.'s code).
 
@@ -372,21 +373,19 @@ def _stream(
     plan = content_hash(groups)
     partial = None if path is None else path.with_suffix(".partial")
     total, tokens, done = _resume(partial, site.d_mlp, plan)
-    task = None
-    if progress is not None:
-        task = progress.add_task(
-            f"second moment, layer {site.layer}", total=len(groups), completed=done
-        )
+    bar = progress or Progress(disable=True)
+    label = f"second moment, layer {site.layer}"
+    task = bar.add_task(label, total=len(groups), completed=done)
     for index in range(done, len(groups)):
         batch = pad(model, [windows[i] for i in groups[index]])
         seen = capture(model, batch, [site.key_hook], stop_at_layer=stop)
         keys = seen[site.key_hook][batch.attention_mask.bool()].double()
         total += (keys.T @ keys).cpu()
         tokens += keys.shape[0]
-        if progress is not None and task is not None:
-            progress.advance(task)
+        bar.advance(task)
         if index % 10 == 9 and partial is not None:
-            _checkpoint(partial, total, tokens, index + 1, plan)
+            about = {"tokens": str(tokens), "done": str(index + 1), "plan": plan}
+            write_tensors(partial, {"sum": total}, about)
     return SecondMoment(
         matrix=total / tokens,
         tokens=tokens,
@@ -398,29 +397,18 @@ def _stream(
     )
 
 
-def _resume(
-    partial: Path | None, d_mlp: int, plan: str
-) -> tuple[Float[Tensor, "d_mlp d_mlp"], int, int]:
+def _resume(partial: Path | None, d_mlp: int, plan: str) -> tuple[SecondMomentMatrix, int, int]:
     if partial is not None and partial.is_file():
         try:
             tensors, metadata = read_tensors(partial, "a partial second moment")
             total = tensors["sum"]
-            if metadata["plan"] != plan:
-                logger.warning("a partial second moment of other batches is started again")
-                return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
-            if total.shape == (d_mlp, d_mlp) and bool(torch.isfinite(total).all()):
+            fits = total.shape == (d_mlp, d_mlp) and bool(torch.isfinite(total).all())
+            if fits and metadata["plan"] == plan:
                 return total, int(metadata["tokens"]), int(metadata["done"])
         except (BadInputError, KeyError, ValueError):
             logger.debug("%s cannot be read", partial.name)
-        logger.warning("a partial second moment is damaged and is started again")
+        logger.warning("a partial second moment is damaged or of other batches; it starts again")
     return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
-
-
-def _checkpoint(
-    partial: Path, total: SecondMomentMatrix, tokens: int, done: int, plan: str
-) -> None:
-    metadata = {"tokens": str(tokens), "done": str(done), "plan": plan}
-    write_tensors(partial, {"sum": total}, metadata)
 
 
 def _is_symmetric(matrix: Float[Tensor, "n n"]) -> bool:
@@ -428,18 +416,3 @@ def _is_symmetric(matrix: Float[Tensor, "n n"]) -> bool:
     slack = 1e-6 * max(float(rows.abs().max()) for rows in matrix.split(_ROWS))
     pairs = zip(matrix.split(_ROWS), matrix.split(_ROWS, dim=1), strict=True)
     return all(torch.allclose(rows, columns.T, rtol=1e-4, atol=slack) for rows, columns in pairs)
-
-
-def _cholesky(
-    matrix: SecondMomentMatrix,
-) -> tuple[Float[Tensor, "d_mlp d_mlp"], float]:
-    scale = float(matrix.diagonal().mean())
-    for ridge in _RIDGES:
-        shifted = matrix.clone()
-        shifted.diagonal().add_(ridge * scale)
-        factor, info = torch.linalg.cholesky_ex(shifted)
-        if int(info) == 0:
-            if ridge:
-                logger.warning("the second moment is singular; a ridge of %g was added", ridge)
-            return factor, ridge
-    raise NonFiniteError("the second moment is not positive definite; use a larger corpus")

@@ -137,8 +137,8 @@ def test_denominators_are_those_of_the_real_edits(inspected: Inspection) -> None
             consistent["denominator"], rel=1e-4
         )
         ratio = abs(rome["denominator"] / consistent["denominator"])
-        assert found.ratio == pytest.approx(ratio, rel=1e-3, abs=1e-6)
-        assert found.predicted == (found.ratio < RATIO)
+        assert found.keys.ratio == pytest.approx(ratio, rel=1e-3, abs=1e-6)
+        assert found.predicted == (found.keys.ratio < RATIO)
         assert found.collapsed is None
 
 

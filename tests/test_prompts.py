@@ -28,9 +28,7 @@ from firsttok.errors import (
     BadInputError,
     EmptyTargetError,
     FirsttokError,
-    SubjectAmbiguousError,
     SubjectBoundaryError,
-    SubjectNotFoundError,
     TargetTokenError,
     TemplateError,
 )
@@ -45,7 +43,6 @@ from firsttok.prompts import (
     pad,
     positions,
     subject_prompt,
-    subject_span,
     text_prompt,
     with_target,
 )
@@ -192,24 +189,9 @@ def test_special_tokens_alone_are_no_text(tiny: TinyFactory, arch: str) -> None:
         text_prompt(end_with(tiny(arch), "<s> $A </s>"), "")
 
 
-def test_subject_span_finds_the_only_place() -> None:
-    assert subject_span("The city of Rome is", "Rome") == (12, 16)
-
-
 @pytest.mark.parametrize(
     ("cause", "error", "quoted"),
     [
-        (
-            lambda _: subject_span("Rome is old", "Paris"),
-            SubjectNotFoundError,
-            ["Paris", "Rome is old"],
-        ),
-        (lambda _: subject_span("Rome is old", ""), SubjectNotFoundError, ["''", "Rome is old"]),
-        (
-            lambda _: subject_span("Rome in Rome", "Rome"),
-            SubjectAmbiguousError,
-            ["'Rome'", "2 times"],
-        ),
         (
             lambda model: subject_prompt(model, "Englands city", (0, 4)),
             SubjectBoundaryError,

@@ -34,7 +34,6 @@ from firsttok.data import Fact
 from firsttok.errors import (
     BadInputError,
     HyperparameterError,
-    LayerOutOfRangeError,
     UnsupportedModelError,
 )
 from firsttok.hyperparameters import Hyperparameters
@@ -45,7 +44,6 @@ from firsttok.probes import (
     ROLES,
     Corruption,
     SeesAll,
-    State,
     Trace,
     answered_facts,
     average_effects,
@@ -53,14 +51,13 @@ from firsttok.probes import (
     corruption_for,
     default_window,
     propose_layer,
-    restore_states,
     token_roles,
     trace_fact,
     trace_facts,
     tracing,
     window_layers,
 )
-from firsttok.probes.restoration import subject_range
+from firsttok.probes.restoration import Runs, State, subject_range
 from firsttok.prompts import Prompt, fact_prompt, pad, with_target
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import read_json, write_record
@@ -164,6 +161,13 @@ class Naive:
         return hook
 
 
+@torch.no_grad()
+def restore_states(model: Model, fact: Fact, states: Sequence[State]) -> tuple[Runs, float]:
+    """The runs of a fact, and P* with any states restored at once in one whole pass."""
+    runs = Runs(model, fact, NOISE)
+    return runs, float(runs.whole([tuple(states)]))
+
+
 def study_of(model: Model, folder: Path) -> Study:
     return Study(
         model=model,
@@ -260,18 +264,16 @@ def test_restoring_any_states_in_whole_passes_agrees(
         State(kind="mlp", layer=0, position=3),
         State(kind="mlp", layer=3, position=1),
     ]
-    found = restore_states(model, fact, NOISE, mixed)
-    assert abs(found.restored - naive.restored(mixed)) < ROUNDING.get(arch, EXACT)
-    assert found.indirect_effect == found.restored - found.corrupted
-    assert found.total_effect == found.clean - found.corrupted
+    runs, restored = restore_states(model, fact, mixed)
+    assert abs(restored - naive.restored(mixed)) < ROUNDING.get(arch, EXACT)
     trace = trace_fact(model, fact, NOISE, window=1)
     for column, position in enumerate(trace.positions):
         state = State(kind="mlp", layer=2, position=position)
-        alone = restore_states(model, fact, NOISE, [state])
-        difference = alone.restored - float(trace.restored["mlp"][2, column])
+        _, alone = restore_states(model, fact, [state])
+        difference = alone - float(trace.restored["mlp"][2, column])
         assert abs(difference) < ROUNDING.get(arch, EXACT)
-    nothing = restore_states(model, fact, NOISE, [])
-    assert abs(nothing.indirect_effect) < ROUNDING.get(arch, EXACT)
+    _, nothing = restore_states(model, fact, [])
+    assert abs(nothing - runs.corrupted) < ROUNDING.get(arch, EXACT)
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -296,9 +298,9 @@ def test_all_positions_of_a_layer_bring_the_clean_probability_back(
             every = [
                 State(kind="hidden", layer=layer, position=position) for position in range(end + 1)
             ]
-            found = restore_states(model, fact, NOISE, every)
-            assert abs(found.restored - found.clean) < 1e-6
-            assert abs(found.total_effect) > 1e-5
+            runs, restored = restore_states(model, fact, every)
+            assert abs(restored - runs.clean) < 1e-6
+            assert abs(runs.clean - runs.corrupted) > 1e-5
 
 
 @pytest.mark.parametrize("arch", DECODERS)
@@ -321,7 +323,8 @@ def test_tokens_before_the_subject_carry_nothing(tiny: TinyFactory) -> None:
         states = [
             State(kind=kind, layer=layer, position=position) for kind in KINDS for layer in range(2)
         ]
-        assert abs(restore_states(model, fact, NOISE, states).indirect_effect) < EXACT
+        runs, restored = restore_states(model, fact, states)
+        assert abs(restored - runs.corrupted) < EXACT
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "gemma3"])
@@ -359,8 +362,8 @@ def test_a_view_is_traced_as_it_is(tiny: TinyFactory) -> None:
     state = State(kind="mlp", layer=1, position=2)
     window = trace_fact(view, FACTS[0], NOISE, window=1)
     column = window.positions.index(2)
-    alone = restore_states(view, FACTS[0], NOISE, [state])
-    assert abs(alone.restored - float(window.restored["mlp"][1, column])) < EXACT
+    _, alone = restore_states(view, FACTS[0], [state])
+    assert abs(alone - float(window.restored["mlp"][1, column])) < EXACT
 
 
 def test_a_seed_repeats_and_every_fact_has_noise_of_its_own(tiny: TinyFactory) -> None:
@@ -530,10 +533,10 @@ def test_averages_are_over_facts_and_layers_by_role() -> None:
     traces = [made_trace(0, [0.1, 0.3]), made_trace(1, [0.3, 0.5], several)]
     effects = {(row.role, row.layer): row for row in average_effects(traces)}
     assert list(effects) == [(role, layer) for role in ROLES[:3] for layer in (0, 1)]
-    assert effects[ROLES[2], 0].effect.facts == 2
+    assert effects[ROLES[2], 0].effect.n == 2
     assert math.isclose(effects[ROLES[2], 1].effect.value, 0.4)
     assert math.isclose(effects[ROLES[1], 0].effect.value, 0.3)
-    assert effects[ROLES[1], 0].effect.facts == 1
+    assert effects[ROLES[1], 0].effect.n == 1
     low, high = effects[ROLES[2], 0].effect.low, effects[ROLES[2], 0].effect.high
     assert math.isclose(low, 0.1)
     assert math.isclose(high, 0.3)
@@ -559,7 +562,7 @@ def test_the_interval_is_that_of_the_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(60, generator=generator, dtype=torch.float64)
     traces = [made_trace(index, [value]) for index, value in enumerate(values.tolist())]
-    (row,) = average_effects(traces, resamples=4000)
+    (row,) = average_effects(traces)
     error = 1.96 * float(values.std()) / len(values) ** 0.5
     assert abs(row.effect.high - row.effect.value - error) < 0.15 * error
     assert abs(row.effect.value - row.effect.low - error) < 0.15 * error
@@ -603,21 +606,6 @@ def test_average_and_proposal_say_what_is_missing() -> None:
             propose_layer([trace], layers=layers)
 
 
-@pytest.mark.parametrize(
-    ("state", "error", "sentence"),
-    [
-        (State(kind="key", layer=0, position=0), BadInputError, "no state is called 'key'"),
-        (State(kind="mlp", layer=LAYERS, position=0), LayerOutOfRangeError, "no layer 4"),
-        (State(kind="mlp", layer=0, position=99), BadInputError, "no token at position 99"),
-    ],
-)
-def test_states_that_are_not_there_are_refused(
-    state: State, error: type[Exception], sentence: str, tiny: TinyFactory
-) -> None:
-    with pytest.raises(error, match=sentence):
-        restore_states(tiny("llama"), FACTS[0], NOISE, [state])
-
-
 def test_what_cannot_be_traced_is_refused(tiny: TinyFactory) -> None:
     with pytest.raises(BadInputError, match="no state is called 'keys'"):
         trace_fact(tiny("llama"), FACTS[0], NOISE, kinds=["keys"])
@@ -640,7 +628,7 @@ def test_weights_and_hooks_are_left_as_they_were(tiny: TinyFactory) -> None:
     before, prompt = weights(model), fact_prompt(model, FACTS[0])
     usual = logits(model, pad(model, [prompt]))
     trace_fact(model, FACTS[0], NOISE)
-    restore_states(model, FACTS[0], NOISE, [State(kind="mlp", layer=0, position=0)])
+    restore_states(model, FACTS[0], [State(kind="mlp", layer=0, position=0)])
     assert same_weights(weights(model), before)
     assert torch.equal(logits(model, pad(model, [prompt])), usual)
 

@@ -1,8 +1,7 @@
 """Whether a model has the first-token anomaly, in which layers, and behind which BOS."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from firsttok.data import builtin_facts, builtin_sentences
 from firsttok.display import Note, Panel, Part, Shown
@@ -46,7 +45,6 @@ class FirstTokens(Shown):
     bos: str
     """The BOS policy of the prompts."""
     place: int
-    """Position of the first token."""
     layers: tuple[LayerConcentration, ...]
     """The measurements, from layer 0 up; empty if they could not be made."""
     reason: str | None = None
@@ -68,11 +66,7 @@ class FirstTokens(Shown):
         return any(row.distinct_first == 1 for row in self.layers)
 
     def verdict(self, layer: int) -> str:
-        """A sentence on where the anomaly is, and on one layer in numbers.
-
-        Args:
-            layer: The layer, usually the one that will be edited.
-        """
+        """A sentence on where the anomaly is, and on one layer in numbers."""
         head = self.what[0].upper() + self.what[1:]
         if self.reason is not None:
             return f"{head}: not measured, {self.reason}"
@@ -123,22 +117,17 @@ def is_massive(row: LayerConcentration) -> bool:
 def measure_first_tokens(model: Model, *, seed: int = 0) -> tuple[FirstTokens, ...]:
     """Measure the first token under the model's BOS policy, the BOS itself, and a text without.
 
-    Args:
-        model: A decoder.
-        seed: Seed of the bootstrap.
-
     Returns:
         The first token of the text under the model's policy, always first; if that puts a BOS
         before it, then the BOS, and the first token of a text without one.
     """
-    bare = model.with_bos(BosPolicy.WITHOUT)
     leading = len(model.leading_ids)
     if not leading:
         return (_measure(model, 0, "the very first token", seed),)
     return (
         _measure(model, leading, "the first token behind BOS", seed),
         _measure(model, 0, "BOS itself", seed),
-        _measure(bare, 0, "the very first token, without BOS", seed),
+        _measure(model.with_bos(BosPolicy.WITHOUT), 0, "the very first token, without BOS", seed),
     )
 
 
@@ -147,10 +136,9 @@ def first_token_prompts(model: Model, *, most: int = PROMPTS) -> tuple[Prompt, .
 
     A repeated first token has the same key each time, which would pass for concentration.
     """
-    texts: Iterable[str] = chain((fact.prompt for fact in builtin_facts()), builtin_sentences())
     chosen: dict[int, Prompt] = {}
     place = len(model.leading_ids)
-    for text in texts:
+    for text in (*(fact.prompt for fact in builtin_facts()), *builtin_sentences()):
         prompt = text_prompt(model, text)
         # One token must follow, and no text may be too long for the model.
         if place + 1 < len(prompt.token_ids) <= model.max_tokens:
@@ -172,13 +160,11 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def _measure(model: Model, place: int, what: str, seed: int) -> FirstTokens:
-    layers: Sequence[LayerConcentration] = ()
+    layers: tuple[LayerConcentration, ...] = ()
     reason: str | None = None
     try:
         layers = concentration(model, first_token_prompts(model), place=place, seed=seed)
     except (BadInputError, UnsupportedModelError) as error:
         # Some models show no attention pattern; the rest of them can be looked at.
         reason = str(error)
-    return FirstTokens(
-        what=what, bos=model.bos.value, place=place, layers=tuple(layers), reason=reason
-    )
+    return FirstTokens(what=what, bos=model.bos.value, place=place, layers=layers, reason=reason)

@@ -26,39 +26,23 @@ _CHECKS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCheck:
-    """One layer's edit site, and how exactly it is one."""
+    """One layer's edit site (see :class:`~firsttok.models.EditSite`), and how exactly it is one."""
 
     layer: int
-    """The layer, from 0."""
     key_hook: str
-    """Hook point of the key."""
     value_hook: str
-    """Hook point of the MLP's output."""
     residual_hook: str
-    """Hook point of the residual stream behind the block."""
     d_mlp: int
-    """Width of a key."""
     d_model: int
-    """Width of a value."""
     in_out: bool
-    """Whether the weight lies as ``[d_mlp, d_model]`` (GPT-2) or transposed (most others)."""
     bias: bool
-    """Whether a bias is part of the value."""
     error: float
     """``||key @ W + b - output|| / ||output||`` over the tokens of some real text."""
-
-    @property
-    def layout(self) -> str:
-        """How the weight lies."""
-        return "[d_mlp, d_model]" if self.in_out else "[d_model, d_mlp]"
 
 
 @contextlib.contextmanager
 def named_checks(name: str) -> Generator[None, None, None]:
-    """Say which check failed where a model is refused.
-
-    Args:
-        name: The model, for the message.
+    """Say which check failed where a model of that name is refused.
 
     Raises:
         UnsupportedModelError: If the model is refused, or a library stumbles over it.
@@ -92,10 +76,6 @@ def check_sites(model: Model, prompts: Sequence[Prompt]) -> tuple[SiteCheck, ...
     """Compare ``key @ W + b`` with what the MLPs put out, at every layer and token of prompts.
 
     ``load`` has compared them on six made-up tokens, and refuses a model on which they differ.
-
-    Args:
-        model: The model.
-        prompts: A few prompts; they are run together.
     """
     batch = pad(model, prompts)
     names = [name for site in model.sites for name in (site.key_hook, site.value_hook)]

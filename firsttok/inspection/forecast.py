@@ -41,11 +41,6 @@ class FactForecast:
     """Whether that edit destroyed the model; None if it was not made."""
 
     @property
-    def ratio(self) -> float:
-        """ROME's denominator over C-ROME's, without sign."""
-        return self.keys.ratio
-
-    @property
     def predicted(self) -> bool:
         """Whether the ratio foretells a collapse."""
         return self.keys.is_hard(None)
@@ -56,9 +51,7 @@ class Forecast(Shown):
     """What ROME would do, or did, to the model on some facts."""
 
     layer: int
-    """The layer."""
     facts: tuple[FactForecast, ...]
-    """The facts."""
     left_out: tuple[str, ...]
     """Facts that could not be used, each with its reason."""
     original_perplexity: float
@@ -98,10 +91,9 @@ class Forecast(Shown):
                 f"Predicted, not edited: {self.predicted} of {count} edits by ROME would collapse "
                 f"the model, those with a ratio below {RATIO:g} ({CALIBRATED})"
             )
-        doubt = None if self.doubt is None else f"But {self.doubt}"
-        failed = None if self.not_edited is None else f"Could not be edited: {self.not_edited}"
-        left_out = [f"Left out: {reason}" for reason in self.left_out]
-        return tuple(text for text in (found, failed, doubt, *left_out) if text is not None)
+        failed = [] if self.not_edited is None else [f"Could not be edited: {self.not_edited}"]
+        doubt = [] if self.doubt is None else [f"But {self.doubt}"]
+        return (found, *failed, *doubt, *(f"Left out: {reason}" for reason in self.left_out))
 
     def panel(self) -> Panel:
         """The facts, and what became of the model."""
@@ -111,7 +103,7 @@ class Forecast(Shown):
                 fact.keys.first_token,
                 abs(fact.keys.denominator),
                 abs(fact.keys.consistent_denominator),
-                fact.ratio,
+                fact.keys.ratio,
                 "collapse" if fact.predicted else "none",
                 fact.perplexity,
                 None if fact.collapsed is None else "collapsed" if fact.collapsed else "held",
@@ -177,10 +169,9 @@ def forecast(
 
 def choose_facts() -> list[list[Fact]]:
     """The built-in facts in two lists, subject first and subject later, best spread in front."""
-    first = [fact for fact in builtin_facts() if fact.template.startswith("{}")]
-    later = [fact for fact in builtin_facts() if not fact.template.startswith("{}")]
     ordered: list[list[Fact]] = []
-    for group in (first, later):
+    for first in (True, False):
+        group = [fact for fact in builtin_facts() if fact.template.startswith("{}") == first]
         front = spread_evenly(group, DOZEN // 2)
         ordered.append([*front, *(fact for fact in group if fact not in front)])
     return ordered
@@ -193,16 +184,15 @@ def _usable(study: Study, facts: Sequence[Fact] | None) -> tuple[list[Fact], lis
     chosen: list[Fact] = []
     left_out: list[str] = []
     for group in groups:
-        found = 0
+        enough = len(chosen) + most
         for fact in group:
-            if found == most:
+            if len(chosen) == enough:
                 break
             reason = reason_against(study.model, fact, templates=study.contexts.templates)
-            if reason is not None:
+            if reason is None:
+                chosen.append(fact)
+            else:
                 left_out.append(f"{fact.subject}: {reason}")
-                continue
-            chosen.append(fact)
-            found += 1
     return chosen, left_out
 
 

@@ -21,7 +21,6 @@ class _File:
     """Text that is to be copied as it is."""
 
     text: str
-    """The text."""
 
     @property
     def html(self) -> str:
@@ -34,11 +33,8 @@ class Setting:
     """One line of a configuration."""
 
     key: str
-    """Name of the option."""
     value: str | int | float
-    """Its value."""
     reason: str
-    """Why this one."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,7 +42,6 @@ class Proposal(Shown):
     """A configuration that every command takes as ``--config``."""
 
     settings: tuple[Setting, ...]
-    """Its lines."""
     notes: tuple[str, ...]
     """What it leaves to the defaults, and why."""
 
@@ -97,15 +92,18 @@ class TextPerplexities:
 
 def text_perplexities(study: Study) -> TextPerplexities:
     """Measure the study's sentences under both policies."""
-    model = study.model
+    model, texts = study.model, study.texts
+    found = perplexity(model, texts, bos=BosPolicy.WITH) if bos_ids(model) else None
+    without = perplexity(model, texts, bos=BosPolicy.WITHOUT)
+    return TextPerplexities(without_bos=without, with_bos=found)
+
+
+def bos_ids(model: Model) -> tuple[int, ...]:
+    """The token that the policy ``with`` puts; none if the tokenizer has no such token."""
     try:
-        has_bos = bool(model.with_bos(BosPolicy.WITH).leading_ids)
+        return model.with_bos(BosPolicy.WITH).leading_ids
     except BadInputError:
-        has_bos = False
-    found = perplexity(model, study.texts, bos=BosPolicy.WITH) if has_bos else None
-    return TextPerplexities(
-        without_bos=perplexity(model, study.texts, bos=BosPolicy.WITHOUT), with_bos=found
-    )
+        return ()
 
 
 def propose(study: Study, texts: TextPerplexities, *, second_moment: str | None = None) -> Proposal:
@@ -116,33 +114,27 @@ def propose(study: Study, texts: TextPerplexities, *, second_moment: str | None 
         texts: The perplexities that speak for one policy of the sentences.
         second_moment: ``identity`` or a file, if one was given.
     """
-    model = study.model
-    spec = find_spec(model.name)
-    settings = [
-        Setting(key="model", value=model.name, reason=model.source),
-        Setting(key="layer", value=study.layer, reason=_layer_reason(model, study.layer)),
-        Setting(key="bos", value=model.bos.value, reason=_bos_reason(model)),
-        Setting(key="text_bos", value=study.text_bos.value, reason=texts.reason),
-        Setting(
-            key="dtype", value=str(model.dtype).removeprefix("torch."), reason="as it was inspected"
-        ),
+    model, chosen = study.model, study.hyperparameters
+    usual = "of the catalog" if find_spec(model.name) else "defaults, the papers' for Llama2"
+    why = f"steps to kl: {usual if chosen == model.hyperparameters else 'as given'}"
+    lines: list[tuple[str, str | int | float, str]] = [
+        ("model", model.name, model.source),
+        ("layer", study.layer, _layer_reason(model, study.layer)),
+        ("bos", model.bos.value, _bos_reason(model)),
+        ("text_bos", study.text_bos.value, texts.reason),
+        ("dtype", str(model.dtype).removeprefix("torch."), "as it was inspected"),
+        ("steps", chosen.steps, why),
+        ("lr", chosen.learning_rate, why),
+        ("weight_decay", chosen.weight_decay, why),
+        ("clamp", chosen.clamp, why),
+        ("kl", chosen.kl, why),
     ]
-    own = "steps to kl: " + ("of the catalog" if spec else "defaults, the papers' for Llama2")
-    why = own if study.hyperparameters == model.hyperparameters else "steps to kl: as given"
-    chosen = study.hyperparameters
-    for key, value in (
-        ("steps", chosen.steps),
-        ("lr", chosen.learning_rate),
-        ("weight_decay", chosen.weight_decay),
-        ("clamp", chosen.clamp),
-        ("kl", chosen.kl),
-    ):
-        settings.append(Setting(key=key, value=value, reason=why))
     notes: list[str] = []
     if second_moment is None:
         notes.append(f"second_moment: left out, so that it is computed; {_moment_reason(study)}")
     else:
-        settings.append(Setting(key="second_moment", value=second_moment, reason="as given"))
+        lines.append(("second_moment", second_moment, "as given"))
+    settings = [Setting(key=key, value=value, reason=reason) for key, value, reason in lines]
     return Proposal(settings=tuple(settings), notes=tuple(notes))
 
 

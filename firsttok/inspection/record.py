@@ -10,7 +10,6 @@ from rich.progress import Progress
 from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Part, Shown, Table
-from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.exploration import prepare_study
 from firsttok.inspection.anomaly import (
@@ -22,7 +21,13 @@ from firsttok.inspection.anomaly import (
 )
 from firsttok.inspection.checks import SiteCheck, check_sites, named_checks
 from firsttok.inspection.forecast import CALIBRATED, Forecast, forecast
-from firsttok.inspection.proposal import Proposal, TextPerplexities, propose, text_perplexities
+from firsttok.inspection.proposal import (
+    Proposal,
+    TextPerplexities,
+    bos_ids,
+    propose,
+    text_perplexities,
+)
 from firsttok.models import BosPolicy, Model
 from firsttok.screening import RATIO
 from firsttok.study import Study
@@ -45,15 +50,10 @@ class Architecture:
     name: str
     """Its class, as TransformerLens calls it."""
     layers: int
-    """Number of blocks."""
     heads: int
-    """Attention heads of a block."""
     d_model: int
-    """Width of the residual stream."""
     d_mlp: int
-    """Width of a key."""
     vocabulary: int
-    """Number of tokens."""
     max_tokens: int
     """Most tokens of one prompt."""
     parameters: int
@@ -71,11 +71,9 @@ class Bos:
     by_itself: tuple[str, ...]
     """The tokens it puts before every text without being asked."""
     by_itself_ids: tuple[int, ...]
-    """Their ids."""
     token: str | None
     """The token that ``--bos with`` puts; None if it has none."""
     policy: str
-    """The policy that was inspected."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -85,21 +83,16 @@ class Inspection(Shown):
     study: Study
     """The study it was found out in, ready to edit."""
     architecture: Architecture
-    """What kind of model it is."""
     bos: Bos
-    """What its tokenizer puts before a text."""
     sites: tuple[SiteCheck, ...]
-    """Its edit sites, layer by layer."""
     replay: str
     """What runs again after a change at one layer: blocks ``above``, ``from`` it, or ``whole``."""
     first_tokens: tuple[FirstTokens, ...]
     """First tokens against later ones; those of the model's own BOS policy first."""
     texts: TextPerplexities
-    """Perplexity of the unedited model."""
     forecast: Forecast
     """What ROME would do to it, or did."""
     proposal: Proposal
-    """A configuration for it."""
 
     def panel(self) -> Panel:
         """Everything in plain words and numbers."""
@@ -138,14 +131,13 @@ class Inspection(Shown):
         lines: list[list[object]] = []
         for site in self.sites:
             row = measured.get(site.layer)
+            layout = "[d_mlp, d_model]" if site.in_out else "[d_model, d_mlp]"
             error = f"{site.error:.0e}" if site.error else "0"
-            line: list[object] = [site.layer, site.key_hook, site.layout, error]
-            if row is None:
-                lines.append([*line, *[None] * 6])
-                continue
-            line += [row.d_first, row.d_subsequent, row.d_first / row.d_subsequent]
-            line += [row.residual_first, row.residual_subsequent, is_anomalous(row)]
-            lines.append(line)
+            seen: list[object] = [None] * 6
+            if row is not None:
+                seen = [row.d_first, row.d_subsequent, row.d_first / row.d_subsequent]
+                seen += [row.residual_first, row.residual_subsequent, is_anomalous(row)]
+            lines.append([site.layer, site.key_hook, layout, error, *seen])
         columns = ("layer", "key", "weight", "error", "D(F)", "D(S)", "D(F)/D(S)")
         return Table(columns=(*columns, "norm, first", "norm, later", "anomaly"), lines=lines)
 
@@ -176,7 +168,7 @@ class Inspection(Shown):
                 "facts": [
                     asdict(fact.keys)
                     | {
-                        "ratio": fact.ratio,
+                        "ratio": fact.keys.ratio,
                         "predicted": fact.predicted,
                         "perplexity": fact.perplexity,
                         "collapsed": fact.collapsed,
@@ -218,7 +210,6 @@ def inspect_model(
     with named_checks(whose.label):
         study = model if isinstance(model, Study) else prepare_study(model, progress=progress)
         sites = check_sites(whose, first_token_prompts(whose, most=CHECKED_PROMPTS))
-        replay = whose.replay.value
         first_tokens = measure_first_tokens(whose)
         texts = text_perplexities(study)
         study = study.varied(text_bos=texts.fitting if text_bos is None else text_bos)
@@ -235,7 +226,7 @@ def inspect_model(
             architecture=_architecture(whose),
             bos=_bos(whose),
             sites=sites,
-            replay=replay,
+            replay=whose.replay.value,
             first_tokens=first_tokens,
             texts=texts,
             forecast=found,
@@ -244,7 +235,6 @@ def inspect_model(
 
 
 def _titled(panel: Panel) -> list[Part]:
-    """A panel as parts of another one."""
     return [Note(text=f"\n{panel.title}"), *panel.parts]
 
 
@@ -272,10 +262,7 @@ def _architecture(model: Model) -> Architecture:
 def _bos(model: Model) -> Bos:
     tokenizer: Any = model.tokenizer
     ids = model.with_bos(BosPolicy.AS_TOKENIZER).leading_ids
-    try:
-        own = model.with_bos(BosPolicy.WITH).leading_ids
-    except BadInputError:
-        own = ()
+    own = bos_ids(model)
     return Bos(
         by_itself=tuple(tokenizer.convert_ids_to_tokens(list(ids))),
         by_itself_ids=ids,

@@ -8,10 +8,9 @@ from firsttok.probes.attention import (
     cosine_with,
     token_states,
 )
-from firsttok.probes.bos import bos_study
 from firsttok.probes.concentration import (
+    Average,
     LayerConcentration,
-    Spread,
     concentration,
     effective_rank,
     later_positions,
@@ -20,7 +19,6 @@ from firsttok.probes.concentration import (
     spread,
 )
 from firsttok.probes.effects import (
-    Average,
     LayerProposal,
     RoleEffect,
     average_effects,
@@ -30,6 +28,7 @@ from firsttok.probes.effects import (
 from firsttok.probes.identity import (
     IDENTITY_CELLS,
     IdentityCell,
+    bos_study,
     distinct_with_space,
     identity_prompt,
 )
@@ -56,10 +55,7 @@ from firsttok.probes.projection import (
 from firsttok.probes.restoration import (
     KINDS,
     Corruption,
-    Restoration,
-    State,
     corruption_for,
-    restore_states,
 )
 from firsttok.probes.tracing import (
     LAST_SUBJECT,
@@ -90,13 +86,10 @@ __all__ = [
     "PositionShift",
     "PositionSwap",
     "Projection",
-    "Restoration",
     "RoleEffect",
     "SeesAll",
     "SeesItself",
     "Separation",
-    "Spread",
-    "State",
     "TokenStates",
     "Trace",
     "answered_facts",
@@ -118,7 +111,6 @@ __all__ = [
     "parts_at",
     "project",
     "propose_layer",
-    "restore_states",
     "save_points",
     "scatter",
     "separation",

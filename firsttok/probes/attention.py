@@ -18,7 +18,7 @@ from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys, fact_keys, keys_at
 from firsttok.models import Model, capture
 from firsttok.prompts import Prompt, batches, fact_prompt, is_changed, pad, positions
-from firsttok.tensors import Intervention, KeyMatrix, KeyVector, TokenBatch
+from firsttok.tensors import Intervention, KeyMatrix, TokenBatch
 
 __all__ = [
     "MaskedKeys",
@@ -37,9 +37,7 @@ class SeesAll:
     position: int = 0
     """Position of the token, counted from the first of the sequence."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -61,9 +59,7 @@ class SeesItself:
     position: int
     """Position of the token, counted from the first of the sequence."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -84,21 +80,12 @@ class TokenStates:
     """What one token of each prompt looks like after one layer."""
 
     residual_norms: Float[Tensor, "prompt"]
-    """Norm of the residual stream after the layer."""
     keys: KeyMatrix
-    """Key at the layer."""
 
 
 @taken
 def token_states(model: Model, prompts: list[Prompt], at: list[int], *, layer: int) -> TokenStates:
-    """Read the residual norm and the key of one token of each prompt.
-
-    Args:
-        model: A decoder; its interventions hold.
-        prompts: The prompts.
-        at: Absolute position of the token, for each prompt.
-        layer: The layer.
-    """
+    """Read the residual norm and the key of one token of each prompt, at its absolute position."""
     site = model.site(layer)
     norms = torch.empty(len(prompts), dtype=torch.float64)
     keys = torch.empty(len(prompts), site.d_mlp, dtype=model.dtype, device=model.device)
@@ -149,9 +136,6 @@ class MaskedKeys:
         ordinary = fact_keys(model, fact, contexts, layer=layer)
         if not (self.later or self.changed):
             return ordinary
-        return replace(ordinary, unprefixed=self._unprefixed(model, fact, contexts, layer))
-
-    def _unprefixed(self, model: Model, fact: Fact, contexts: ContextSet, layer: int) -> KeyVector:
         prompt = fact_prompt(model, fact, contexts.first_prefix if self.later else "{}")
         place = int(positions([prompt])[0])
         change: Intervention = SeesItself(position=place) if self.later else SeesAll(position=place)
@@ -161,7 +145,8 @@ class MaskedKeys:
                 f"in {prompt.text!r} {self.name!r} changes nothing, since the subject ends the "
                 "prompt and sees all of it anyway; give a fact whose prompt goes on behind it"
             )
-        return keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
+        key = keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
+        return replace(ordinary, unprefixed=key)
 
 
 def _visible(batch: TokenBatch) -> Tensor:

@@ -19,18 +19,20 @@ from firsttok.models import EditSite, Model, capture
 from firsttok.prompts import Prompt, batches, pad
 
 __all__ = [
+    "Average",
     "LayerConcentration",
-    "Spread",
     "concentration",
     "effective_rank",
     "later_positions",
     "mean_distance",
     "parts_at",
+    "resampled",
     "spread",
 ]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+TAILS = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
 MAX_SUBSEQUENT = 2000
 ROUNDING = 1e-5
 """Relative spread that a forward pass in float32 gives to equal vectors."""
@@ -38,49 +40,46 @@ _CHUNK = 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Equation 4's D with its bootstrap interval."""
+class Average:
+    """A mean with its percentile bootstrap interval."""
 
+    n: int
+    """How many points or facts it is the mean of."""
     value: float
-    """Mean Euclidean distance to the centroid."""
+    """The mean."""
     low: float
-    """Lower end of the percentile interval."""
+    """Lower end of the interval."""
     high: float
-    """Upper end of the percentile interval."""
+    """Upper end of the interval."""
 
     def columns(self, name: str) -> dict[str, float]:
-        """Value and interval under the names of a row: ``name``, ``name_low``, ``name_high``."""
+        """Mean and interval under the names of a row: ``name``, ``name_low``, ``name_high``."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConcentration:
-    """First tokens against subsequent tokens at one layer."""
+    """First tokens against subsequent tokens at one layer.
+
+    ``_low`` and ``_high`` are the ends of 95 % bootstrap intervals.
+    """
 
     layer: int
-    """The layer."""
     n_first: int
-    """Number of first tokens."""
     n_subsequent: int
-    """Number of subsequent tokens."""
     distinct_first: int
     """How many different tokens the first ones are; a repeated one adds no distance of its own."""
     d_first: float
     """D(F) of Equation 4, over keys."""
     d_first_low: float
-    """Lower end of its 95 % bootstrap interval."""
     d_first_high: float
-    """Upper end of its 95 % bootstrap interval."""
     d_subsequent: float
     """D(S) of Equation 4, over keys."""
     d_subsequent_low: float
-    """Lower end of its 95 % bootstrap interval."""
     d_subsequent_high: float
-    """Upper end of its 95 % bootstrap interval."""
     residual_first: float
     """Mean norm of the residual stream behind the block, at first tokens."""
     residual_subsequent: float
-    """The same at subsequent tokens."""
     attention_to_first: float
     """Share of attention the first token gets: mean over heads and subsequent query tokens."""
     effective_rank_first: float
@@ -92,19 +91,6 @@ class LayerConcentration:
     massive_share: float
     """Its share of the squared norm, mean over first tokens."""
     massive_share_subsequent: float
-    """Share of the same dimension, mean over subsequent tokens."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Tokens:
-    """What was read at some tokens; the first ``n_first`` of them are the first tokens."""
-
-    n_first: int
-    keys: Float[Tensor, "layer token d_mlp"]
-    residual_norms: Float[Tensor, "layer token"]
-    attention: Float[Tensor, "layer token"]
-    shares: Float[Tensor, "2 layer d_model"]
-    """Mean share of each dimension in the squared norm, for first and for subsequent tokens."""
 
 
 def mean_distance(points: Float[Tensor, "point width"]) -> float:
@@ -117,19 +103,12 @@ def spread(
     points: Float[Tensor, "point width"],
     *,
     resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
-) -> Spread:
-    """D of Equation 4 with a percentile bootstrap interval over points.
+) -> Average:
+    """D of Equation 4 with a 95 % percentile bootstrap interval over points.
 
     Every resample has a centroid of its own. Two equal draws lie at distance 0 from each other, so
     the interval of a handful of points lies low.
-
-    Args:
-        points: The vectors.
-        resamples: Number of resamples.
-        level: Share of the resamples inside the interval.
-        seed: Seed of the resamples.
 
     Raises:
         BadInputError: If there are no two points.
@@ -142,18 +121,22 @@ def spread(
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        draws = torch.randint(count, (size, count), generator=generator)
-        # How often a point was drawn stands for the resample: ||e - c||^2 = e.e - 2 e.c + c.c
-        # costs two products of matrices and no copy of the points.
-        weights = torch.zeros(size, count, dtype=torch.float64)
-        weights.scatter_add_(1, draws, torch.full_like(draws, 1, dtype=torch.float64) / count)
+        # ||e - c||^2 = e.e - 2 e.c + c.c costs two products of matrices and no copy of the points.
+        weights = resampled(count, min(_CHUNK, resamples - start), generator)
         centroids = weights @ centred
         distances = squares - 2 * centroids @ centred.T + centroids.square().sum(1, keepdim=True)
         found.append((weights * distances.clamp_min(0).sqrt()).sum(1))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.cat(found).quantile(tails).tolist()
-    return Spread(value=float(centred.norm(dim=1).mean()), low=low, high=high)
+    low, high = torch.cat(found).quantile(TAILS).tolist()
+    return Average(n=count, value=float(centred.norm(dim=1).mean()), low=low, high=high)
+
+
+def resampled(
+    count: int, resamples: int, generator: torch.Generator
+) -> Float[Tensor, "resample point"]:
+    """Share that each point has in resamples of as many points, drawn with replacement."""
+    draws = torch.randint(count, (resamples, count), generator=generator)
+    weights = torch.zeros(resamples, count, dtype=torch.float64)
+    return weights.scatter_add_(1, draws, torch.full(draws.shape, 1 / count, dtype=torch.float64))
 
 
 def effective_rank(points: Float[Tensor, "point width"]) -> float:
@@ -220,12 +203,12 @@ def concentration(
     sites = [model.site(layer, stack=stack) for layer in chosen]
     if not sites:
         raise BadInputError("there is no layer to measure; give at least one")
-    tokens = _choose(model, prompts, place, max_subsequent, seed)
-    read = _read(model, prompts, tokens, sites, place=place, max_tokens=max_tokens)
+    first, later = _choose(model, prompts, place, max_subsequent, seed)
+    read = _read(model, prompts, first, later, sites=sites, place=place, max_tokens=max_tokens)
     distinct = len({prompt.token_ids[place] for prompt in prompts})
     return tuple(
-        _measure(read, index, site.layer, distinct, resamples=resamples, seed=seed)
-        for index, site in enumerate(sites)
+        _measure(site.layer, len(first), distinct, *of_layer, resamples=resamples, seed=seed)
+        for site, *of_layer in zip(sites, *read, strict=True)
     )
 
 
@@ -283,13 +266,22 @@ def _choose(
 def _read(
     model: Model,
     prompts: Sequence[Prompt],
-    tokens: tuple[list[tuple[int, int]], list[tuple[int, int]]],
-    sites: Sequence[EditSite],
+    first: Sequence[tuple[int, int]],
+    later: Sequence[tuple[int, int]],
     *,
+    sites: Sequence[EditSite],
     place: int,
     max_tokens: int,
-) -> _Tokens:
-    first, later = tokens
+) -> tuple[
+    Float[Tensor, "layer token d_mlp"],
+    Float[Tensor, "layer token"],
+    Float[Tensor, "layer token"],
+    Float[Tensor, "layer 2 d_model"],
+]:
+    """Keys, residual norms and attention to the first token, at first tokens, then at later ones.
+
+    The last tensor is the mean share of each dimension in the squared norm, for either group.
+    """
     of_prompt: list[list[tuple[int, int]]] = [[] for _ in prompts]
     for index, (prompt, position) in enumerate([*first, *later]):
         of_prompt[prompt].append((index, position))
@@ -297,9 +289,12 @@ def _read(
     keys = torch.empty(len(sites), count, sites[0].d_mlp, dtype=model.dtype)
     norms = torch.empty(len(sites), count, dtype=torch.float64)
     attention = torch.empty(len(sites), count, dtype=torch.float64)
-    shares = torch.zeros(2, len(sites), sites[0].d_model, dtype=torch.float64)
+    shares = torch.zeros(len(sites), 2, sites[0].d_model, dtype=torch.float64)
     stop = max(site.layer for site in sites) + 1 if sites[0].stack == "blocks" else None
-    hooks = [(site.key_hook, site.residual_hook, _pattern_hook(site)) for site in sites]
+    hooks = [
+        (site.key_hook, site.residual_hook, f"{site.stack}.{site.layer}.attn.hook_pattern")
+        for site in sites
+    ]
     names = [name for hook_names in hooks for name in hook_names]
     for group in batches(prompts, max_tokens=max_tokens):
         batch = pad(model, [prompts[index] for index in group])
@@ -323,57 +318,52 @@ def _read(
             totals = squares.sum(1)
             norms[index, which] = totals.sqrt()
             share = squares / totals.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-            shares[0, index] += share[~is_later].sum(0)
-            shares[1, index] += share[is_later].sum(0)
+            shares[index, 0] += share[~is_later].sum(0)
+            shares[index, 1] += share[is_later].sum(0)
             attention[index, which] = pattern[row, :, own, target].cpu().double().mean(1)
     if not all(bool(torch.isfinite(values).all()) for values in (keys, norms, attention)):
         raise NonFiniteError(
             f"an activation of {model.name} is NaN or infinite; load the model in float32"
         )
     sizes = torch.tensor([len(first), len(later)], dtype=torch.float64)
-    return _Tokens(
-        n_first=len(first),
-        keys=keys,
-        residual_norms=norms,
-        attention=attention,
-        shares=shares / sizes[:, None, None],
-    )
+    return keys, norms, attention, shares / sizes[:, None]
 
 
 def _measure(
-    read: _Tokens, index: int, layer: int, distinct: int, *, resamples: int, seed: int
+    layer: int,
+    count: int,
+    distinct: int,
+    keys: Float[Tensor, "token d_mlp"],
+    norms: Float[Tensor, "token"],
+    attention: Float[Tensor, "token"],
+    shares: Float[Tensor, "2 d_model"],
+    *,
+    resamples: int,
+    seed: int,
 ) -> LayerConcentration:
-    count = read.n_first
-    first, later = read.keys[index, :count], read.keys[index, count:]
-    d_first = spread(first, resamples=resamples, seed=seed)
-    d_later = spread(later, resamples=resamples, seed=seed)
+    first, later = keys[:count], keys[count:]
     # The rank is bounded by the number of points, so both get the same number.
     equal = min(count, len(later))
     order = torch.randperm(len(later), generator=torch.Generator().manual_seed(seed))
-    norms = read.residual_norms[index]
-    dimension = int(read.shares[0, index].argmax())
+    dimension = int(shares[0].argmax())
     return LayerConcentration(
         layer=layer,
         n_first=count,
         n_subsequent=len(later),
         distinct_first=distinct,
-        **d_first.columns("d_first"),
-        **d_later.columns("d_subsequent"),
+        **spread(first, resamples=resamples, seed=seed).columns("d_first"),
+        **spread(later, resamples=resamples, seed=seed).columns("d_subsequent"),
         residual_first=float(norms[:count].mean()),
         residual_subsequent=float(norms[count:].mean()),
-        attention_to_first=float(read.attention[index, count:].mean()),
+        attention_to_first=float(attention[count:].mean()),
         effective_rank_first=effective_rank(first[:equal]),
         effective_rank_subsequent=effective_rank(later[order[:equal]]),
         massive_dimension=dimension,
-        massive_share=float(read.shares[0, index, dimension]),
-        massive_share_subsequent=float(read.shares[1, index, dimension]),
+        massive_share=float(shares[0, dimension]),
+        massive_share_subsequent=float(shares[1, dimension]),
     )
 
 
 def _centred(points: Float[Tensor, "point width"]) -> Float[Tensor, "point width"]:
     points = points.detach().double().cpu()
     return points - points.mean(0)
-
-
-def _pattern_hook(site: EditSite) -> str:
-    return f"{site.stack}.{site.layer}.attn.hook_pattern"

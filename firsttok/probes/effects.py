@@ -13,10 +13,10 @@ from torch import Tensor
 
 from firsttok.arguments import taken
 from firsttok.errors import BadInputError
+from firsttok.probes.concentration import LEVEL, RESAMPLES, TAILS, Average, resampled
 from firsttok.probes.tracing import LAST_SUBJECT, ROLES, Trace
 
 __all__ = [
-    "Average",
     "LayerProposal",
     "RoleEffect",
     "average_effects",
@@ -24,40 +24,17 @@ __all__ = [
     "propose_layer",
 ]
 
-RESAMPLES = 1000
-LEVEL = 0.95
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """A mean over facts with its bootstrap interval."""
-
-    facts: int
-    """How many facts it is the mean of."""
-    value: float
-    """The mean."""
-    low: float
-    """Lower end of the 95 % percentile interval over facts."""
-    high: float
-    """Upper end of that interval."""
-
-    def columns(self, name: str) -> dict[str, float]:
-        """Mean and interval under the names of a row: ``name``, ``name_low``, ``name_high``."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
-
 
 @dataclass(frozen=True, kw_only=True)
 class RoleEffect:
     """AIE of one kind of state at one layer, at the tokens of one role."""
 
     kind: str
-    """Kind of the state."""
     role: str
     """Role of the tokens; facts without such a token do not count."""
     layer: int
     """The layer, or the centre of the window."""
     effect: Average
-    """AIE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +53,8 @@ class LayerProposal:
 
 
 @taken
-def average_effects(
-    traces: Sequence[Trace], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[RoleEffect, ...]:
-    """Average the indirect effects by kind, role and layer (Figure 2 of Meng et al.).
-
-    Args:
-        traces: Traces of one model, with the same kinds.
-        resamples: Number of bootstrap resamples.
-        seed: Seed of the bootstrap.
+def average_effects(traces: Sequence[Trace], *, seed: int = 0) -> tuple[RoleEffect, ...]:
+    """Average the indirect effects of traces with the same kinds (Figure 2 of Meng et al.).
 
     Returns:
         Kinds and roles in the order of the traces and of :data:`ROLES`, layers ascending; a role
@@ -100,7 +70,7 @@ def average_effects(
             values = _by_layer(traces, kind, role)
             if not len(values):
                 continue
-            averages = _averages(values, _resampled(values, resamples, seed))
+            averages = _averages(values, _resampled(values, seed))
             effects += [
                 RoleEffect(kind=kind, role=role, layer=layer, effect=average)
                 for layer, average in enumerate(averages)
@@ -109,9 +79,7 @@ def average_effects(
 
 
 @taken
-def average_total_effect(
-    traces: Sequence[Trace], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Average:
+def average_total_effect(traces: Sequence[Trace], *, seed: int = 0) -> Average:
     """ATE: mean of P - P*.
 
     Raises:
@@ -119,7 +87,7 @@ def average_total_effect(
     """
     _some(traces)
     values = torch.tensor([[trace.total_effect] for trace in traces], dtype=torch.float64)
-    return _averages(values, _resampled(values, resamples, seed))[0]
+    return _averages(values, _resampled(values, seed))[0]
 
 
 @taken
@@ -129,7 +97,6 @@ def propose_layer(
     kind: str = "mlp",
     role: str = LAST_SUBJECT,
     layers: Iterable[int] | None = None,
-    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> LayerProposal:
     """Propose the layer to edit: where restoring the MLPs has the highest AIE (Section 2.2).
@@ -142,7 +109,6 @@ def propose_layer(
         role: Role of the tokens.
         layers: Layers to choose from; None for all. The MLP of layer 0 sees little but the token
             itself, so that a window that holds it can bring back no more than the token's name.
-        resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -163,7 +129,7 @@ def propose_layer(
             f"layers {chosen} are not all traced; choose from 0 to {values.shape[1] - 1}"
         )
     values = values[:, chosen]
-    means = _resampled(values, resamples, seed)
+    means = _resampled(values, seed)
     averages = _averages(values, means)
     best = max(range(len(chosen)), key=lambda index: averages[index].value)
     low = torch.quantile(means[:, [best]] - means, (1 - LEVEL) / 2, dim=0).tolist()
@@ -191,23 +157,17 @@ def _by_layer(traces: Sequence[Trace], kind: str, role: str) -> Float[Tensor, "f
     return torch.stack(rows) if rows else torch.empty(0, layers, dtype=torch.float64)
 
 
-def _resampled(
-    values: Float[Tensor, "fact column"], resamples: int, seed: int
-) -> Float[Tensor, "resample column"]:
+def _resampled(values: Float[Tensor, "fact column"], seed: int) -> Float[Tensor, "resample column"]:
     """Means over facts drawn with replacement, the same draws for every column."""
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    weights = torch.zeros(resamples, len(values), dtype=torch.float64)
-    weights.scatter_add_(1, draws, torch.full(draws.shape, 1 / len(values), dtype=torch.float64))
-    return weights @ values
+    return resampled(len(values), RESAMPLES, generator) @ values
 
 
 def _averages(
     values: Float[Tensor, "fact column"], means: Float[Tensor, "resample column"]
 ) -> list[Average]:
-    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    bounds = torch.quantile(means, tails, dim=0).T.tolist()
+    bounds = torch.quantile(means, TAILS, dim=0).T.tolist()
     return [
-        Average(facts=len(values), value=value, low=low, high=high)
+        Average(n=len(values), value=value, low=low, high=high)
         for value, (low, high) in zip(values.mean(0).tolist(), bounds, strict=True)
     ]

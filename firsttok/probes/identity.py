@@ -1,8 +1,8 @@
-"""Token identity against position: "Arthur" and " Arthur" are different tokens (in no paper).
+"""Other tokens in the subject's place: with a space, without one, or behind BOS.
 
-The released code compares a subject at the very beginning with the same subject behind a prefix;
-there it also carries a leading space, which makes it another token. Here the two are crossed, so
-that each effect stands alone.
+"Arthur" and " Arthur" are different tokens (in no paper). The released code compares a subject at
+the very beginning with the same subject behind a prefix; there it also carries a leading space,
+which makes it another token. Here the two are crossed, so that each effect stands alone.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.errors import BadInputError
 from firsttok.keys import FactKeys, fact_keys, keys_at
-from firsttok.models import Model
+from firsttok.models import BosPolicy, Model
 from firsttok.prompts import Prompt, fact_prompt, join_prompts, positions, text_prompt
+from firsttok.study import Study
 
-__all__ = ["IDENTITY_CELLS", "IdentityCell", "distinct_with_space", "identity_prompt"]
+__all__ = ["IDENTITY_CELLS", "IdentityCell", "bos_study", "distinct_with_space", "identity_prompt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,25 @@ def identity_prompt(model: Model, fact: Fact, cell: IdentityCell, *, prefix: str
 def distinct_with_space(model: Model, facts: Sequence[Fact]) -> list[Fact]:
     """Return the facts that begin with a subject of one token, another one behind a space."""
     return [fact for fact in facts if _is_distinct(model, fact)]
+
+
+@taken
+def bos_study(study: Study, policy: BosPolicy, *, text_bos: BosPolicy | None = None) -> Study:
+    """Return a study whose prompts follow another BOS policy (Section 3.2, Appendix A.2).
+
+    The paper takes BOS away from models that have one, and they collapse. A model without BOS
+    allows the reverse: put one there, and the collapse is gone.
+
+    Contexts and second moment stay those of the given study, so that BOS is all that differs, and
+    so does the policy of the perplexity's sentences unless another one is given.
+
+    Raises:
+        BadInputError: If a BOS token is asked for and the tokenizer has none.
+    """
+    model = study.model.with_bos(policy)
+    if model.leading_ids == study.model.leading_ids:
+        model = study.model
+    return study.varied(model=model, text_bos=text_bos or study.text_bos)
 
 
 def _is_distinct(model: Model, fact: Fact) -> bool:

@@ -15,7 +15,7 @@ from firsttok.measuring import measure_facts
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, pad
 from firsttok.study import Study
-from firsttok.tensors import KeyMatrix, TokenBatch
+from firsttok.tensors import TokenBatch
 
 __all__ = [
     "FIRST2SECOND",
@@ -51,15 +51,12 @@ class PositionSwap:
     """
 
     name: str
-    """Name in tables and provenance."""
     of: int
     """Position of the token that is changed."""
     like: int
     """Position whose embedding it gets."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Change the position ids of every prompt that is long enough."""
@@ -73,11 +70,8 @@ class PositionShift:
     """Move every token of a prompt up by some positions; an intervention."""
 
     by: int
-    """How many positions."""
 
-    def __post_init__(self) -> None:
-        """Check the position."""
-        take_fields(self)
+    __post_init__ = take_fields
 
     @property
     def name(self) -> str:
@@ -97,12 +91,7 @@ FIRST2SECOND = PositionSwap(name="First2Second", of=1, like=0)
 
 @taken
 def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
-    """Return a study in which a swap acts in some stages and not in others.
-
-    Args:
-        study: The ordinary study.
-        swap: The swap.
-        stage: One of :data:`STAGES`.
+    """Return a study in which a swap acts as one of :data:`STAGES` says.
 
     Raises:
         ValueError: If there is no such stage.
@@ -111,15 +100,11 @@ def swapped_study(study: Study, swap: PositionSwap, stage: str) -> Study:
         raise ValueError(f"no stage is called {stage!r}; choose from {', '.join(STAGES)}")
     if stage == "none":
         return study
-    plain, swapped = study.model, study.model.intervened(swap)
     source = IntervenedKeys(name=f"{swap.name} keys", interventions=(swap,))
     if stage == "keys":
         return study.varied(key_source=source)
-    return study.varied(
-        key_source=source,
-        model=swapped,
-        judge=plain if stage == "editing" else None,
-    )
+    judge = study.model if stage == "editing" else None
+    return study.varied(key_source=source, model=study.model.intervened(swap), judge=judge)
 
 
 @taken
@@ -131,11 +116,11 @@ def first_key_change(
     On rotary models it is exactly zero under :data:`SECOND2FIRST`: the first token attends to
     itself alone, with weight one, whatever its angle.
     """
-
-    def keys(view: Model) -> KeyMatrix:
-        return keys_at(view, prompts, [0] * len(prompts), layers=[layer]).at(layer)
-
-    return float((keys(model.intervened(swap)) - keys(model)).abs().max())
+    changed, usual = (
+        keys_at(view, prompts, [0] * len(prompts), layers=[layer]).values
+        for view in (model.intervened(swap), model)
+    )
+    return float((changed - usual).abs().max())
 
 
 @taken
@@ -144,7 +129,6 @@ def measure_stages(
     facts: Sequence[Fact],
     swap: PositionSwap,
     *,
-    stages: Sequence[str] = tuple(STAGES),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Edit facts by ROME with a swap in one stage after another (Tables 6 and 7).
@@ -158,7 +142,7 @@ def measure_stages(
     for fact in facts[:1]:
         pad(study.model.intervened(swap), [fact_prompt(study.model, fact)])
     rows: list[dict[str, Any]] = []
-    for stage in stages:
+    for stage in STAGES:
         changed = swapped_study(study, swap, stage)
         original = changed.original_perplexity.mean
         rows += [

@@ -45,7 +45,6 @@ class Projection:
     points: Float[Tensor, "point 2"]
     """Coordinates, without unit; only who is near whom has a meaning."""
     labels: tuple[str, ...]
-    """Group of each point."""
     perplexity: float
     """Perplexity of t-SNE (a number of neighbours)."""
 
@@ -61,7 +60,6 @@ class Separation:
     silhouette: float
     """Mean silhouette score by cosine distance: 1 is two tight groups apart, 0 is one cloud."""
     cosine_of_means: float
-    """Cosine of the two means."""
     distance_of_means: float
     """Euclidean distance of the two means, in the unit of the vectors."""
     probe_accuracy: float
@@ -94,9 +92,6 @@ def project(groups: Mapping[str, Float[Tensor, "_ d_mlp"]]) -> Projection:
     ``min(30, (n - 1) / 3)`` for ``n`` points. Vectors are taken as they are (see
     :func:`normalise`).
 
-    Args:
-        groups: Vectors by the name of their group.
-
     Raises:
         BadInputError: If there are fewer than four points, or all are equal.
         NonFiniteError: If a vector is NaN or infinite.
@@ -123,12 +118,8 @@ def separation(
 
     The silhouette takes cosine distances, so it does not depend on the norms. The linear probe is
     a logistic regression on features standardised within the fold, cross-validated over five
-    stratified folds, or over as many as the smaller group has vectors.
-
-    Args:
-        one: Vectors of one group.
-        other: Vectors of the other group.
-        seed: Seed of the folds.
+    stratified folds, or over as many as the smaller group has vectors. The seed is that of the
+    folds.
 
     Raises:
         BadInputError: If a group has fewer than two vectors, or a mean of norm 0.
@@ -159,13 +150,7 @@ def separation(
 
 @taken
 def scatter(axis: "Axes", projection: Projection, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the groups of a projection.
-
-    Args:
-        axis: Where to draw.
-        projection: The points.
-        styles: Arguments of ``Axes.scatter`` for each label, in the order of drawing.
-    """
+    """Draw the groups of a projection in the order of ``styles``, arguments of ``Axes.scatter``."""
     for label, style in styles.items():
         points: Any = projection.of(label).numpy()
         settings: dict[str, Any] = {"s": 26, "linewidths": 0.7, "alpha": 0.8, "label": label}

@@ -7,7 +7,7 @@ what they were in the clean run, says how much those states carry.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,27 +28,23 @@ from firsttok.errors import (
     UnsupportedModelError,
 )
 from firsttok.models import Model, capture, capture_tail
-from firsttok.prompts import Prompt, fact_prompt, pad
+from firsttok.prompts import Prompt, fact_prompt, pad, positions
 from firsttok.storage import content_hash
-from firsttok.tensors import TokenBatch
 
 __all__ = [
     "KINDS",
     "Corruption",
     "Plan",
-    "Restoration",
     "Runs",
     "State",
     "corruption_for",
-    "restore_states",
-    "run_corrupted",
     "subject_range",
 ]
 
-KINDS = ("hidden", "mlp", "attention")
+_HOOKS = {"hidden": "hook_out", "mlp": "mlp.hook_out", "attention": "attn.hook_out"}
+KINDS = tuple(_HOOKS)
 """What is restored: the residual stream behind a block, or what its MLP or attention puts out."""
 _EMBEDDING = "embed.hook_out"
-_HOOKS = {"hidden": "hook_out", "mlp": "mlp.hook_out", "attention": "attn.hook_out"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,35 +87,12 @@ class State:
     kind: str
     """One of :data:`KINDS`."""
     layer: int
-    """Layer, counted from 0."""
     position: int
     """Absolute position of the token."""
 
 
 Plan = tuple[State, ...]
 """States that are restored together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Restoration:
-    """What some states bring back."""
-
-    clean: float
-    """P: probability of the model's own answer."""
-    corrupted: float
-    """P*: the same with the subject corrupted, mean over the samples."""
-    restored: float
-    """The same with the states restored."""
-
-    @property
-    def total_effect(self) -> float:
-        """TE = P - P*."""
-        return self.clean - self.corrupted
-
-    @property
-    def indirect_effect(self) -> float:
-        """IE = P*, restored, - P*."""
-        return self.restored - self.corrupted
 
 
 @taken
@@ -129,14 +102,7 @@ def corruption_for(
     """Scale the noise to the model: ``factor`` times the deviation of the subjects' embeddings.
 
     The deviation is taken over all entries of all subject tokens' embeddings, as they stand in the
-    prompts (the released code reads subjects without their prompts).
-
-    Args:
-        model: The model.
-        facts: The facts.
-        factor: Three in the paper.
-        samples: As in :class:`Corruption`.
-        seed: As in :class:`Corruption`.
+    prompts (the released code reads subjects without their prompts). The paper's factor is three.
 
     Raises:
         BadInputError: If there are no facts.
@@ -160,66 +126,77 @@ def subject_range(prompt: Prompt) -> tuple[int, int]:
     Raises:
         BadInputError: If the prompt has no subject.
     """
-    if prompt.subject_position is None:
-        raise BadInputError(f"{prompt.text!r} has no subject position; name its subject")
-    end = prompt.subject_position + 1
+    end = int(positions([prompt])[0]) + 1
     return end - prompt.subject_length, end
 
 
-@taken
-@torch.no_grad()
-def restore_states(
-    model: Model, fact: Fact, corruption: Corruption, states: Sequence[State]
-) -> Restoration:
-    """Restore any set of states at once, in one whole pass.
-
-    Raises:
-        BadInputError: If a state is of no kind that there is, or at no token of the prompt.
-        LayerOutOfRangeError: If there is no such layer.
-        NonFiniteError: If a probability is NaN.
-    """
-    runs = run_corrupted(model, fact, corruption)
-    for state in states:
-        model.site(state.layer)
-        if state.kind not in KINDS:
-            raise BadInputError(f"no state is called {state.kind!r}; take {', '.join(KINDS)}")
-        if not 0 <= state.position <= runs.prompt.last_position:
-            raise BadInputError(
-                f"{fact.prompt!r} has no token at position {state.position}; the last one is at "
-                f"{runs.prompt.last_position}"
-            )
-    (restored,) = runs.whole([tuple(states)]).tolist()
-    return Restoration(clean=runs.clean, corrupted=runs.corrupted, restored=restored)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Runs:
     """The clean run of one fact, its corrupted runs, and what it takes to run those again."""
 
-    model: Model
-    """The model."""
-    fact: Fact
-    """The fact."""
-    corruption: Corruption
-    """The noise."""
-    prompt: Prompt
-    """The fact's bare prompt."""
-    batch: TokenBatch
-    """The prompt, once."""
-    replays: bool
-    """Whether blocks can be run by themselves, and tokens without the earlier ones."""
-    answer_id: int
-    """The token that the model puts first in the clean run."""
-    clean: float
-    """P: its probability there."""
-    corrupted: float
-    """P*: its probability in the corrupted runs, mean over the samples."""
-    states: Mapping[tuple[str, int], Float[Tensor, "pos d_model"]]
-    """The clean run's states, by kind and layer."""
-    residuals: tuple[Float[Tensor, "sample pos d_model"], ...]
-    """The corrupted runs' residual stream before each block, and behind the last."""
-    past: tuple[tuple[Tensor, Tensor], ...]
-    """Each block's attention keys and values in the corrupted runs; empty if nothing replays."""
+    @torch.no_grad()
+    def __init__(self, model: Model, fact: Fact, corruption: Corruption) -> None:
+        """Run the fact's bare prompt clean and corrupted, side by side, and keep every state.
+
+        Raises:
+            NonFiniteError: If a probability is NaN.
+            UnsupportedModelError: If the model is no decoder, or does not show its states.
+        """
+        if not model.can_be_edited:
+            raise UnsupportedModelError(
+                f"{model.name} is not a decoder with a final norm and an unembedding; only such a "
+                "model predicts the answer that causal tracing follows"
+            )
+        self.model, self.fact, self.corruption = model, fact, corruption
+        self.prompt = fact_prompt(model, fact)
+        self.batch = pad(model, [self.prompt])
+        self.replays: bool = model.replay is not Replay.WHOLE and not model.sees_later
+        """Whether blocks can be run by themselves, and tokens without the earlier ones."""
+        both = self.batch.rows(
+            torch.zeros(1 + corruption.samples, dtype=torch.long, device=model.device)
+        )
+        layers = range(model.n_layers)
+        names = {(kind, i): _hook_name(model, kind, i) for kind in KINDS for i in layers}
+        entry = f"{model.sites[0].stack}.0.hook_in"
+        seen: dict[str, Tensor] = {}
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            seen[hook.name] = activation
+
+        hooks: list[tuple[str, Callable[..., Tensor | None]]] = [
+            (_EMBEDDING, _corrupting(corruption, fact, self.prompt, clean=1))
+        ]
+        read = (_EMBEDDING, entry, *names.values())
+        hooks += [(name, keep) for name in read]
+        cache = new_cache((), 0)
+        kept = {"past_key_values": cache} if self.replays else {}
+        with (
+            model.running() as bridge,
+            bridge.hooks(fwd_hooks=hooks),
+            fast_products(model.device),
+        ):
+            output: Tensor = bridge(both.tokens, **call_arguments(bridge, both), **kept)[:, -1]
+        missing = [name for name in read if name not in seen]
+        if missing:
+            raise UnsupportedModelError(
+                f"hook point {missing[0]} did not fire on {model.name}; its states cannot be "
+                "restored"
+            )
+        self.answer_id = int(output[0].argmax())
+        """The token that the model puts first in the clean run."""
+        clean, *corrupted = self._probabilities(output).tolist()
+        self.clean: float = clean
+        """P: its probability there."""
+        self.corrupted: float = sum(corrupted) / len(corrupted)
+        """P*: its probability in the corrupted runs, mean over the samples."""
+        self.states = {key: seen[name][0] for key, name in names.items()}
+        """The clean run's states ``[pos, d_model]``, by kind and layer."""
+        before = [entry, *(names["hidden", layer] for layer in layers)]
+        self.residuals = [seen[name][1:] for name in before]
+        """The corrupted runs' residual stream ``[sample, pos, d_model]`` before each block, and
+        behind the last."""
+        self.past = [(each.keys[1:], each.values[1:]) for each in cache.layers]
+        """Each block's attention keys and values in the corrupted runs; empty if nothing replays.
+        """
 
     def norms(self, position: int) -> Float[Tensor, "2 layer"]:
         """Norms of the residual stream behind each layer: clean, and mean of the corrupted."""
@@ -244,9 +221,7 @@ class Runs:
     ) -> Iterator[tuple[list[int], Float[Tensor, "plan"]]]:
         """P* with the states of each plan restored, by as little as has to run again.
 
-        Args:
-            plans: The plans, each of one position, its lowest layer first.
-            max_tokens: Most tokens of a batch.
+        A plan is of one position, its lowest layer first; a batch has at most ``max_tokens``.
 
         Yields:
             Indices of plans that ran side by side, with their probabilities.
@@ -299,8 +274,17 @@ class Runs:
             yield group
 
     def _means(self, output: Float[Tensor, "row vocab"]) -> Float[Tensor, "plan"]:
-        found = _probabilities(output, self.answer_id, self.model)
+        found = self._probabilities(output)
         return reduce(found, "(plan sample) -> plan", "mean", sample=self.corruption.samples)
+
+    def _probabilities(self, output: Float[Tensor, "row vocab"]) -> Float[Tensor, "row"]:
+        wide = output.to(self.model.wide_dtype)
+        found = (wide[:, self.answer_id] - wide.logsumexp(-1)).double().exp().cpu()
+        if not bool(torch.isfinite(found).all()):
+            raise NonFiniteError(
+                f"a probability of {self.model.name} is NaN or infinite; load the model in float32"
+            )
+        return found
 
     def _hooks(self, plans: Sequence[Plan], cut: int) -> list[tuple[str, Callable[..., Tensor]]]:
         places: dict[tuple[str, int], list[tuple[int, int]]] = {}
@@ -317,68 +301,6 @@ class Runs:
             (_hook_name(self.model, *key), _putting_back(self.states[key], at, samples, cut))
             for key, at in places.items()
         ]
-
-
-@torch.no_grad()
-def run_corrupted(model: Model, fact: Fact, corruption: Corruption) -> Runs:
-    """Run a fact's bare prompt clean and corrupted, side by side, and keep every state.
-
-    Raises:
-        NonFiniteError: If a probability is NaN.
-        UnsupportedModelError: If the model is no decoder, or does not show its states.
-    """
-    if not model.can_be_edited:
-        raise UnsupportedModelError(
-            f"{model.name} is not a decoder with a final norm and an unembedding; only such a "
-            "model predicts the answer that causal tracing follows"
-        )
-    prompt = fact_prompt(model, fact)
-    batch = pad(model, [prompt])
-    replays = model.replay is not Replay.WHOLE and not model.sees_later
-    both = batch.rows(torch.zeros(1 + corruption.samples, dtype=torch.long, device=model.device))
-    layers = range(model.n_layers)
-    names = {(kind, layer): _hook_name(model, kind, layer) for kind in KINDS for layer in layers}
-    entry = f"{model.sites[0].stack}.0.hook_in"
-    seen: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        seen[hook.name] = activation
-
-    hooks: list[tuple[str, Callable[..., Tensor | None]]] = [
-        (_EMBEDDING, _corrupting(corruption, fact, prompt, clean=1))
-    ]
-    read = (_EMBEDDING, entry, *names.values())
-    hooks += [(name, keep) for name in read]
-    cache = new_cache((), 0)
-    kept = {"past_key_values": cache} if replays else {}
-    with (
-        model.running() as bridge,
-        bridge.hooks(fwd_hooks=hooks),
-        fast_products(model.device),
-    ):
-        output: Tensor = bridge(both.tokens, **call_arguments(bridge, both), **kept)[:, -1]
-    missing = [name for name in read if name not in seen]
-    if missing:
-        raise UnsupportedModelError(
-            f"hook point {missing[0]} did not fire on {model.name}; its states cannot be restored"
-        )
-    answer_id = int(output[0].argmax())
-    clean, *corrupted = _probabilities(output, answer_id, model).tolist()
-    before = [entry, *(names["hidden", layer] for layer in layers)]
-    return Runs(
-        model=model,
-        fact=fact,
-        corruption=corruption,
-        prompt=prompt,
-        batch=batch,
-        replays=replays,
-        answer_id=answer_id,
-        clean=clean,
-        corrupted=sum(corrupted) / len(corrupted),
-        states={key: seen[name][0] for key, name in names.items()},
-        residuals=tuple(seen[name][1:] for name in before),
-        past=tuple((entry.keys[1:], entry.values[1:]) for entry in cache.layers),
-    )
 
 
 def _corrupting(
@@ -415,15 +337,3 @@ def _putting_back(
 
 def _hook_name(model: Model, kind: str, layer: int) -> str:
     return f"{model.site(layer).stack}.{layer}.{_HOOKS[kind]}"
-
-
-def _probabilities(
-    output: Float[Tensor, "row vocab"], answer_id: int, model: Model
-) -> Float[Tensor, "row"]:
-    wide = output.to(model.wide_dtype)
-    found = (wide[:, answer_id] - wide.logsumexp(-1)).double().exp().cpu()
-    if not bool(torch.isfinite(found).all()):
-        raise NonFiniteError(
-            f"a probability of {model.name} is NaN or infinite; load the model in float32"
-        )
-    return found

@@ -13,6 +13,7 @@ noise, and ``Trace.first_token`` such facts from others. Behind a BOS position 0
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from firsttok.models import Model, logits
 from firsttok.probes.restoration import (
     KINDS,
     Corruption,
+    Runs,
     State,
-    run_corrupted,
     subject_range,
 )
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
@@ -59,7 +60,6 @@ ROLES = (
     "last token",
 )
 """The roles of a prompt's tokens (Figure 2 of Meng et al.); tokens before the subject have none."""
-_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,9 +67,7 @@ class Trace:
     """One fact, with every state restored in turn from the subject's first token on."""
 
     case_id: int
-    """Number of the fact in its set."""
     subject: str
-    """The fact's subject."""
     answer_id: int
     """The token that the model puts first, whose probability is traced."""
     positions: tuple[int, ...]
@@ -193,7 +191,7 @@ def trace_fact(
     *,
     kinds: Sequence[str] = KINDS,
     window: int | None = None,
-    max_tokens: int = _MAX_TOKENS,
+    max_tokens: int = 512,
     on_step: Callable[[float], None] | None = None,
 ) -> Trace:
     """Restore every state of a prompt in turn (Section 2.1 and Figure 1 of Meng et al.).
@@ -217,10 +215,10 @@ def trace_fact(
         NonFiniteError: If a probability is NaN.
         UnsupportedModelError: If the model is no decoder.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise BadInputError(f"no state is called {unknown[0]!r}; take {', '.join(KINDS)}")
-    runs = run_corrupted(model, fact, corruption)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise BadInputError(f"no state is called {kind!r}; take {', '.join(KINDS)}")
+    runs = Runs(model, fact, corruption)
     count = model.n_layers
     width = default_window(count) if window is None else window
     start, _ = subject_range(runs.prompt)
@@ -262,22 +260,11 @@ def trace_facts(
     window: int | None = None,
     progress: Progress | None = None,
 ) -> list[Trace]:
-    """Trace facts; finished ones are kept in the study's work folder and found again there.
-
-    Args:
-        study: The study, for its model and its folder.
-        facts: The facts.
-        corruption: The noise.
-        window: As for :func:`trace_fact`.
-        progress: Where to show progress.
-    """
-    task = None if progress is None else progress.add_task("tracing", total=len(facts))
+    """As :func:`trace_fact`; finished traces are kept in the study's folder and found there."""
+    bar = progress or Progress(disable=True)
+    task = bar.add_task("tracing", total=len(facts))
+    on_step = partial(bar.advance, task)
     width = default_window(study.model.n_layers) if window is None else window
-
-    def on_step(share: float) -> None:
-        if progress is not None and task is not None:
-            progress.advance(task, share)
-
     traces: list[Trace] = []
     for fact in facts:
         path = _path(study, fact, corruption, width)
@@ -287,8 +274,7 @@ def trace_facts(
             if path is not None and _path(study, fact, corruption, width) == path:
                 write_record(path, trace.as_record())
         traces.append(trace)
-        if progress is not None and task is not None:
-            progress.update(task, completed=len(traces))
+        bar.update(task, completed=len(traces))
     return traces
 
 
