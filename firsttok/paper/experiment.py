@@ -134,7 +134,6 @@ def parse_script(
     *,
     without_bos: bool = False,
     own_contexts: bool = False,
-    argv: Sequence[str] | None = None,
 ) -> ScriptOptions:
     """Parse a script's options, refuse what is unusable, and then open its study.
 
@@ -144,13 +143,12 @@ def parse_script(
         without_bos: As for :func:`open_study`.
         own_contexts: Whether the script samples contexts of several seeds, so that none can be
             given.
-        argv: What to parse; None for the script's own command line.
 
     Raises:
         FirsttokError: If an input is unusable.
     """
     add_script_options(parser)
-    args = configured(parser.parse_args(argv), parser, argv)
+    args = configured(parser.parse_args(), parser)
     if own_contexts and args.contexts:
         raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
     facts = fact_file(args)
