@@ -28,9 +28,8 @@ class Found:
     title: str
     """Title of the table."""
     columns: Sequence[str]
-    """Its columns."""
     lines: Sequence[Sequence[Any]]
-    """Its lines; a cell is a text, a number or None."""
+    """A cell is a text, a number or None."""
     rows: Sequence[Mapping[str, Any]]
     """The measured rows, flat, one per observation; claims are judged by them."""
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -38,7 +37,6 @@ class Found:
     notes: Sequence[str] = ()
     """Sentences below the table."""
     draw: "Callable[[], Figure] | None" = None
-    """Draws the figure; None for none."""
     points: "Mapping[str, Projection] | None" = None
     """Points of its pictures, kept beside it."""
 
@@ -51,7 +49,7 @@ def publish(
     Args:
         stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
         found: What was found.
-        provenance: What the rows were made with; beside what ``found`` says.
+        provenance: What the rows were made with, beside what ``found`` says.
         claims: What the rows decide.
 
     Raises:
@@ -71,11 +69,7 @@ def publish(
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
     """One column of the rows whose other columns have the given values."""
-    return [
-        float(row[column])
-        for row in rows
-        if all(row[name] == wanted for name, wanted in match.items())
-    ]
+    return [float(row[column]) for row in _matching(rows, match)]
 
 
 def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
@@ -93,9 +87,13 @@ def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
 
 def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
     """One line of Table 4 or 5: name, number of cases, and three means in percent."""
-    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
-    line: list[object] = [name, len(chosen)]
-    for column in MEASURES:
-        values = [row[column] for row in chosen if row[column] is not None]
-        line.append(100.0 * sum(values) / len(values) if values else None)
-    return line
+    chosen = _matching(rows, match)
+    columns = [[row[column] for row in chosen if row[column] is not None] for column in MEASURES]
+    means = [100.0 * sum(values) / len(values) if values else None for values in columns]
+    return [name, len(chosen), *means]
+
+
+def _matching(
+    rows: Sequence[Mapping[str, Any]], match: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    return [row for row in rows if all(row[name] == wanted for name, wanted in match.items())]
