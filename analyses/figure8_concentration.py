@@ -141,13 +141,11 @@ def plot(rows: list[dict[str, Any]], edited: int) -> Figure:
 
 
 def equation4(result: Result) -> Verdict:
-    """Equation 4: at the edited layer the first tokens are markedly more concentrated."""
     row = edited_row(result)
     return grade(row["parted"] and row["ratio"] <= 1 / TENFOLD, row["parted"], describe(row))
 
 
 def shrinks(result: Result) -> Verdict:
-    """Figure 8: no divergence in the first layers, then the first tokens shrink together."""
     edited = edited_row(result)["layer"]
     layers = {layer: row for layer, row in layers_of(result).items() if layer <= edited}
     if len(layers) < LEAST:
@@ -175,7 +173,6 @@ def shrinks(result: Result) -> Verdict:
 
 
 def llama_does_not_shrink(result: Result) -> Verdict:
-    """Appendix A.5: the concentration does not appear on models of the Llama family."""
     model: Mapping[str, Any] = result.provenance.get("model", {})
     if model.get("name") not in LLAMA_FAMILY:
         raise GapError(

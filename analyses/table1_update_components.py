@@ -65,7 +65,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def small_denominators(result: Result) -> Verdict:
-    """Table 1: denominators of collapse cases are two orders of magnitude smaller."""
     collapse, normal = (
         result.values("denominator", method="ROME", cases=cases) for cases in ("collapse", "normal")
     )
@@ -84,7 +83,6 @@ def small_denominators(result: Result) -> Verdict:
 
 
 def equal_numerators(result: Result) -> Verdict:
-    """Table 1: the numerators do not differ much."""
     collapse, normal = (
         mean(result.values("numerator", method="ROME", cases=cases))
         for cases in ("collapse", "normal")

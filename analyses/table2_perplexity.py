@@ -86,7 +86,6 @@ def plot(rows: list[dict[str, Any]], original: float) -> Figure:
 
 
 def rome_collapses(result: Result) -> Verdict:
-    """Table 2: ROME destroys the model on collapse cases and leaves it alone on normal ones."""
     original = result.number("original_perplexity")
     collapse, normal = (
         result.values("perplexity", method="ROME", cases=cases) for cases in ("collapse", "normal")
@@ -106,7 +105,6 @@ def rome_collapses(result: Result) -> Verdict:
 
 
 def c_rome_spares(result: Result) -> Verdict:
-    """Table 2: C-ROME leaves the perplexity where it was."""
     rome = result.values("perplexity", method="ROME", cases="collapse")
     if max(rome) <= COLLAPSE_THRESHOLD:
         raise GapError("ROME collapses the model on no case here: nothing is to be avoided.")
@@ -114,7 +112,6 @@ def c_rome_spares(result: Result) -> Verdict:
 
 
 def first_tokens(result: Result) -> Verdict:
-    """Section 3.3: nearly every collapse case has a one-token subject that begins the prompt."""
     # Of a list made on another model, only those count that collapse here, too.
     perplexities = result.values("perplexity", method="ROME", cases="collapse")
     collapsed = [value > COLLAPSE_THRESHOLD for value in perplexities]

@@ -115,7 +115,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def no_transfer(result: Result) -> Verdict:
-    """Table 3: one model's collapse cases leave other models alone."""
     own = result.values("collapsed", source=True)
     if not any(own):
         raise GapError("No case collapses the model they are said to come from.")

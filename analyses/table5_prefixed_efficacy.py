@@ -73,7 +73,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def leaves_neighbours(result: Result) -> Verdict:
-    """Table 5: C-ROME leaves the answers about other subjects as they were."""
     found = {
         cases: mean(result.known("locality", method="C-ROME", cases=cases))
         for cases in ("collapse", "normal")
@@ -88,7 +87,6 @@ def leaves_neighbours(result: Result) -> Verdict:
 
 
 def limited_generalization(result: Result) -> Verdict:
-    """Table 5: the prefix raises efficacy, generalization little."""
     match: dict[str, Any] = {"method": "C-ROME", "cases": "collapse"}
     efficacy = mean(result.values("efficacy", **match))
     general = mean(result.known("generalization", **match))

@@ -21,6 +21,7 @@ __all__ = [
     "effect_map",
     "figure",
     "layer_curve",
+    "legend_below",
     "perplexity_axis",
     "plain",
     "save_figure",
@@ -105,6 +106,12 @@ def layer_curve(
         low, high = ([row[f"{column}_{end}"] for row in rows] for end in ("low", "high"))
         axis.fill_between(layers, low, high, color=settings["color"], alpha=0.2, linewidth=0)
     axis.set_xlabel("layer")
+
+
+def legend_below(axis: "Axes", distance: float, **settings: Any) -> None:
+    """A legend under a panel and its captions."""
+    settings = {"loc": "upper center", "bbox_to_anchor": (0.5, -distance), **settings}
+    axis.legend(fontsize=8, **settings)
 
 
 def save_figure(stem: Path, drawn: "Figure") -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from firsttok.console import print_table, show
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     from firsttok.probes import Projection
 
-__all__ = ["MEASURES", "Found", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
+__all__ = [
+    "MEASURES",
+    "Found",
+    "accuracy_line",
+    "collapsed_of",
+    "edit_cells",
+    "pick",
+    "printed",
+    "publish",
+]
 
 MEASURES = ("efficacy", "generalization", "locality")
 """Columns of Tables 4 and 5."""
@@ -76,6 +86,13 @@ def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
     """How many of the rows that match are edits which destroyed the model."""
     flags = pick(rows, "collapsed", **match)
     return f"{int(sum(flags))} of {len(flags)}"
+
+
+def edit_cells(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
+    """Cells on edits: mean |denominator|, maximum perplexity, and how many collapsed."""
+    denominators = [abs(value) for value in pick(rows, "denominator", **match)]
+    highest = max(pick(rows, "perplexity", **match))
+    return [mean(denominators), highest, collapsed_of(rows, **match)]
 
 
 def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
