@@ -63,17 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, help="layers restored together (default: 10 of 48, to scale)"
     )
     parser.add_argument("--samples", type=int, default=10, help="noise samples (default: 10)")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=3.0,
-        help="times the deviation of the subjects' embeddings (default: 3)",
-    )
-    parser.add_argument(
-        "--every-answer",
-        action="store_true",
-        help="trace facts that are not answered rightly, too, by the answer that is given",
-    )
+    noise = "times the deviation of the subjects' embeddings (default: 3)"
+    parser.add_argument("--noise", type=float, default=3.0, help=noise)
+    every = "trace facts that are not answered rightly, too, by the answer that is given"
+    parser.add_argument("--every-answer", action="store_true", help=every)
 
 
 def facts_to_trace(options: ScriptOptions) -> tuple[list[Fact], int]:
@@ -191,10 +184,9 @@ def ranges(layers: Sequence[int]) -> str:
     """``4-6, 9`` for 4, 5, 6 and 9."""
     runs: list[list[int]] = []
     for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+        if not runs or layer != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(layer)
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 

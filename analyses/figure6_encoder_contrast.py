@@ -27,7 +27,6 @@ from firsttok.models import BosPolicy, Model, load
 from firsttok.paper.cases import CaseSelection, all_listed_cases
 from firsttok.paper.claims import (
     APART,
-    LEAST,
     Claim,
     GapError,
     Result,
@@ -36,6 +35,7 @@ from firsttok.paper.claims import (
     grade,
     is_apart,
     layers_of,
+    require,
 )
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import caption, figure, layer_curve, legend_below
@@ -229,8 +229,7 @@ def encoder_has_none(result: Result) -> Verdict:
     views = {"without": layers_of(result, kind="encoder", bos="without")}
     if result.chosen(kind="encoder", bos="with"):
         views["with"] = layers_of(result, kind="encoder", bos="with")
-    if min(map(len, views.values())) < LEAST:
-        raise GapError(f"{result.script} has too few layers of the encoder; {LEAST} are needed.")
+    require(min(map(len, views.values())), f"{result.script} has too few layers of the encoder")
     shares: list[float] = []
     notes: list[str] = []
     for bos, layers in views.items():
@@ -257,11 +256,7 @@ def encoder_place(result: Result) -> Verdict:
     ratios: dict[str, list[float]] = {}
     for bos in ("without", SHIFTED):
         layers = layers_of(result, kind="encoder", bos=bos)
-        if len(layers) < LEAST:
-            raise GapError(
-                f"{result.script} has {len(layers)} layers of the encoder {bos} BOS; {LEAST} are "
-                "needed."
-            )
+        require(len(layers), f"{result.script} has {len(layers)} layers of the encoder {bos} BOS")
         ratios[bos] = [row["ratio"] for row in layers.values()]
     before, after = min(ratios["without"]), min(ratios[SHIFTED])
     if before >= 1 / TWOFOLD:

@@ -66,13 +66,8 @@ def save_scan(
 ) -> None:
     """Write the list of collapse cases with all scanned rows and their provenance as JSON.
 
-    Args:
-        path: The file.
-        study: What the rows were measured with.
-        facts: The facts as their file holds them, by which the list is known.
-        rows: What was scanned.
-        failed: Facts whose edit failed.
-        left_out: Facts that were not scanned.
+    The list is known by the facts as their file holds them. Facts whose edit failed stand in it,
+    and those that were left out of the scan.
     """
     # A perplexity that is no number is worse than any.
     collapsed = sorted(
@@ -172,21 +167,11 @@ def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], dict[str, 
 
 
 def select_cases(
-    facts: Sequence[Fact],
-    collapse_ids: Sequence[int],
-    *,
-    collapse: int,
-    normal: int,
-    seed: int,
+    facts: Sequence[Fact], collapse_ids: Sequence[int], *, collapse: int, normal: int, seed: int
 ) -> CaseSelection:
-    """Take collapse cases from a list and draw normal ones from all other facts.
+    """Take collapse cases, spread evenly over a list, and draw normal ones from all other facts.
 
-    Args:
-        facts: All facts.
-        collapse_ids: The list, best first.
-        collapse: Most collapse cases; they are spread evenly over the list.
-        normal: Most normal cases.
-        seed: Seed of the draw.
+    There are at most ``collapse`` and ``normal`` of them, fewer where there are no more.
     """
     by_id = {fact.case_id: fact for fact in facts}
     chosen = spread_evenly(collapse_ids, collapse)
@@ -230,9 +215,6 @@ def all_listed_cases(options: ScriptOptions) -> CaseSelection:
     """Choose every listed collapse case and as many normal ones, or ``options.normal`` if more.
 
     This is for scripts that edit nothing: reading keys is cheap, and more cases say more.
-
-    Raises:
-        BadInputError: If the list of collapse cases is unusable.
     """
     listed = len(load_collapse_ids(options.cases, options.facts))
     return choose_cases(replace(options, collapse=listed, normal=max(listed, options.normal)))
@@ -251,7 +233,7 @@ def collapse_cases(options: ScriptOptions, *, progress: Progress) -> tuple[Fact,
 
 
 def first_token_cases(options: ScriptOptions, *, progress: Progress) -> tuple[Fact, ...]:
-    """Return the collapse cases of :func:`collapse_cases` whose subject is the very first token.
+    """Return those of :func:`collapse_cases` whose subject is the very first token.
 
     Raises:
         BadInputError: If there is none.
@@ -349,14 +331,8 @@ def measure_accuracy(
 ) -> list[dict[str, Any]]:
     """Edit every fact by every method and measure efficacy, generalization and locality.
 
-    Args:
-        study: What is in its work folder is not measured again.
-        facts: The facts.
-        methods: The methods.
-        prefixed: Whether a prefix stands before the rewriting prompt at test time (Table 5).
-        seed: Seed of the prefixes.
-        progress: Where to show progress.
-        label: What the progress bar says.
+    Where asked, a prefix drawn by the seed stands before the rewriting prompt at test time, as in
+    Table 5. What is in the study's work folder is not measured again.
 
     Returns:
         A row for each fact and method, by the method's label.

@@ -34,6 +34,7 @@ __all__ = [
     "judge",
     "layers_of",
     "pair_of",
+    "require",
     "share",
     "swapped",
     "tally",
@@ -243,6 +244,12 @@ def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def require(count: float, said: str) -> None:
+    """Raise GapError where a count that a rule needs, and that is said, is below the least one."""
+    if count < LEAST:
+        raise GapError(f"{said}; {LEAST} are needed.")
+
+
 def fixed(value: float) -> str:
     """A number as the reasons show it: readable at a glance, and never rounded to nothing."""
     size = abs(value)
@@ -273,10 +280,7 @@ def crossed(
 ) -> Verdict:
     """Whether all edits of the bad kinds destroy the model, and none of the good kinds.
 
-    Args:
-        result: Edits and the perplexities after them.
-        bad: Fields that pick the rows of each bad kind, by its name.
-        good: The same of the good ones.
+    A kind is a name, and fields that pick its rows.
     """
     found = {name: result.values("perplexity", **match) for name, match in {**bad, **good}.items()}
     worse, better = [share(found[name]) for name in bad], [share(found[name]) for name in good]
@@ -308,17 +312,10 @@ def embedding(result: Result) -> str:
 
 
 def pair_of(result: Result, **match: str) -> dict[str, float]:
-    """How far two groups of vectors are apart: the one row that matches.
-
-    Raises:
-        GapError: If there is none, or a group is too small.
-    """
+    """How far two groups of vectors are apart: the one row that matches."""
     columns = ("silhouette", "probe_accuracy", "n")
     found = {column: result.values(column, least=1, **match)[0] for column in columns}
-    if found["n"] < LEAST:
-        raise GapError(
-            f"{result.script} has {found['n']:g} vectors in a group; {LEAST} are needed."
-        )
+    require(found["n"], f"{result.script} has {found['n']:g} vectors in a group")
     return found
 
 
@@ -328,11 +325,7 @@ def is_apart(row: Mapping[str, Any]) -> bool:
 
 
 def layers_of(result: Result, **match: str) -> dict[int, dict[str, Any]]:
-    """Layers in order, with D(F)/D(S) and whether the bootstrap intervals lie apart.
-
-    Raises:
-        GapError: If a number is missing, or no ratio can be formed.
-    """
+    """Layers in order, with D(F)/D(S) and whether the bootstrap intervals lie apart."""
     numbers = ["layer", "d_first", "d_subsequent", "d_first_high", "d_subsequent_low"]
     if match:
         numbers += ["silhouette", "probe_accuracy"]

@@ -45,7 +45,11 @@ def find_inconsistencies(numbers: Numbers | None = None) -> tuple[Inconsistency,
     """Return every inconsistency, each numeric one computed from the printed numbers, or others."""
     given = printed_numbers() if numbers is None else numbers
     numeric = (_maxima, _originals, _percentage, _numerators, _mitigated)
-    return (*(check(given) for check in numeric), *_WORDED)
+    worded = (
+        Inconsistency(id=name, places=places, sentence=sentence)
+        for (name, places), sentence in _WORDED.items()
+    )
+    return (*(check(given) for check in numeric), *worded)
 
 
 def fits_count(percent: float, cases: int, *, parts: int = 1, decimals: int = 2) -> bool:
@@ -154,38 +158,21 @@ def _mitigated(numbers: Numbers) -> Inconsistency:
     )
 
 
-_WORDED = (
-    Inconsistency(
-        id="normal-cases",
-        places="Section 3, Table 5",
-        sentence="Normal cases are 1000 random samples of the remaining part of COUNTERFACT in "
-        "Section 3, and all remaining data of it in Table 5.",
-    ),
-    Inconsistency(
-        id="anchor",
-        places="Section 3.1, released code",
-        sentence="C-ROME is said to substitute every unprefixed key. The released code does so in "
-        "the update, but the anchor of v*, and the norm that clamps its optimisation, still come "
-        "from the bare prompt. FC-ROME closes this.",
-    ),
-    Inconsistency(
-        id="second-moment",
-        places="Equation 3, released configurations",
-        sentence="Equation 3 holds C^-1; every released configuration switches it off "
-        "(mom2_adjustment: false), so that the left vector is the key itself. Which of the two a "
-        "table used is not said; firsttok uses C, and --second-moment identity leaves it out.",
-    ),
-    Inconsistency(
-        id="kl-direction",
-        places="Section 2, released code",
-        sentence="The loss that v* is optimised with is not printed. The released code calls "
-        "kl_div(before, after), which is KL(after || before) and is easily read the other way "
-        "round. firsttok does what the code does.",
-    ),
-    Inconsistency(
-        id="swap-stage",
-        places="Tables 6 and 7",
-        sentence="Whether a swapped position embedding acts on the keys only, on the value "
-        "optimisation, or on the evaluation as well is not said. firsttok measures all three.",
-    ),
-)
+_WORDED = {
+    ("normal-cases", "Section 3, Table 5"): "Normal cases are 1000 random samples of the remaining "
+    "part of COUNTERFACT in Section 3, and all remaining data of it in Table 5.",
+    ("anchor", "Section 3.1, released code"): "C-ROME is said to substitute every unprefixed key. "
+    "The released code does so in the update, but the anchor of v*, and the norm that clamps its "
+    "optimisation, still come from the bare prompt. FC-ROME closes this.",
+    ("second-moment", "Equation 3, released configurations"): "Equation 3 holds C^-1; every "
+    "released configuration switches it off (mom2_adjustment: false), so that the left vector is "
+    "the key itself. Which of the two a table used is not said; firsttok uses C, and "
+    "--second-moment identity leaves it out.",
+    ("kl-direction", "Section 2, released code"): "The loss that v* is optimised with is not "
+    "printed. The released code calls kl_div(before, after), which is KL(after || before) and is "
+    "easily read the other way round. firsttok does what the code does.",
+    ("swap-stage", "Tables 6 and 7"): "Whether a swapped position embedding acts on the keys only, "
+    "on the value optimisation, or on the evaluation as well is not said. firsttok measures all "
+    "three.",
+}
+"""What is in words only, by name and place."""

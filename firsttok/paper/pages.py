@@ -36,11 +36,7 @@ SIGNS = {
 
 
 def write_reports(out: Path, model: str | None = None) -> list[Path]:
-    """Write ``index.html`` and ``README.md`` into the folder of a model, or of every model.
-
-    Args:
-        out: Folder of results, with a folder for each model.
-        model: Name of one model's folder; None for all.
+    """Write ``index.html`` and ``README.md`` into the folder of a model below ``out``, or of every.
 
     Raises:
         BadInputError: If there is no result, or a file is not what a script writes.

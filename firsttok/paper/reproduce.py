@@ -168,19 +168,13 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], Non
 
 def cores() -> int:
     """Number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_lanes(jobs: Sequence[Job], *, lanes: int) -> Generator[Ended, None, None]:
-    """Run scripts in as many lanes, the first that is ready first; closing ends what still runs.
+    """Run so many scripts at a time, the first that is ready first; closing ends what still runs.
 
     Every script is given its share of the cores (``OMP_NUM_THREADS``, unless it is set).
-
-    Args:
-        jobs: The jobs.
-        lanes: Most scripts that run at the same time.
 
     Yields:
         The jobs in the order they end in.

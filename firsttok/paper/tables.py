@@ -58,7 +58,7 @@ def publish(
 
     Args:
         stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
-        found: What was found.
+        found: Rows, and the table they give.
         provenance: What the rows were made with, beside what ``found`` says.
         claims: What the rows decide.
 
