@@ -244,7 +244,7 @@ def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def require(count: float, said: str) -> None:
+def require(count: int | float, said: str) -> None:
     """Raise GapError where a count that a rule needs, and that is said, is below the least one."""
     if count < LEAST:
         raise GapError(f"{said}; {LEAST} are needed.")
