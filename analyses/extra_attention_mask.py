@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
+from firsttok import probes
 from firsttok.editing import ROME
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.measuring import measure_facts
@@ -20,16 +21,8 @@ from firsttok.paper.cases import first_token_cases
 from firsttok.paper.claims import Claim, GapError, Result, Verdict, crossed, fixed, grade
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure
-from firsttok.paper.tables import Found, collapsed_of, pick
-from firsttok.probes import (
-    MaskedKeys,
-    PositionSwap,
-    SeesAll,
-    SeesItself,
-    cosine_with,
-    mean_distance,
-    token_states,
-)
+from firsttok.paper.tables import Found, edit_cells
+from firsttok.probes import MaskedKeys, PositionSwap, SeesAll, SeesItself
 from firsttok.prompts import text_prompt
 from firsttok.tensors import Intervention
 
@@ -63,10 +56,10 @@ def measure_states(options: ScriptOptions) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for place in PLACES:
         at = [place] * len(prompts)
-        usual = token_states(study.model, prompts, at, layer=study.layer)
+        usual = probes.token_states(study.model, prompts, at, layer=study.layer)
         for name, interventions in STATES:
             view = study.model.intervened(*interventions)
-            states = token_states(view, prompts, at, layer=study.layer)
+            states = probes.token_states(view, prompts, at, layer=study.layer)
             rows.append(
                 {
                     "part": "state",
@@ -75,8 +68,8 @@ def measure_states(options: ScriptOptions) -> list[dict[str, Any]]:
                     "layer": study.layer,
                     "n": len(prompts),
                     "residual_norm": float(states.residual_norms.mean()),
-                    "concentration": mean_distance(states.keys),
-                    "key_cosine": cosine_with(states.keys, usual.keys),
+                    "concentration": probes.mean_distance(states.keys),
+                    "key_cosine": probes.cosine_with(states.keys, usual.keys),
                 }
             )
     return rows
@@ -89,15 +82,10 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
     for source in SOURCES:
         ordinary = not (source.later or source.changed)
         changed = study if ordinary else study.varied(key_source=source)
-        rows += [
-            {
-                "part": "edit",
-                "key_from": source.name,
-                "original_perplexity": study.original_perplexity.mean,
-            }
-            | dict(row)
-            for row in measure_facts(changed, facts, [ROME], progress=progress, label=source.name)
-        ]
+        own: dict[str, Any] = {"part": "edit", "key_from": source.name}
+        own["original_perplexity"] = study.original_perplexity.mean
+        edits = measure_facts(changed, facts, [ROME], progress=progress, label=source.name)
+        rows += [own | dict(row) for row in edits]
     return rows
 
 
@@ -110,10 +98,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         for row in states
     ]
     for source in SOURCES:
-        match = {"key_from": source.name}
-        denominator = mean(abs(value) for value in pick(edits, "denominator", **match))
-        highest = max(pick(edits, "perplexity", **match))
-        cells = [denominator, highest, collapsed_of(edits, **match)]
+        cells = edit_cells(edits, key_from=source.name)
         lines.append([f"ROME, k^u from {source.name}", *[None] * 3, *cells])
     return Found(
         title=f"Attention mask: states at layer {options.study.layer}, and ROME with such a k^u",
@@ -146,8 +131,6 @@ def plot(states: list[dict[str, Any]], edits: list[dict[str, Any]]) -> Figure:
 
 
 def mask_makes_the_state(result: Result) -> Verdict:
-    """A token that sees only itself has the first token's huge residual norm, another has not."""
-
     def norm(intervention: str, place: int) -> float:
         match: dict[str, Any] = {"part": "state", "intervention": intervention, "place": place}
         found = mean(result.values("residual_norm", least=1, **match))
@@ -170,8 +153,6 @@ def mask_makes_the_state(result: Result) -> Verdict:
 
 
 def mask_makes_the_collapse(result: Result) -> Verdict:
-    """ROME collapses the model with a k^u that saw only itself, wherever its token stands."""
-
     def kinds(*names: str) -> dict[str, dict[str, str]]:
         return {name: {"part": "edit", "key_from": name} for name in names}
 

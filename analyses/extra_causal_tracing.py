@@ -20,6 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
+from firsttok import probes
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, ROME
 from firsttok.errors import BadInputError
@@ -29,21 +30,7 @@ from firsttok.paper.cases import choose_cases
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import effect_map, figure, strip_plot
 from firsttok.paper.tables import Found, collapsed_of, pick
-from firsttok.probes import (
-    KINDS,
-    LAST_SUBJECT,
-    ROLES,
-    LayerProposal,
-    Trace,
-    answered_facts,
-    average_effects,
-    average_total_effect,
-    corruption_for,
-    default_window,
-    propose_layer,
-    trace_facts,
-    window_layers,
-)
+from firsttok.probes import LAST_SUBJECT, LayerProposal, Trace, average_total_effect
 from firsttok.second_moment import SecondMoment, compute_second_moment
 
 METHODS = (ROME, C_ROME)
@@ -77,17 +64,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, help="layers restored together (default: 10 of 48, to scale)"
     )
     parser.add_argument("--samples", type=int, default=10, help="noise samples (default: 10)")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=3.0,
-        help="times the deviation of the subjects' embeddings (default: 3)",
-    )
-    parser.add_argument(
-        "--every-answer",
-        action="store_true",
-        help="trace facts that are not answered rightly, too, by the answer that is given",
-    )
+    noise = "times the deviation of the subjects' embeddings (default: 3)"
+    parser.add_argument("--noise", type=float, default=3.0, help=noise)
+    every = "trace facts that are not answered rightly, too, by the answer that is given"
+    parser.add_argument("--every-answer", action="store_true", help=every)
 
 
 def facts_to_trace(options: ScriptOptions) -> tuple[list[Fact], int]:
@@ -100,7 +80,7 @@ def facts_to_trace(options: ScriptOptions) -> tuple[list[Fact], int]:
         )
     cases = choose_cases(options.halved())
     chosen = [*cases.collapse, *cases.normal]
-    right = answered_facts(options.study.model, chosen)
+    right = probes.answered_facts(options.study.model, chosen)
     facts = chosen if args.every_answer else list(right)
     if not facts:
         raise BadInputError(
@@ -122,13 +102,15 @@ def proposals_of(
     groups: dict[str, list[Trace]], window: int, count: int
 ) -> dict[tuple[str, str], LayerProposal]:
     """The highest layer of each site in every group that has such tokens."""
-    above = [layer for layer in range(count) if 0 not in window_layers(layer, window, count)]
+    above = [layer for layer in range(count) if 0 not in probes.window_layers(layer, window, count)]
     found: dict[tuple[str, str], LayerProposal] = {}
     for name, members in groups.items():
         for site, (kind, role) in SITES.items():
             layers = above if "not of" in site else range(count)
             if layers and any(role in trace.roles for trace in members):
-                found[name, site] = propose_layer(members, kind=kind, role=role, layers=layers)
+                found[name, site] = probes.propose_layer(
+                    members, kind=kind, role=role, layers=layers
+                )
     return found
 
 
@@ -156,14 +138,14 @@ def trace_rows(
         rows += [
             {"part": "effect", "group": name, "kind": row.kind, "role": row.role}
             | {"layer": row.layer, "facts": row.effect.n, **row.effect.columns("aie")}
-            for row in average_effects(members)
+            for row in probes.average_effects(members)
         ]
     for (name, site), proposal in proposals.items():
         kind, role = SITES[site]
         rows.append(
             {"part": "proposal", "group": name, "site": site, "kind": kind, "role": role}
-            | {"layer": proposal.layer}
-            | {"facts": proposal.effect.n, **proposal.effect.columns("aie")}
+            | {"layer": proposal.layer, "facts": proposal.effect.n}
+            | proposal.effect.columns("aie")
             | {"undecided": ranges(proposal.undecided), "share": proposal.share}
         )
     return rows
@@ -229,12 +211,12 @@ def lines_of(
 def measure(options: ScriptOptions, progress: Progress) -> Found:
     study, args = options.study, options.args
     facts, wrong = facts_to_trace(options)
-    noise = corruption_for(
+    noise = probes.corruption_for(
         study.model, facts, factor=args.noise, samples=args.samples, seed=options.seed
     )
     count = study.model.n_layers
-    window = default_window(count) if args.window is None else args.window
-    traces = trace_facts(study, facts, noise, window=window, progress=progress)
+    window = probes.default_window(count) if args.window is None else args.window
+    traces = probes.trace_facts(study, facts, noise, window=window, progress=progress)
     groups = groups_of(traces)
     proposals = proposals_of(groups, window, count)
     proposed = proposals[GROUPS[0], "mlp"].layer
@@ -277,15 +259,10 @@ def plot(rows: list[dict[str, Any]], edits: list[dict[str, Any]], proposed: int)
     shown = [row for row in rows if row["part"] == "effect" and row["group"] == GROUPS[0]]
     limit = max(abs(row["aie"]) for row in shown)
     titles = ("residual stream, one layer", "MLPs of a window", "attention of a window")
-    for axis, kind, title in zip(axes, KINDS, titles, strict=False):
-        effect_map(
-            axis,
-            [row for row in shown if row["kind"] == kind],
-            roles=ROLES,
-            title=title,
-            limit=limit,
-            marked=proposed if kind == "mlp" else None,
-        )
+    for axis, kind, title in zip(axes, probes.KINDS, titles, strict=False):
+        of_kind = [row for row in shown if row["kind"] == kind]
+        marked = proposed if kind == "mlp" else None
+        effect_map(axis, of_kind, roles=probes.ROLES, title=title, limit=limit, marked=marked)
     edited = [row | {"edited": str(row["layer"])} for row in edits if row["method"] == ROME.name]
     order = list(dict.fromkeys(row["edited"] for row in edited))
     strip_plot(axes[3], edited, x="edited", y="perplexity", label="after ROME", order=order)

@@ -20,8 +20,14 @@ from firsttok.paper.cases import collapse_cases
 from firsttok.paper.claims import Claim, Result, Verdict, crossed
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure, perplexity_axis
-from firsttok.paper.tables import Found, collapsed_of, pick
-from firsttok.probes import IDENTITY_CELLS, distinct_with_space, identity_prompt, token_states
+from firsttok.paper.tables import Found, edit_cells, pick
+from firsttok.probes import (
+    IDENTITY_CELLS,
+    IdentityCell,
+    distinct_with_space,
+    identity_prompt,
+    token_states,
+)
 
 COLUMNS = (
     "k^u from",
@@ -32,6 +38,12 @@ COLUMNS = (
     "max perplexity",
     "collapsed",
 )
+
+
+def crossing(cell: IdentityCell) -> dict[str, str]:
+    """The columns of a row that say where its k^u was taken."""
+    position, space = "later" if cell.later else "first", "with" if cell.space else "without"
+    return {"position": position, "space": space}
 
 
 def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, Any]]:
@@ -56,9 +68,8 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
         states = token_states(study.model, prompts, places, layer=study.layer)
         edited = measure_facts(changed, facts, [ROME], progress=progress, label=cell.name)
         rows += [
-            {
-                "position": "later" if cell.later else "first",
-                "space": "with" if cell.space else "without",
+            crossing(cell)
+            | {
                 "residual_norm": float(states.residual_norms[index]),
                 "key_norm": float(states.keys[index].norm()),
                 "cosine_with_mean": row.key_cosine,
@@ -75,19 +86,8 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     columns = ("residual_norm", "key_norm", "cosine_with_mean")
     lines: list[list[object]] = []
     for cell in IDENTITY_CELLS:
-        match = {
-            "position": "later" if cell.later else "first",
-            "space": "with" if cell.space else "without",
-        }
-        lines.append(
-            [
-                cell.name,
-                *(mean(pick(rows, column, **match)) for column in columns),
-                mean(abs(value) for value in pick(rows, "denominator", **match)),
-                max(pick(rows, "perplexity", **match)),
-                collapsed_of(rows, **match),
-            ]
-        )
+        states = [mean(pick(rows, column, **crossing(cell))) for column in columns]
+        lines.append([cell.name, *states, *edit_cells(rows, **crossing(cell))])
     return Found(
         title="Token identity: k^u from four places, k_bar as usual, then ROME",
         columns=COLUMNS,
@@ -116,8 +116,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def place_makes_the_collapse(result: Result) -> Verdict:
-    """ROME collapses the model with a k^u from the first place, whichever the token."""
-
     def kinds(position: str) -> dict[str, dict[str, str]]:
         spaces = ("without", "with")
         return {f"{position}, {s} space": {"position": position, "space": s} for s in spaces}

@@ -30,10 +30,8 @@ from firsttok.study import Study
 METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
-MEASURED: Mapping[str, type] = dict.fromkeys(
-    ("editing_prefixes", "held_out_prefixes", "bare"), float
-)
-KINDS = tuple(MEASURED)
+KINDS = ("editing_prefixes", "held_out_prefixes", "bare")
+MEASURED: Mapping[str, type] = dict.fromkeys(KINDS, float)
 HALF, UNCHANGED = 0.5, 1.1
 
 
@@ -52,11 +50,8 @@ class Probabilities:
         rows: list[dict[str, Any]] = []
         for edit in edits:
             with edit.applied(study.model) as view:
-                found = {
-                    kind: mean(target_probabilities(view, fact, contexts))
-                    for kind, contexts in self.tests.items()
-                }
-            rows.append(found)
+                found = [target_probabilities(view, fact, own) for own in self.tests.values()]
+            rows.append(dict(zip(self.tests, map(mean, found), strict=True)))
         return rows
 
 
@@ -67,13 +62,9 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
     rows: list[dict[str, Any]] = []
     for seed in range(options.seed, options.seed + SEEDS):
         contexts = options.sample_contexts(seed)
-        probabilities = Probabilities(
-            {
-                "editing_prefixes": ContextSet(templates=contexts.prefixed),
-                "held_out_prefixes": ContextSet(templates=unseen.prefixed),
-                "bare": ContextSet(templates=("{}",)),
-            }
-        )
+        templates = (contexts.prefixed, unseen.prefixed, ("{}",))
+        tests = [ContextSet(templates=behind) for behind in templates]
+        probabilities = Probabilities(dict(zip(KINDS, tests, strict=True)))
         measured = measure_facts(
             options.study.varied(contexts=contexts),
             facts,
@@ -141,7 +132,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def anchor_writes(result: Result) -> Verdict:
-    """FC-ROME writes behind unseen prefixes, C-ROME does not, in every context seed."""
     original = result.number("original_perplexity")
     seeds = sorted({row["seed"] for row in result.rows if isinstance(row.get("seed"), int)})
     if not seeds:
@@ -152,11 +142,9 @@ def anchor_writes(result: Result) -> Verdict:
     )
     worst = max(result.values("perplexity", method="FC-ROME")) / original
     cases = len(result.chosen(method="FC-ROME", seed=seeds[0]))
-    holds = min(ours) >= HALF and max(theirs) < HALF and worst <= UNCHANGED
-    pairs = zip(ours, theirs, strict=True)
     return grade(
-        holds,
-        all(mine > other for mine, other in pairs),
+        min(ours) >= HALF and max(theirs) < HALF and worst <= UNCHANGED,
+        all(mine > other for mine, other in zip(ours, theirs, strict=True)),
         f"Behind prefixes the edit has not seen, the new target's mean probability is "
         f"{spread_of(ours)} with FC-ROME and {spread_of(theirs)} with C-ROME ({cases} cases, "
         f"{len(seeds)} context seeds); FC-ROME's highest perplexity is {worst:.3f} times the "

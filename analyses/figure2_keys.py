@@ -23,7 +23,7 @@ from firsttok.keys import TOGETHER, keys_of_facts
 from firsttok.paper.cases import all_listed_cases
 from firsttok.paper.claims import APART, Claim, Result, Verdict, grade, is_apart, pair_of
 from firsttok.paper.experiment import ScriptOptions, run
-from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.figures import PALETTE, caption, figure, legend_below
 from firsttok.paper.tables import Found
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import fact_prompt
@@ -42,6 +42,10 @@ COLUMNS = {
     "norm_first": "norm, 1st",
     "norm_second": "norm, 2nd",
 }
+RULE = (
+    f"Collapse cases: {APART}, measured on the vectors and not on the picture. Normal cases: not "
+    "both. Partly: apart in collapse cases, but in normal ones as well."
+)
 Groups = dict[str, tuple[Fact, ...]]
 Vectors = dict[tuple[str, str], torch.Tensor]
 
@@ -142,14 +146,7 @@ def plot(
         own = [f"{row['cases']}: {caption(row)}" for row in rows if row["panel"] == panel]
         axis.set_xlabel("\n".join(own), fontsize=9)
         note = "hollow: normal, yet the first token" if any(first["normal"]) else None
-        axis.legend(
-            fontsize=8,
-            ncols=2,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.13),
-            title=note,
-            title_fontsize=8,
-        )
+        legend_below(axis, 0.13, ncols=2, title=note, title_fontsize=8)
     return drawn
 
 
@@ -179,8 +176,7 @@ CLAIMS = (
         place="Figures 2a, 4a and 5a",
         sentence="The two elements of the denominator, C^-1 k_bar and k^u, lie apart in collapse "
         "cases and not in normal ones.",
-        rule=f"Collapse cases: {APART}, measured on the vectors and not on the picture. Normal "
-        "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
+        rule=RULE,
         decide=partial(collapse_only, panel="a"),
         on_collapse=True,
     ),
@@ -189,8 +185,7 @@ CLAIMS = (
         place="Figures 2b, 4b and 5b",
         sentence="The unprefixed key k^u lies apart from the prefixed k_bar in collapse cases and "
         "not in normal ones.",
-        rule=f"Collapse cases: {APART}, measured on the vectors and not on the picture. Normal "
-        "cases: not both. Partly: apart in collapse cases, but in normal ones as well.",
+        rule=RULE,
         decide=partial(collapse_only, panel="b"),
         on_collapse=True,
     ),

@@ -28,7 +28,7 @@ from firsttok.paper.claims import (
     pair_of,
 )
 from firsttok.paper.experiment import ScriptOptions, run
-from firsttok.paper.figures import PALETTE, caption, figure
+from firsttok.paper.figures import PALETTE, caption, figure, legend_below
 from firsttok.paper.tables import Found
 from firsttok.probes import Projection, normalise, project, scatter, separation, spread
 from firsttok.prompts import Prompt, fact_prompt, positions
@@ -71,10 +71,8 @@ def read(options: ScriptOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any
     study = options.study
     chosen = all_listed_cases(options)
     prefixes = [study.contexts.draw_prefix(fact, seed=options.seed) for fact in chosen.collapse]
-    bare = {
-        COLLAPSE: [fact_prompt(study.model, fact) for fact in chosen.collapse],
-        NORMAL: [fact_prompt(study.model, fact) for fact in chosen.normal],
-    }
+    facts = {COLLAPSE: chosen.collapse, NORMAL: chosen.normal}
+    bare = {name: [fact_prompt(study.model, fact) for fact in own] for name, own in facts.items()}
     prefixed = [
         fact_prompt(study.model, fact, prefix)
         for fact, prefix in zip(chosen.collapse, prefixes, strict=True)
@@ -150,15 +148,8 @@ def plot(projections: dict[str, Projection], rows: list[dict[str, Any]]) -> Figu
         axis.set_title(TITLES[panel])
         captions = [f"{row['pair']}:\n{caption(row)}" for row in rows if row["panel"] == panel]
         axis.set_xlabel("\n".join(captions).replace("k^u", "$k^u$"), fontsize=8)
-        axis.legend(
-            [name.replace("k^u", "$k^u$") for name in names],
-            fontsize=8,
-            loc="upper center",
-            ncols=3,
-            columnspacing=0.8,
-            handletextpad=0.2,
-            bbox_to_anchor=(0.5, -0.19),
-        )
+        shown = [name.replace("k^u", "$k^u$") for name in names]
+        legend_below(axis, 0.19, labels=shown, ncols=3, columnspacing=0.8, handletextpad=0.2)
     return drawn
 
 
@@ -166,14 +157,12 @@ def joins(result: Result, *, panel: str, joined: str, left: str) -> Verdict:
     """Whether a group lies with one of two others, by the angle between means."""
     pairs: dict[str, dict[str, float]] = {}
     for row in result.chosen(panel=panel):
-        pair = str(row.get("pair"))
-        other = pair.rpartition(" / ")[2]
+        match = {"panel": panel, "pair": str(row.get("pair"))}
         for kind in (joined, left):
-            if kind in other:
-                pairs[kind] = pair_of(result, panel=panel, pair=pair)
-                pairs[kind]["gap"] = (
-                    1 - result.values("cosine_of_means", least=1, panel=panel, pair=pair)[0]
-                )
+            if kind in match["pair"].rpartition(" / ")[2]:
+                pairs[kind] = pair_of(result, **match)
+                cosine = result.values("cosine_of_means", least=1, **match)[0]
+                pairs[kind]["gap"] = 1 - cosine
     if len(pairs) < 2:
         raise GapError(
             f"{result.script} has no rows with panel = {panel} for both {joined} and {left} cases."

@@ -20,13 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
+from firsttok import probes
 from firsttok.errors import BadInputError
 from firsttok.keys import keys_at
 from firsttok.models import BosPolicy, Model, load
 from firsttok.paper.cases import CaseSelection, all_listed_cases
 from firsttok.paper.claims import (
     APART,
-    LEAST,
     Claim,
     GapError,
     Result,
@@ -35,20 +35,12 @@ from firsttok.paper.claims import (
     grade,
     is_apart,
     layers_of,
+    require,
 )
 from firsttok.paper.experiment import ScriptOptions, run
-from firsttok.paper.figures import caption, figure, layer_curve
+from firsttok.paper.figures import caption, figure, layer_curve, legend_below
 from firsttok.paper.tables import Found
-from firsttok.probes import (
-    PositionShift,
-    Projection,
-    later_positions,
-    normalise,
-    project,
-    scatter,
-    separation,
-    spread,
-)
+from firsttok.probes import Projection
 from firsttok.prompts import fact_prompt
 
 FIRST, LATER = "first tokens", "subsequent tokens"
@@ -82,7 +74,7 @@ def views(model: Model) -> Iterator[tuple[str, Model]]:
         yield "with", model.with_bos(BosPolicy.WITH)
     if not model.can_be_edited and model.leading_ids and model.position_embedding == "learned":
         # Position 0 has always held the BOS in training: is it the place or its embedding?
-        shifted = model.with_bos(BosPolicy.WITHOUT).intervened(PositionShift(by=1))
+        shifted = model.with_bos(BosPolicy.WITHOUT).intervened(probes.PositionShift(by=1))
         yield SHIFTED, shifted
 
 
@@ -96,7 +88,9 @@ def read(model: Model, cases: CaseSelection, seed: int) -> dict[str, torch.Tenso
     place = len(model.leading_ids)
     prompts = [fact_prompt(model, fact) for fact in cases.collapse]
     normal = [fact_prompt(model, fact) for fact in cases.normal]
-    later = [(prompt, at) for prompt in normal for at in later_positions(model, prompt, place)]
+    later = [
+        (prompt, at) for prompt in normal for at in probes.later_positions(model, prompt, place)
+    ]
     count = min(len(prompts), len(later))
     drawn = random.Random(seed).sample(later, count)  # noqa: S311
     layers = range(model.n_layers)
@@ -112,13 +106,13 @@ def read(model: Model, cases: CaseSelection, seed: int) -> dict[str, torch.Tenso
 def compare(keys: dict[str, torch.Tensor], layer: int, seed: int) -> dict[str, Any]:
     first, later = keys[FIRST][layer], keys[LATER][layer]
     row: dict[str, Any] = {
-        **asdict(separation(normalise(first), normalise(later), seed=seed)),
+        **asdict(probes.separation(probes.normalise(first), probes.normalise(later), seed=seed)),
         "distance_of_means": float((first.mean(0) - later.mean(0)).norm()),
-        **spread(first, seed=seed).columns("d_first"),
-        **spread(later, seed=seed).columns("d_subsequent"),
+        **probes.spread(first, seed=seed).columns("d_first"),
+        **probes.spread(later, seed=seed).columns("d_subsequent"),
     }
     empty: dict[str, float | None] = dict.fromkeys(("d_bos", "d_bos_low", "d_bos_high"))
-    bos = spread(keys["BOS"][layer], seed=seed).columns("d_bos") if "BOS" in keys else empty
+    bos = probes.spread(keys["BOS"][layer], seed=seed).columns("d_bos") if "BOS" in keys else empty
     return row | bos
 
 
@@ -192,9 +186,9 @@ def collect(
                 rows.append(head | compare(keys, layer, seed))
                 wanted = bos in SHOWN[kind] or view.leading_ids == model.leading_ids
                 if wanted and layer in pictured(model.n_layers):
-                    groups = {name: normalise(keys[name][layer]) for name in (LATER, FIRST)}
+                    groups = {name: probes.normalise(keys[name][layer]) for name in (LATER, FIRST)}
                     title = f"{kind} {model.label}, {named(bos)}, layer {layer}"
-                    panels[title] = project(groups)
+                    panels[title] = probes.project(groups)
                     captions[title] = caption(rows[-1], join=",\n")
                 progress.advance(task)
     return rows, panels, captions
@@ -213,7 +207,7 @@ def plot(
         for axis in line[len(own) : PICTURES]:
             axis.set_axis_off()
         for axis, (name, projection) in zip(line, own.items(), strict=False):
-            scatter(axis, projection, STYLES)
+            probes.scatter(axis, projection, STYLES)
             axis.set_title(name.partition(" ")[2].replace(", layer", ",\nlayer"), fontsize=9)
             axis.set_xlabel(captions[name], fontsize=8)
         shown = [row for row in rows if titled(row) == view]
@@ -221,9 +215,8 @@ def plot(
             layer_curve(line[-1], shown, column, label=label, color=COLOURS[group])
         line[-1].set_yscale("log")
         line[-1].set_title("D of Equation 4", fontsize=9)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": 8, "ncols": 2}
-        line[0].legend(**below, columnspacing=0.8, handletextpad=0.2)
-        line[-1].legend(**below, columnspacing=0.8)
+        legend_below(line[0], 0.2, ncols=2, columnspacing=0.8, handletextpad=0.2)
+        legend_below(line[-1], 0.2, ncols=2, columnspacing=0.8)
     return drawn
 
 
@@ -233,12 +226,10 @@ def titled(row: dict[str, Any]) -> str:
 
 
 def encoder_has_none(result: Result) -> Verdict:
-    """Figure 6: in a bidirectional encoder first tokens are as others, in every layer."""
     views = {"without": layers_of(result, kind="encoder", bos="without")}
     if result.chosen(kind="encoder", bos="with"):
         views["with"] = layers_of(result, kind="encoder", bos="with")
-    if min(map(len, views.values())) < LEAST:
-        raise GapError(f"{result.script} has too few layers of the encoder; {LEAST} are needed.")
+    require(min(map(len, views.values())), f"{result.script} has too few layers of the encoder")
     shares: list[float] = []
     notes: list[str] = []
     for bos, layers in views.items():
@@ -262,15 +253,10 @@ def encoder_has_none(result: Result) -> Verdict:
 
 
 def encoder_place(result: Result) -> Verdict:
-    """An encoder's first token is as others once it does not stand at the special token's place."""
     ratios: dict[str, list[float]] = {}
     for bos in ("without", SHIFTED):
         layers = layers_of(result, kind="encoder", bos=bos)
-        if len(layers) < LEAST:
-            raise GapError(
-                f"{result.script} has {len(layers)} layers of the encoder {bos} BOS; {LEAST} are "
-                "needed."
-            )
+        require(len(layers), f"{result.script} has {len(layers)} layers of the encoder {bos} BOS")
         ratios[bos] = [row["ratio"] for row in layers.values()]
     before, after = min(ratios["without"]), min(ratios[SHIFTED])
     if before >= 1 / TWOFOLD:

@@ -44,20 +44,15 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     lines: list[list[object]] = []
     for policy in POLICIES:
         for cases in ("collapse", "normal"):
-            match = {"bos": policy.value, "cases": cases}
-            values = pick(rows, "perplexity", **match)
-            denominators = [abs(value) for value in pick(rows, "denominator", **match)]
+            of = partial(pick, rows, bos=policy.value, cases=cases)
+            norms, values = of("residual_norm"), of("perplexity")
             lines.append(
                 [
                     f"{policy.value} BOS, {cases} (n={len(values)})",
-                    median(pick(rows, "residual_norm", **match)),
-                    max(pick(rows, "residual_norm", **match)),
-                    mean(denominators),
-                    pick(rows, "original_perplexity", **match)[0],
-                    max(values),
-                    pick(rows, "original_perplexity_same_bos", **match)[0],
-                    max(pick(rows, "perplexity_same_bos", **match)),
-                    int(sum(pick(rows, "collapsed", **match))),
+                    *(median(norms), max(norms), mean(map(abs, of("denominator")))),
+                    *(of("original_perplexity")[0], max(values)),
+                    *(of("original_perplexity_same_bos")[0], max(of("perplexity_same_bos"))),
+                    int(sum(of("collapsed"))),
                 ]
             )
     return Found(
@@ -110,14 +105,8 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     drawn, axes = figure(2)
     for axis, policy in zip(axes, POLICIES, strict=True):
         for cases, colour in PALETTE.items():
-            chosen = {"bos": policy.value, "cases": cases}
-            axis.scatter(
-                pick(rows, "case_id", **chosen),
-                pick(rows, "perplexity", **chosen),
-                s=18,
-                color=colour,
-                label=cases,
-            )
+            of = partial(pick, rows, bos=policy.value, cases=cases)
+            axis.scatter(of("case_id"), of("perplexity"), s=18, color=colour, label=cases)
         perplexity_axis(axis, "")
         axis.set_title(f"{policy.value} BOS")
         axis.set_xlabel("case id")
@@ -128,7 +117,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def bos_takes_it_away(result: Result) -> Verdict:
-    """Figure 7: without BOS the cases collapse, with BOS they do not."""
     without, with_bos = perplexities_by_bos(result)
     apart = share(without) - share(with_bos)
     return grade(
@@ -140,19 +128,18 @@ def bos_takes_it_away(result: Result) -> Verdict:
 
 
 def bos_heals(result: Result) -> Verdict:
-    """The reverse: BOS given to the prompts leaves the perplexity where it was."""
-    without, _ = perplexities_by_bos(result)
+    without, with_bos = perplexities_by_bos(result)
     if max(without) <= COLLAPSE_THRESHOLD:
         raise GapError("No case collapses without BOS, so there is nothing to prevent.")
-    match: dict[str, Any] = {"cases": "collapse", "bos": "with"}
     worst = 0.0
-    for column, original in (
-        ("perplexity", "original_perplexity"),
-        ("perplexity_same_bos", "original_perplexity_same_bos"),
-    ):
-        pairs = zip(result.values(column, **match), result.values(original, **match), strict=True)
+    for column in ("perplexity", "perplexity_same_bos"):
+        edited, original = (
+            result.values(name, cases="collapse", bos="with")
+            for name in (column, f"original_{column}")
+        )
+        pairs = zip(edited, original, strict=True)
         worst = max(worst, *(after / before for after, before in pairs))
-    gone = share(perplexities_by_bos(result)[1]) == 0
+    gone = share(with_bos) == 0
     return grade(
         worst <= UNCHANGED and gone,
         gone,
@@ -167,14 +154,12 @@ def perplexities_by_bos(result: Result) -> tuple[list[float], list[float]]:
 
     The paper's texts have no BOS; a model that only survives on such texts is not spared.
     """
-    match: dict[str, Any] = {"cases": "collapse"}
-    without = result.values("perplexity", bos="without", **match)
-    pairs = zip(
-        result.values("perplexity", bos="with", **match),
-        result.values("perplexity_same_bos", bos="with", **match),
-        strict=True,
+    without = result.values("perplexity", bos="without", cases="collapse")
+    plain, same = (
+        result.values(column, bos="with", cases="collapse")
+        for column in ("perplexity", "perplexity_same_bos")
     )
-    return without, [max(pair) for pair in pairs]
+    return without, [max(pair) for pair in zip(plain, same, strict=True)]
 
 
 CLAIMS = (

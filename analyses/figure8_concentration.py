@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from firsttok.paper.cases import all_listed_cases
-from firsttok.paper.claims import LEAST, Claim, GapError, Result, Verdict, fixed, grade, layers_of
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade, layers_of, require
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import figure, layer_curve
 from firsttok.paper.tables import Found, printed
@@ -141,19 +141,14 @@ def plot(rows: list[dict[str, Any]], edited: int) -> Figure:
 
 
 def equation4(result: Result) -> Verdict:
-    """Equation 4: at the edited layer the first tokens are markedly more concentrated."""
     row = edited_row(result)
     return grade(row["parted"] and row["ratio"] <= 1 / TENFOLD, row["parted"], describe(row))
 
 
 def shrinks(result: Result) -> Verdict:
-    """Figure 8: no divergence in the first layers, then the first tokens shrink together."""
     edited = edited_row(result)["layer"]
     layers = {layer: row for layer, row in layers_of(result).items() if layer <= edited}
-    if len(layers) < LEAST:
-        raise GapError(
-            f"{result.script} has {len(layers)} layers up to the edited one; {LEAST} are needed."
-        )
+    require(len(layers), f"{result.script} has {len(layers)} layers up to the edited one")
     apart = {layer: row["parted"] and row["ratio"] <= 1 / TWOFOLD for layer, row in layers.items()}
     start = next(
         (layer for layer in layers if all(apart[at] for at in layers if at >= layer)), None
@@ -175,7 +170,6 @@ def shrinks(result: Result) -> Verdict:
 
 
 def llama_does_not_shrink(result: Result) -> Verdict:
-    """Appendix A.5: the concentration does not appear on models of the Llama family."""
     model: Mapping[str, Any] = result.provenance.get("model", {})
     if model.get("name") not in LLAMA_FAMILY:
         raise GapError(
@@ -193,11 +187,10 @@ def edited_row(result: Result) -> dict[str, Any]:
     if layer not in layers:
         raise GapError(f"{result.script} has no row of the edited layer {layer}.")
     distinct = min(result.values("distinct_first", least=1))
-    if distinct < LEAST:
-        raise GapError(
-            f"The first tokens are {distinct:g} different ones, so that D(F) is small by "
-            f"construction; {LEAST} are needed."
-        )
+    said = (
+        f"The first tokens are {distinct:g} different ones, so that D(F) is small by construction"
+    )
+    require(distinct, said)
     return layers[layer]
 
 

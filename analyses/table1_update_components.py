@@ -65,29 +65,26 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def small_denominators(result: Result) -> Verdict:
-    """Table 1: denominators of collapse cases are two orders of magnitude smaller."""
     collapse, normal = (
-        result.values("denominator", method="ROME", cases=cases) for cases in ("collapse", "normal")
+        [abs(value) for value in result.values("denominator", method="ROME", cases=cases)]
+        for cases in GROUPS
     )
-    if min(map(abs, collapse)) == 0:
+    if min(collapse) == 0:
         raise GapError("A denominator is exactly zero, so no ratio can be formed.")
-    sizes = [[abs(value) for value in group] for group in (collapse, normal)]
-    of_means, of_medians = (middle(sizes[1]) / middle(sizes[0]) for middle in (mean, median))
+    of_means, of_medians = (middle(normal) / middle(collapse) for middle in (mean, median))
     factor = min(of_means, of_medians)
     return grade(
         factor >= TWO_ORDERS,
         factor >= ONE_ORDER,
-        f"ROME's mean |denominator| is {fixed(mean(sizes[0]))} on {len(collapse)} collapse cases "
-        f"and {fixed(mean(sizes[1]))} on {len(normal)} normal ones: {fixed(of_means)} times "
+        f"ROME's mean |denominator| is {fixed(mean(collapse))} on {len(collapse)} collapse cases "
+        f"and {fixed(mean(normal))} on {len(normal)} normal ones: {fixed(of_means)} times "
         f"smaller by the mean, {fixed(of_medians)} times by the median.",
     )
 
 
 def equal_numerators(result: Result) -> Verdict:
-    """Table 1: the numerators do not differ much."""
     collapse, normal = (
-        mean(result.values("numerator", method="ROME", cases=cases))
-        for cases in ("collapse", "normal")
+        mean(result.values("numerator", method="ROME", cases=cases)) for cases in GROUPS
     )
     if min(collapse, normal) <= 0:
         raise GapError("A mean numerator is zero, so no ratio can be formed.")

@@ -6,7 +6,7 @@ it was, on collapse and normal cases alike (Section 3.1).
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import compress
+from itertools import compress, product
 from statistics import mean
 from typing import Any
 
@@ -16,7 +16,17 @@ from rich.progress import Progress
 from firsttok.editing import METHODS, find_method
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.paper.cases import choose_cases, measure_selection
-from firsttok.paper.claims import LEAST, Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.claims import (
+    LEAST,
+    Claim,
+    GapError,
+    Result,
+    Verdict,
+    above,
+    fixed,
+    grade,
+    share,
+)
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import figure, strip_plot
 from firsttok.paper.tables import Found, pick, printed
@@ -58,47 +68,40 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 
 def case_notes(rows: list[dict[str, Any]], *, bos: bool) -> list[str]:
     notes = ["Collapse cases, verified in this run (ROME lifts the perplexity above 1000):"]
+    before = "BOS before it" if bos else "no BOS"
     for row in rows:
         if row["cases"] == "collapse" and row["method"] == "ROME":
             place = "first token" if row["first_token"] else "not the first token"
             length = "one token" if row["one_token"] else "several tokens"
             notes.append(
                 f"  {row['case_id']:>3} {row['subject']}: perplexity {row['perplexity']:,.0f}, "
-                f"denominator {row['denominator']:.4f}; {place}, {length}, "
-                f"{'BOS before it' if bos else 'no BOS'}"
+                f"denominator {row['denominator']:.4f}; {place}, {length}, {before}"
             )
     return notes
 
 
 def plot(rows: list[dict[str, Any]], original: float) -> Figure:
     drawn, (axis,) = figure(1, height=4.0)
-    order = [method.label for method in METHODS]
-    strip_plot(
-        axis, rows, x="method", y="perplexity", label="perplexity after one edit", order=order
-    )
-    for height, name, style in (
-        (original, "original", "--"),
-        (COLLAPSE_THRESHOLD, "collapse", ":"),
-    ):
+    label, order = "perplexity after one edit", [method.label for method in METHODS]
+    strip_plot(axis, rows, x="method", y="perplexity", label=label, order=order)
+    heights = ((original, "original", "--"), (COLLAPSE_THRESHOLD, "collapse", ":"))
+    for height, name, style in heights:
         axis.axhline(height, color="black", linewidth=1, linestyle=style)
         axis.text(3.45, height, name, va="bottom", ha="right", fontsize=8)
     return drawn
 
 
 def rome_collapses(result: Result) -> Verdict:
-    """Table 2: ROME destroys the model on collapse cases and leaves it alone on normal ones."""
     original = result.number("original_perplexity")
     collapse, normal = (
         result.values("perplexity", method="ROME", cases=cases) for cases in ("collapse", "normal")
     )
-    collapsed = sum(value > COLLAPSE_THRESHOLD for value in collapse)
     spoilt = sum(value > COLLAPSE_THRESHOLD for value in normal)
     quiet = sum(value <= NEARLY_UNCHANGED * original for value in normal)
-    every = collapsed == len(collapse)
     return grade(
-        every and quiet == len(normal),
-        collapsed >= HALF * len(collapse) and not spoilt,
-        f"{collapsed} of {len(collapse)} collapse cases end above {COLLAPSE_THRESHOLD:g} (the "
+        share(collapse) == 1 and quiet == len(normal),
+        share(collapse) >= HALF and not spoilt,
+        f"{above(collapse)} collapse cases end above {COLLAPSE_THRESHOLD:g} (the "
         f"lowest at {fixed(min(collapse))}); of {len(normal)} normal ones {spoilt} do and {quiet} "
         f"stay within {NEARLY_UNCHANGED} times the original {fixed(original)} (the highest at "
         f"{fixed(max(normal))}).",
@@ -106,7 +109,6 @@ def rome_collapses(result: Result) -> Verdict:
 
 
 def c_rome_spares(result: Result) -> Verdict:
-    """Table 2: C-ROME leaves the perplexity where it was."""
     rome = result.values("perplexity", method="ROME", cases="collapse")
     if max(rome) <= COLLAPSE_THRESHOLD:
         raise GapError("ROME collapses the model on no case here: nothing is to be avoided.")
@@ -114,7 +116,6 @@ def c_rome_spares(result: Result) -> Verdict:
 
 
 def first_tokens(result: Result) -> Verdict:
-    """Section 3.3: nearly every collapse case has a one-token subject that begins the prompt."""
     # Of a list made on another model, only those count that collapse here, too.
     perplexities = result.values("perplexity", method="ROME", cases="collapse")
     collapsed = [value > COLLAPSE_THRESHOLD for value in perplexities]
@@ -126,10 +127,10 @@ def first_tokens(result: Result) -> Verdict:
     if len(first) < LEAST:
         raise GapError(f"ROME collapses the model on {len(first)} cases here, which is too few.")
     both = sum(at_first and alone for at_first, alone in zip(first, single, strict=True))
-    share, usual = both / len(first), mean(normal)
+    found, usual = both / len(first), mean(normal)
     return grade(
-        share >= NEARLY_ALL and usual < HALF,
-        share >= HALF and share > usual,
+        found >= NEARLY_ALL and usual < HALF,
+        found >= HALF and found > usual,
         f"In {both:g} of {len(first)} collapse cases the subject is one token and the first; of "
         f"{len(normal)} normal cases {usual:.0%} have a subject in the first place.",
     )
@@ -139,11 +140,10 @@ def stays(result: Result, methods: Sequence[str]) -> Verdict:
     original = result.number("original_perplexity")
     notes: list[str] = []
     worst = 0.0
-    for method in methods:
-        for cases in ("collapse", "normal"):
-            values = result.values("perplexity", method=method, cases=cases)
-            worst = max(worst, max(values) / original)
-            notes.append(f"{fixed(max(values))} for {method} on {len(values)} {cases} cases")
+    for method, cases in product(methods, ("collapse", "normal")):
+        values = result.values("perplexity", method=method, cases=cases)
+        worst = max(worst, max(values) / original)
+        notes.append(f"{fixed(max(values))} for {method} on {len(values)} {cases} cases")
     return grade(
         worst <= UNCHANGED,
         worst <= NO_SHARP_RISE,

@@ -47,18 +47,15 @@ def measure_on(
     # (as Gemma) is measured with it.
     if study.original_perplexity.mean > COLLAPSE_THRESHOLD:
         study = replace(study, text_bos=BosPolicy.AS_TOKENIZER)
+    made_with = {
+        "model": study.model.label,
+        "source": source,
+        "bos": bool(study.model.leading_ids),
+        "text_bos": study.text_bos.value,
+        "original_perplexity": study.original_perplexity.mean,
+    }
     rows = measure_facts(study, facts, [ROME], progress=progress, label=study.model.label)
-    return [
-        {
-            "model": study.model.label,
-            "source": source,
-            "bos": bool(study.model.leading_ids),
-            "text_bos": study.text_bos.value,
-            "original_perplexity": study.original_perplexity.mean,
-        }
-        | dict(row)
-        for row in rows
-    ]
+    return [made_with | dict(row) for row in rows]
 
 
 def other_study(name: str, options: ScriptOptions, progress: Progress) -> Study:
@@ -74,23 +71,19 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     own = not choose_cases(options).borrowed
     rows = measure_on(options.study, facts, progress, source=own)
     asked: list[str] | None = options.args.others
-    given = DEFAULT_OTHERS if asked is None else tuple(asked)
-    given = tuple(name for name in given if name != options.study.model.name)
+    given = DEFAULT_OTHERS if asked is None else asked
+    given = [name for name in given if name != options.study.model.name]
     others = [name for name in given if asked is not None or is_pulled(name)]
     for name in others:
         study = other_study(name, options, progress)
         rows += measure_on(study, facts, progress, source=False)
     lines: list[list[Any]] = []
     for model in dict.fromkeys(str(row["model"]) for row in rows):
-        values = pick(rows, "perplexity", model=model)
-        original = pick(rows, "original_perplexity", model=model)[0]
-        collapsed = sum(pick(rows, "collapsed", model=model))
-        bos = bool(pick(rows, "bos", model=model)[0])
-        source = any(pick(rows, "source", model=model))
-        name = f"{model} (source of the cases)" if source else model
-        lines.append(
-            [name, "yes" if bos else "no", original, max(values), mean(values), int(collapsed)]
-        )
+        of = partial(pick, rows, model=model)
+        values, original = of("perplexity"), of("original_perplexity")[0]
+        name = f"{model} (source of the cases)" if any(of("source")) else model
+        bos = "yes" if of("bos")[0] else "no"
+        lines.append([name, bos, original, max(values), mean(values), int(sum(of("collapsed")))])
     models, paper = printed("Table 3")
     for model in models:
         cells = [paper[row, model] for row in ("Ori PPL", "Max PPL")]
@@ -115,7 +108,6 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def no_transfer(result: Result) -> Verdict:
-    """Table 3: one model's collapse cases leave other models alone."""
     own = result.values("collapsed", source=True)
     if not any(own):
         raise GapError("No case collapses the model they are said to come from.")

@@ -5,6 +5,7 @@ on collapse cases nearly always; generalization improves little (Section 4).
 """
 
 from functools import partial
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -43,18 +44,15 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             label=cases,
         )
     ]
+    here = study.model.label
     lines = [
-        accuracy_line(
-            f"{study.model.label}, {method.label}, {cases}", rows, method=method.label, cases=cases
-        )
-        for cases in GROUPS
-        for method in METHODS
+        accuracy_line(f"{here}, {name}, {cases}", rows, method=name, cases=cases)
+        for cases, name in product(GROUPS, [method.label for method in METHODS])
     ]
     models, paper = printed("Table 5")
-    for model in models:
-        for cases in GROUPS:
-            cells = [paper[f"{cases}/{column}", model] for column in MEASURES]
-            lines.append([f"paper, {model}, C-ROME, {cases}", None, *cells])
+    for model, cases in product(models, GROUPS):
+        cells = [paper[f"{cases}/{column}", model] for column in MEASURES]
+        lines.append([f"paper, {model}, C-ROME, {cases}", None, *cells])
     return Found(
         title="Table 5. Accuracy with collapse prompts prefixed at test time, in percent",
         columns=["", "cases", *MEASURES],
@@ -73,22 +71,19 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 
 
 def leaves_neighbours(result: Result) -> Verdict:
-    """Table 5: C-ROME leaves the answers about other subjects as they were."""
-    found = {
-        cases: mean(result.known("locality", method="C-ROME", cases=cases))
-        for cases in ("collapse", "normal")
-    }
-    kept = [found["collapse"] >= MOST, found["normal"] >= HIGH]
+    collapse, normal = (
+        mean(result.known("locality", method="C-ROME", cases=cases)) for cases in GROUPS
+    )
+    kept = [collapse >= MOST, normal >= HIGH]
     return grade(
         all(kept),
         any(kept),
-        f"C-ROME's mean locality is {found['collapse']:.1%} on collapse cases and "
-        f"{found['normal']:.1%} on normal ones.",
+        f"C-ROME's mean locality is {collapse:.1%} on collapse cases and {normal:.1%} on normal "
+        "ones.",
     )
 
 
 def limited_generalization(result: Result) -> Verdict:
-    """Table 5: the prefix raises efficacy, generalization little."""
     match: dict[str, Any] = {"method": "C-ROME", "cases": "collapse"}
     efficacy = mean(result.values("efficacy", **match))
     general = mean(result.known("generalization", **match))

@@ -60,7 +60,6 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 
 
 def persists(result: Result) -> Verdict:
-    """Table 6: the second token's position does not end the first token's collapse."""
     result.values("perplexity", stage="none")
     result.values("case_id", stage="none")
     collapsing = {
@@ -84,7 +83,6 @@ def persists(result: Result) -> Verdict:
 
 
 def key_untouched(result: Result) -> Verdict:
-    """Under rotary positions the swap cannot reach the first token's key."""
     changes = result.values("first_key_change", stage="none")
     largest = max(changes)
     kind = embedding(result)

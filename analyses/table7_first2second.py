@@ -35,7 +35,6 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 
 
 def partial_collapse(result: Result) -> Verdict:
-    """Table 7: the first token's position does not make a second token collapse consistently."""
     kind, stages, reason = swapped(result)
     values = stages["everything"]
     collapsed = share(values)

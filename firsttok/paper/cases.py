@@ -66,13 +66,8 @@ def save_scan(
 ) -> None:
     """Write the list of collapse cases with all scanned rows and their provenance as JSON.
 
-    Args:
-        path: The file.
-        study: The study.
-        facts: The facts as their file holds them, by which the list is known.
-        rows: What was scanned.
-        failed: Facts whose edit failed.
-        left_out: Facts that were not scanned, by reason.
+    The list is known by the facts as their file holds them. Facts whose edit failed stand in it,
+    and those that were left out of the scan.
     """
     # A perplexity that is no number is worse than any.
     collapsed = sorted(
@@ -80,6 +75,7 @@ def save_scan(
         key=lambda row: -math.inf if math.isnan(row.perplexity) else -row.perplexity,
     )
     first = [row for row in rows if row.first_token]
+    alone = [row for row in first if row.one_token]
     write_record(
         path,
         {
@@ -95,10 +91,8 @@ def save_scan(
                 "collapsed": len(collapsed),
                 "first_token_facts": len(first),
                 "first_token_collapsed": sum(row.collapsed for row in first),
-                "one_token_first_token_facts": sum(row.one_token for row in first),
-                "one_token_first_token_collapsed": sum(
-                    row.collapsed and row.one_token for row in first
-                ),
+                "one_token_first_token_facts": len(alone),
+                "one_token_first_token_collapsed": sum(row.collapsed for row in alone),
                 "other_collapsed": sum(row.collapsed and not row.first_token for row in rows),
             }
             | ({"failed": len(failed)} if failed else {}),
@@ -173,28 +167,22 @@ def _load_list(path: Path, facts: Sequence[Fact]) -> tuple[list[int], dict[str, 
 
 
 def select_cases(
-    facts: Sequence[Fact],
-    collapse_ids: Sequence[int],
-    *,
-    collapse: int,
-    normal: int,
-    seed: int,
+    facts: Sequence[Fact], collapse_ids: Sequence[int], *, collapse: int, normal: int, seed: int
 ) -> CaseSelection:
-    """Take collapse cases from a list and draw normal ones from all other facts.
+    """Take collapse cases, spread evenly over a list, and draw normal ones from all other facts.
 
-    Args:
-        facts: All facts.
-        collapse_ids: The list, best first.
-        collapse: Most collapse cases; they are spread evenly over the list.
-        normal: Number of normal cases.
-        seed: Seed of the draw.
+    There are at most ``collapse`` and ``normal`` of them, fewer where there are no more.
     """
     by_id = {fact.case_id: fact for fact in facts}
     chosen = spread_evenly(collapse_ids, collapse)
     listed = set(collapse_ids)
     rest = [fact for fact in facts if fact.case_id not in listed]
-    drawn = random.Random(seed).sample(rest, min(normal, len(rest)))  # noqa: S311
-    return CaseSelection(collapse=tuple(by_id[case_id] for case_id in chosen), normal=tuple(drawn))
+    drawn = _drawn(rest, normal, seed)
+    return CaseSelection(collapse=tuple(by_id[case_id] for case_id in chosen), normal=drawn)
+
+
+def _drawn(facts: Sequence[Fact], most: int, seed: int) -> tuple[Fact, ...]:
+    return tuple(random.Random(seed).sample(facts, min(most, len(facts))))  # noqa: S311
 
 
 def choose_cases(options: ScriptOptions) -> CaseSelection:
@@ -224,46 +212,35 @@ def choose_cases(options: ScriptOptions) -> CaseSelection:
 
 
 def all_listed_cases(options: ScriptOptions) -> CaseSelection:
-    """Choose every listed collapse case and at least as many normal ones.
+    """Choose every listed collapse case and as many normal ones, or ``options.normal`` if more.
 
-    This is for scripts that edit nothing: reading keys is cheap, and more cases say more. So
-    ``options.collapse`` does not count, and ``options.normal`` is the least number of normal cases.
-
-    Raises:
-        BadInputError: If the list of collapse cases is unusable.
+    This is for scripts that edit nothing: reading keys is cheap, and more cases say more.
     """
     listed = len(load_collapse_ids(options.cases, options.facts))
     return choose_cases(replace(options, collapse=listed, normal=max(listed, options.normal)))
 
 
-def collapse_cases(options: ScriptOptions, *, progress: Progress | None = None) -> tuple[Fact, ...]:
+def collapse_cases(options: ScriptOptions, *, progress: Progress) -> tuple[Fact, ...]:
     """Return the chosen collapse cases that collapse in this run too; the others are named.
 
     Raises:
         BadInputError: If the list is unusable, or none of it collapses.
     """
-    selection = choose_cases(options)
-    rows = measure_facts(
-        options.study, selection.collapse, [ROME], progress=progress, label="verifying"
-    )
+    selection, study = choose_cases(options), options.study
+    rows = measure_facts(study, selection.collapse, [ROME], progress=progress, label="verifying")
     kept = _verified(selection, rows)
     return tuple(fact for fact in selection.collapse if fact.case_id in kept)
 
 
-def first_token_cases(
-    options: ScriptOptions, *, progress: Progress | None = None
-) -> tuple[Fact, ...]:
-    """Return the collapse cases of :func:`collapse_cases` whose subject is the very first token.
+def first_token_cases(options: ScriptOptions, *, progress: Progress) -> tuple[Fact, ...]:
+    """Return those of :func:`collapse_cases` whose subject is the very first token.
 
     Raises:
         BadInputError: If there is none.
     """
     model = options.study.model
-    chosen = tuple(
-        fact
-        for fact in collapse_cases(options, progress=progress)
-        if fact_prompt(model, fact).subject_position == 0
-    )
+    found = collapse_cases(options, progress=progress)
+    chosen = tuple(fact for fact in found if fact_prompt(model, fact).subject_position == 0)
     if not chosen:
         raise BadInputError(
             f"no collapse case of {model.label} has a subject that is the very first token; is a "
@@ -278,23 +255,21 @@ def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
     Raises:
         BadInputError: If there is none.
     """
-    listed = set(_load_list(options.cases, options.facts)[0])
-    chosen: list[Fact] = []
-    bad = _unusable(options, options.facts, ("{}",))
-    for fact in options.facts:
-        if fact.case_id in bad:
-            continue
-        prompt = fact_prompt(options.study.model, fact)
-        second = prompt.subject_position == 1 and prompt.subject_length == 1
-        if second and fact.case_id not in listed:
-            chosen.append(fact)
+    passed_over = set(load_collapse_ids(options.cases, options.facts))
+    passed_over |= _unusable(options, options.facts, ("{}",))
+    facts = [fact for fact in options.facts if fact.case_id not in passed_over]
+    prompts = [fact_prompt(options.study.model, fact) for fact in facts]
+    chosen = [
+        fact
+        for fact, prompt in zip(facts, prompts, strict=True)
+        if prompt.subject_position == 1 and prompt.subject_length == 1
+    ]
     if not chosen:
         raise BadInputError(
             "no fact has a subject that is the second token of its prompt; give facts as "
             '"In {}, people speak"'
         )
-    count = min(options.normal, len(chosen))
-    return tuple(random.Random(options.seed).sample(chosen, count))  # noqa: S311
+    return _drawn(chosen, options.normal, options.seed)
 
 
 def _unusable(options: ScriptOptions, facts: Sequence[Fact], templates: Sequence[str]) -> set[int]:
@@ -321,13 +296,7 @@ def measure_selection(
     """Measure the chosen cases, and verify again that ROME collapses the model on the listed ones.
 
     A listed case that does not collapse now is kept out, with a warning that names it; a list made
-    on another model is kept whole.
-
-    Args:
-        study: The study.
-        selection: The cases.
-        methods: The methods; ROME must be among them.
-        progress: Where to show progress.
+    on another model is kept whole. ROME must be among the methods.
 
     Returns:
         One record per case and method, with ``cases`` being ``collapse`` or ``normal``.
@@ -362,14 +331,8 @@ def measure_accuracy(
 ) -> list[dict[str, Any]]:
     """Edit every fact by every method and measure efficacy, generalization and locality.
 
-    Args:
-        study: The study; what is in its work folder is not measured again.
-        facts: The facts.
-        methods: The methods.
-        prefixed: Whether a prefix stands before the rewriting prompt at test time (Table 5).
-        seed: Seed of the prefixes.
-        progress: Where to show progress.
-        label: What the progress bar says.
+    Where asked, a prefix drawn by the seed stands before the rewriting prompt at test time, as in
+    Table 5. What is in the study's work folder is not measured again.
 
     Returns:
         A row for each fact and method, by the method's label.
@@ -395,25 +358,20 @@ def _verified(selection: CaseSelection, rows: Sequence[Row]) -> set[int]:
     """Case ids of the listed facts that ROME collapses, or all of a borrowed list."""
     listed = {fact.case_id: fact.subject for fact in selection.collapse}
     collapsed = {row.case_id for row in rows if row.method == ROME.name and row.collapsed}
+    kept = collapsed & set(listed)
     if selection.borrowed:
-        logger.warning(
-            "the list was made on another model; of its %d cases %d collapse here",
-            len(listed),
-            len(collapsed & set(listed)),
-        )
+        said = "the list was made on another model; of its %d cases %d collapse here"
+        logger.warning(said, len(listed), len(kept))
         return set(listed)
     for case_id, subject in listed.items():
-        if case_id not in collapsed:
-            logger.warning(
-                "case %d (%s) is listed as a collapse case but does not collapse here; left out",
-                case_id,
-                subject,
-            )
-    if not collapsed & set(listed):
+        if case_id not in kept:
+            said = "case %d (%s) is listed as a collapse case but does not collapse here; left out"
+            logger.warning(said, case_id, subject)
+    if not kept:
         raise BadInputError(
             "no listed case collapses under these settings; make a list for them: firsttok scan"
         )
-    return collapsed & set(listed)
+    return kept
 
 
 def _facts_hash(facts: Iterable[Fact]) -> str:

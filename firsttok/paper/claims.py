@@ -6,7 +6,7 @@ words, and passes over no gap: what is missing is not judged. Each model is judg
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any, TypeGuard
 
@@ -34,6 +34,7 @@ __all__ = [
     "judge",
     "layers_of",
     "pair_of",
+    "require",
     "share",
     "swapped",
     "tally",
@@ -81,7 +82,6 @@ class Verdict:
     """What a rule came to, and the numbers it comes from."""
 
     status: Status
-    """The status."""
     reason: str
     """One or two sentences with the measured numbers, or with what is missing."""
 
@@ -95,7 +95,6 @@ class Statement:
     place: str
     """Where the paper makes it (``Table 1``)."""
     sentence: str
-    """The claim in one sentence."""
     rule: str
     """The rule that decides on it in words, thresholds included."""
     own: bool = False
@@ -113,13 +112,8 @@ class Claim(Statement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(Statement):
+class Judged(Verdict, Statement):
     """A claim with its verdict on one model."""
-
-    status: Status
-    """What became of it."""
-    reason: str
-    """As of :class:`Verdict`."""
 
     @property
     def label(self) -> str:
@@ -153,9 +147,8 @@ class Result:
     provenance: Mapping[str, Any]
     """What they were made with."""
     title: str = ""
-    """Title of the table the script printed; empty if it kept none."""
+    """Of the table that the script printed; empty if it kept none."""
     columns: tuple[str, ...] = ()
-    """The table's columns."""
     lines: tuple[tuple[Any, ...], ...] = ()
     """The table's lines; a cell is a text, a number or None."""
     claims: tuple[Judged, ...] | None = None
@@ -191,20 +184,12 @@ class Result:
         return numbers
 
     def known(self, column: str, **match: Any) -> list[float]:
-        """As :meth:`values`, of facts that have a paraphrase or a neighbour: None says they do not.
-
-        Raises:
-            GapError: As :meth:`values`.
-        """
+        """As :meth:`values`, without rows of facts that have no paraphrase or neighbour (None)."""
         rows = tuple(row for row in self.rows if row.get(column, "") is not None)
         return replace(self, rows=rows).values(column, **match)
 
     def number(self, field: str) -> float:
-        """One number of the provenance.
-
-        Raises:
-            GapError: If it is not there, or no finite number.
-        """
+        """One number of the provenance; raises GapError if it is not there, or not finite."""
         value = self.provenance.get(field)
         if not _is_finite(value):
             raise GapError(f"{self.script} has no number for {field} in its provenance.")
@@ -218,12 +203,7 @@ def grade(reproduced: bool, partly: bool, reason: str) -> Verdict:
 
 
 def judge(claim: Claim, result: Result) -> Judged:
-    """Return a claim with its verdict, ``not judged`` with a reason where the rows allow none.
-
-    Args:
-        claim: The claim.
-        result: What its script measured.
-    """
+    """Return a claim with its verdict, ``not judged`` with a reason where the rows allow none."""
     try:
         _check_original(result)
         if claim.on_collapse:
@@ -231,15 +211,8 @@ def judge(claim: Claim, result: Result) -> Judged:
         found = claim.decide(result)
     except GapError as gap:
         found = Verdict(status=Status.NOT_JUDGED, reason=str(gap))
-    return Judged(
-        id=claim.id,
-        place=claim.place,
-        sentence=claim.sentence,
-        rule=claim.rule,
-        own=claim.own,
-        status=found.status,
-        reason=found.reason,
-    )
+    stated = {field.name: getattr(claim, field.name) for field in fields(Statement)}
+    return Judged(**stated, status=found.status, reason=found.reason)
 
 
 def _check_original(result: Result) -> None:
@@ -269,6 +242,12 @@ def _check_list(result: Result) -> None:
 
 def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def require(count: int | float, said: str) -> None:
+    """Raise GapError where a count that a rule needs, and that is said, is below the least one."""
+    if count < LEAST:
+        raise GapError(f"{said}; {LEAST} are needed.")
 
 
 def fixed(value: float) -> str:
@@ -301,10 +280,7 @@ def crossed(
 ) -> Verdict:
     """Whether all edits of the bad kinds destroy the model, and none of the good kinds.
 
-    Args:
-        result: Edits and the perplexities after them.
-        bad: Fields of each bad kind, by its name.
-        good: The same of the good ones.
+    A kind is a name, and fields that pick its rows.
     """
     found = {name: result.values("perplexity", **match) for name, match in {**bad, **good}.items()}
     worse, better = [share(found[name]) for name in bad], [share(found[name]) for name in good]
@@ -328,11 +304,7 @@ def swapped(result: Result) -> tuple[str, dict[str, list[float]], str]:
 
 
 def embedding(result: Result) -> str:
-    """The kind of position embedding a swap was measured on, ``learned`` or ``rotary``.
-
-    Raises:
-        GapError: If the script does not say.
-    """
+    """The kind of position embedding a swap was measured on, ``learned`` or ``rotary``."""
     kind = result.provenance.get("embedding")
     if kind not in ("learned", "rotary"):
         raise GapError(f"{result.script} does not say which position embedding it ran on.")
@@ -340,17 +312,10 @@ def embedding(result: Result) -> str:
 
 
 def pair_of(result: Result, **match: str) -> dict[str, float]:
-    """How far two groups of vectors are apart: the one row that matches.
-
-    Raises:
-        GapError: If there is none, or a group is too small.
-    """
+    """How far two groups of vectors are apart: the one row that matches."""
     columns = ("silhouette", "probe_accuracy", "n")
     found = {column: result.values(column, least=1, **match)[0] for column in columns}
-    if found["n"] < LEAST:
-        raise GapError(
-            f"{result.script} has {found['n']:g} vectors in a group; {LEAST} are needed."
-        )
+    require(found["n"], f"{result.script} has {found['n']:g} vectors in a group")
     return found
 
 
@@ -360,22 +325,18 @@ def is_apart(row: Mapping[str, Any]) -> bool:
 
 
 def layers_of(result: Result, **match: str) -> dict[int, dict[str, Any]]:
-    """Layers in order, with D(F)/D(S) and whether the bootstrap intervals lie apart.
-
-    Raises:
-        GapError: If a number is missing, or no ratio can be formed.
-    """
+    """Layers in order, with D(F)/D(S) and whether the bootstrap intervals lie apart."""
     numbers = ["layer", "d_first", "d_subsequent", "d_first_high", "d_subsequent_low"]
     if match:
         numbers += ["silhouette", "probe_accuracy"]
     columns = {name: result.values(name, least=1, **match) for name in numbers}
     layers: dict[int, dict[str, Any]] = {}
-    for index, layer in enumerate(columns["layer"]):
-        row: dict[str, Any] = {name: values[index] for name, values in columns.items()}
+    for values in zip(*columns.values(), strict=True):
+        row: dict[str, Any] = dict(zip(columns, values, strict=True))
         if row["d_subsequent"] <= 0:
-            raise GapError(f"D(S) is zero at layer {layer:g}, so no ratio can be formed.")
-        row["layer"] = int(layer)
+            raise GapError(f"D(S) is zero at layer {row['layer']:g}, so no ratio can be formed.")
+        row["layer"] = int(row["layer"])
         row["ratio"] = row["d_first"] / row["d_subsequent"]
         row["parted"] = row["d_first_high"] < row["d_subsequent_low"]
-        layers[int(layer)] = row
+        layers[row["layer"]] = row
     return dict(sorted(layers.items()))

@@ -36,7 +36,6 @@ class ScriptOptions:
     """What an analysis script was asked for."""
 
     study: Study
-    """The study."""
     facts: tuple[Fact, ...]
     """The facts to choose from."""
     cases: Path
@@ -62,16 +61,17 @@ class ScriptOptions:
 
     def provenance(self) -> dict[str, Any]:
         """What determines the numbers of a script that works on this study."""
-        return (
-            self.study.provenance()
-            | {
-                "seed": self.seed,
-                "command": self.command,
-                "original_perplexity": self.study.original_perplexity.mean,
-                "case_list": _made_on(self.cases),
-            }
-            | ({"left_out": [asdict(each) for each in self.left_out]} if self.left_out else {})
-        )
+        record = cast(dict[str, Any], read_json(self.cases, "collapse cases"))
+        made_on = record["provenance"]["model"]
+        found = self.study.provenance() | {
+            "seed": self.seed,
+            "command": self.command,
+            "original_perplexity": self.study.original_perplexity.mean,
+            "case_list": {"model": made_on["name"], "fingerprint": made_on["fingerprint"]},
+        }
+        if self.left_out:
+            found["left_out"] = [asdict(each) for each in self.left_out]
+        return found
 
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
@@ -93,11 +93,11 @@ def run(
     Args:
         file: The script, ``__file__``.
         summary: Its docstring, whose first line its help shows.
-        measure: Measures.
+        measure: Measures, and shows progress.
         claims: What the rows decide.
         add_options: Adds options of its own.
-        without_bos: As for :func:`parse_script`.
-        own_contexts: As for :func:`parse_script`.
+        without_bos: As for :func:`open_study`.
+        own_contexts: Whether it samples contexts of several seeds, so that none can be given.
 
     Returns:
         The exit code.
@@ -134,23 +134,20 @@ def parse_script(
     *,
     without_bos: bool = False,
     own_contexts: bool = False,
-    argv: Sequence[str] | None = None,
 ) -> ScriptOptions:
     """Parse a script's options, refuse what is unusable, and then open its study.
 
     Args:
         parser: The script's parser, with its own options.
         progress: Where to show progress.
-        without_bos: As for :func:`open_study`.
-        own_contexts: Whether the script samples contexts of several seeds, so that none can be
-            given.
-        argv: What to parse; None for the script's own command line.
+        without_bos: As for :func:`run`.
+        own_contexts: As for :func:`run`.
 
     Raises:
         FirsttokError: If an input is unusable.
     """
     add_script_options(parser)
-    args = configured(parser.parse_args(argv), parser, argv)
+    args = configured(parser.parse_args(), parser)
     if own_contexts and args.contexts:
         raise BadInputError("this script draws contexts of several seeds; leave --contexts out")
     facts = fact_file(args)
@@ -161,14 +158,11 @@ def parse_script(
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
     count = 8 if args.profile == "quick" else 24
     study = open_study(
-        args,
-        out,
-        progress,
-        contexts_folder=cases.parent,
-        leave_in=out,
-        without_bos=without_bos,
+        args, out, progress, contexts_folder=cases.parent, leave_in=out, without_bos=without_bos
     )
     study.keep_original_perplexity()
+    # Of absolute paths the names only.
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return ScriptOptions(
         study=study,
         facts=tuple(facts),
@@ -178,19 +172,6 @@ def parse_script(
         collapse=count if args.collapse is None else args.collapse,
         normal=count if args.normal is None else args.normal,
         seed=args.seed,
-        command=_command(),
+        command=shlex.join(["python", f"analyses/{Path(sys.argv[0]).name}", *words]),
         args=args,
     )
-
-
-def _made_on(cases: Path) -> dict[str, Any]:
-    """The model that a list of collapse cases was made on."""
-    record = cast(dict[str, Any], read_json(cases, "collapse cases"))
-    model = record["provenance"]["model"]
-    return {"model": model["name"], "fingerprint": model["fingerprint"]}
-
-
-def _command() -> str:
-    """The command line, with the names of absolute paths only."""
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", f"analyses/{Path(sys.argv[0]).name}", *given])

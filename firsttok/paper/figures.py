@@ -21,6 +21,7 @@ __all__ = [
     "effect_map",
     "figure",
     "layer_curve",
+    "legend_below",
     "perplexity_axis",
     "plain",
     "save_figure",
@@ -107,20 +108,25 @@ def layer_curve(
     axis.set_xlabel("layer")
 
 
+def legend_below(axis: "Axes", distance: float, **settings: Any) -> None:
+    """A legend under a panel and its captions."""
+    settings = {"loc": "upper center", "bbox_to_anchor": (0.5, -distance), **settings}
+    axis.legend(fontsize=8, **settings)
+
+
 def save_figure(stem: Path, drawn: "Figure") -> None:
     """Write ``stem.png`` and ``stem.svg`` and close the figure."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     drawn.tight_layout()
-    for suffix in (".png", ".svg"):
-        # No date and no random ids in the file, so that equal numbers give an equal file.
-        metadata = {"Date": None} if suffix == ".svg" else None
-        settings: Any = {"svg.hashsalt": stem.name}
+    # No date and no random ids in the file, so that equal numbers give an equal file.
+    settings: Any = {"svg.hashsalt": stem.name}
+    for kind, metadata in (("png", None), ("svg", {"Date": None})):
         # The name of a model may hold a dot, and a suffix would take the place of what follows it.
-        path = stem.with_name(f"{stem.name}{suffix}")
+        path = stem.with_name(f"{stem.name}.{kind}")
         with atomic_path(path) as temporary, mpl.rc_context(settings):
-            drawn.savefig(temporary, format=suffix[1:], dpi=RESOLUTION, metadata=metadata)
+            drawn.savefig(temporary, format=kind, dpi=RESOLUTION, metadata=metadata)
     plt.close(drawn)
 
 
@@ -129,21 +135,14 @@ def accuracy_bars(axis: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     import pandas as pd
     import seaborn as sns
 
-    long = [
+    long = pd.DataFrame(
         {"method": row["method"], "measure": measure, "percent": 100 * row[measure]}
         for row in rows
         for measure in ("efficacy", "generalization", "locality")
         if row[measure] is not None
-    ]
-    sns.barplot(
-        data=pd.DataFrame(long),
-        x="measure",
-        y="percent",
-        hue="method",
-        errorbar="ci",
-        seed=0,
-        ax=axis,
     )
+    names: dict[str, Any] = {"x": "measure", "y": "percent", "hue": "method"}
+    sns.barplot(data=long, **names, errorbar="ci", seed=0, ax=axis)
     axis.set_xlabel("")
     axis.set_ylim(0, 105)
     axis.legend(title=None)
@@ -194,7 +193,7 @@ def effect_map(
     Args:
         axis: Where to draw.
         rows: Rows of one kind of state, with ``role``, ``layer`` and ``aie``.
-        roles: Roles in order from above; those without a row are left out.
+        roles: In order from above; those without a row are left out.
         title: Title of the panel.
         limit: The effect at which the colours end, so that panels can be compared.
         marked: A layer to mark by a line.

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from math import lcm
 
 from firsttok.data import SLIDES, paper_values
@@ -28,28 +29,27 @@ class Inconsistency:
     """Where to look."""
     sentence: str
     """What does not agree, with the printed numbers where it is about numbers."""
-    confirmed: bool | None
+    confirmed: bool | None = None
     """Whether the printed numbers do disagree as the sentence says; None where there are none."""
 
 
 def printed_numbers() -> dict[tuple[str, str, str], float]:
     """All printed numbers of the paper's tables and text, and of the slides."""
-    tables = [f"Table {number}" for number in range(1, 8)] + ["Text"]
-    values = [value for table in tables for value in paper_values(table)]
-    for table in ("HardCF", "Task performance"):
-        values += paper_values(table, paper=SLIDES)
+    own = [paper_values(f"Table {number}") for number in range(1, 8)]
+    slides = [paper_values(table, paper=SLIDES) for table in ("HardCF", "Task performance")]
+    values = chain(*own, paper_values("Text"), *slides)
     return {(value.table, value.row, value.model): value.value for value in values}
 
 
 def find_inconsistencies(numbers: Numbers | None = None) -> tuple[Inconsistency, ...]:
-    """Return every inconsistency, each numeric one computed from the printed numbers.
-
-    Args:
-        numbers: Printed numbers to compute from; None for those of the paper.
-    """
+    """Return every inconsistency, each numeric one computed from the printed numbers, or others."""
     given = printed_numbers() if numbers is None else numbers
     numeric = (_maxima, _originals, _percentage, _numerators, _mitigated)
-    return (*(check(given) for check in numeric), *_WORDED)
+    worded = (
+        Inconsistency(id=name, places=places, sentence=sentence)
+        for (name, places), sentence in _WORDED.items()
+    )
+    return (*(check(given) for check in numeric), *worded)
 
 
 def fits_count(percent: float, cases: int, *, parts: int = 1, decimals: int = 2) -> bool:
@@ -70,20 +70,22 @@ def fits_count(percent: float, cases: int, *, parts: int = 1, decimals: int = 2)
 
 
 def _maxima(numbers: Numbers) -> Inconsistency:
-    pairs = [
-        (numbers["Table 2", "ROME/collapse", model], numbers["Table 6", "Original/max", model])
+    pairs = {
+        model: (
+            numbers["Table 6", "Original/max", model],
+            numbers["Table 2", "ROME/collapse", model],
+        )
         for model in GPT
-    ]
+    }
     shown = " and ".join(
-        f"{part:,.2f} against {whole:,.2f} on {model}"
-        for model, (whole, part) in zip(GPT, pairs, strict=True)
+        f"{part:,.2f} against {whole:,.2f} on {model}" for model, (part, whole) in pairs.items()
     )
     return Inconsistency(
         id="maxima",
         places="Tables 2 and 6",
         sentence="Table 6 takes those collapse cases whose subject is the first token, Table 2 all "
         f"of them, both after ROME; yet the part has the higher maximum: {shown}.",
-        confirmed=all(part > whole for whole, part in pairs),
+        confirmed=all(part > whole for part, whole in pairs.values()),
     )
 
 
@@ -156,43 +158,21 @@ def _mitigated(numbers: Numbers) -> Inconsistency:
     )
 
 
-_WORDED = (
-    Inconsistency(
-        id="normal-cases",
-        places="Section 3, Table 5",
-        sentence="Normal cases are 1000 random samples of the remaining part of COUNTERFACT in "
-        "Section 3, and all remaining data of it in Table 5.",
-        confirmed=None,
-    ),
-    Inconsistency(
-        id="anchor",
-        places="Section 3.1, released code",
-        sentence="C-ROME is said to substitute every unprefixed key. The released code does so in "
-        "the update, but the anchor of v*, and the norm that clamps its optimisation, still come "
-        "from the bare prompt. FC-ROME closes this.",
-        confirmed=None,
-    ),
-    Inconsistency(
-        id="second-moment",
-        places="Equation 3, released configurations",
-        sentence="Equation 3 holds C^-1; every released configuration switches it off "
-        "(mom2_adjustment: false), so that the left vector is the key itself. Which of the two a "
-        "table used is not said; firsttok uses C, and --second-moment identity leaves it out.",
-        confirmed=None,
-    ),
-    Inconsistency(
-        id="kl-direction",
-        places="Section 2, released code",
-        sentence="The loss that v* is optimised with is not printed. The released code calls "
-        "kl_div(before, after), which is KL(after || before) and is easily read the other way "
-        "round. firsttok does what the code does.",
-        confirmed=None,
-    ),
-    Inconsistency(
-        id="swap-stage",
-        places="Tables 6 and 7",
-        sentence="Whether a swapped position embedding acts on the keys only, on the value "
-        "optimisation, or on the evaluation as well is not said. firsttok measures all three.",
-        confirmed=None,
-    ),
-)
+_WORDED = {
+    ("normal-cases", "Section 3, Table 5"): "Normal cases are 1000 random samples of the remaining "
+    "part of COUNTERFACT in Section 3, and all remaining data of it in Table 5.",
+    ("anchor", "Section 3.1, released code"): "C-ROME is said to substitute every unprefixed key. "
+    "The released code does so in the update, but the anchor of v*, and the norm that clamps its "
+    "optimisation, still come from the bare prompt. FC-ROME closes this.",
+    ("second-moment", "Equation 3, released configurations"): "Equation 3 holds C^-1; every "
+    "released configuration switches it off (mom2_adjustment: false), so that the left vector is "
+    "the key itself. Which of the two a table used is not said; firsttok uses C, and "
+    "--second-moment identity leaves it out.",
+    ("kl-direction", "Section 2, released code"): "The loss that v* is optimised with is not "
+    "printed. The released code calls kl_div(before, after), which is KL(after || before) and is "
+    "easily read the other way round. firsttok does what the code does.",
+    ("swap-stage", "Tables 6 and 7"): "Whether a swapped position embedding acts on the keys only, "
+    "on the value optimisation, or on the evaluation as well is not said. firsttok measures all "
+    "three.",
+}
+"""What is in words only, by name and place."""

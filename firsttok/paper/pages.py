@@ -12,11 +12,10 @@ from firsttok.errors import BadInputError
 from firsttok.escapes import printable
 from firsttok.paper.claims import Status
 from firsttok.paper.figures import RESOLUTION
-from firsttok.paper.report import ModelReport, Section, build_report, result_folders
+from firsttok.paper.report import ModelReport, build_report, result_folders
 from firsttok.storage import atomic_path
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
 
 __all__ = ["render_html", "render_markdown", "write_reports"]
@@ -37,14 +36,7 @@ SIGNS = {
 
 
 def write_reports(out: Path, model: str | None = None) -> list[Path]:
-    """Write ``index.html`` and ``README.md`` into the folder of a model, or of every model.
-
-    Args:
-        out: Folder of results, with a folder for each model.
-        model: Name of one model's folder; None for all.
-
-    Returns:
-        The files.
+    """Write ``index.html`` and ``README.md`` into the folder of a model below ``out``, or of every.
 
     Raises:
         BadInputError: If there is no result, or a file is not what a script writes.
@@ -59,21 +51,14 @@ def write_reports(out: Path, model: str | None = None) -> list[Path]:
         report = build_report(folder, folders)
         pages = {"index.html": render_html(report), "README.md": render_markdown(report)}
         for name, text in pages.items():
-            path = folder / name
-            with atomic_path(path) as temporary:
+            with atomic_path(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-            written.append(path)
+            written.append(folder / name)
     return written
 
 
 def _where_else(out: Path, model: str | None, known: Sequence[str]) -> str:
-    """What to do where a folder holds no results, or not those of a model.
-
-    Args:
-        out: The folder.
-        model: The model; None for any.
-        known: Models that have results there.
-    """
+    """What to do where a folder holds no results, or not those of a model but of known ones."""
     make = "make them with: firsttok reproduce"
     if known:
         return f"no results of {model} in {out}, but of {', '.join(known)}; {make} --model {model}"
@@ -89,16 +74,15 @@ def _where_else(out: Path, model: str | None, known: Sequence[str]) -> str:
 
 def render_html(report: ModelReport) -> str:
     """The report as one HTML page with its style and pictures inside."""
-    return _environment().get_template("report.html").render(**_names(report), picture=_drawn)
+    return _render("report.html", report)
 
 
 def render_markdown(report: ModelReport) -> str:
     """The report as Markdown; pictures lie beside it."""
-    text = _environment().get_template("report.md").render(**_names(report))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return re.sub(r"\n{3,}", "\n\n", _render("report.md", report))
 
 
-def _environment() -> "Environment":
+def _render(name: str, report: ModelReport) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -112,20 +96,18 @@ def _environment() -> "Environment":
     )
     filters: Any = environment.filters
     filters.update(cell=cell_text, code=_code, left=_left, math=_math, md=_markdown)
-    return environment
-
-
-def _names(report: ModelReport) -> dict[str, Any]:
-    unjudged = [judged for judged in report.judged if judged.status == Status.NOT_JUDGED]
-    not_run = [section for section in report.sections if section.result is None]
-    return {
-        "report": report,
-        "Status": Status,
-        "signs": SIGNS,
-        "unjudged": unjudged,
-        "not_run": not_run,
-        "missing": _missing(report.sections),
-    }
+    done = {each.script: each.result for each in report.sections if each.result is not None}
+    transfer = done.get("table3_transfer")
+    return environment.get_template(name).render(
+        report=report,
+        Status=Status,
+        signs=SIGNS,
+        unjudged=[judged for judged in report.judged if judged.status == Status.NOT_JUDGED],
+        not_run=[section for section in report.sections if section.result is None],
+        # Models that Table 3 would have liked to edit and that were not there.
+        missing=[str(name) for name in transfer.provenance.get("missing", ())] if transfer else [],
+        picture=_drawn,
+    )
 
 
 def _printable(value: object) -> object:
@@ -146,9 +128,7 @@ def _code(text: object) -> str:
 
 def _markdown(text: object) -> str:
     """Text that Markdown shows as it is, also inside a table."""
-    shown = " ".join(str(text).split())
-    for special in ("\\", "|", "*", "_", "`", "[", "]", "$", "~"):
-        shown = shown.replace(special, f"\\{special}")
+    shown = re.sub(r"[\\|*_`\[\]$~]", r"\\\g<0>", " ".join(str(text).split()))
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -162,20 +142,8 @@ def _math(text: object) -> "Markup":
     return Markup(shown)  # noqa: S704 (escaped above)
 
 
-def _missing(sections: Sequence[Section]) -> list[str]:
-    """Models that Table 3 would have liked to edit and that were not there."""
-    for section in sections:
-        if section.script == "table3_transfer" and section.result is not None:
-            return [str(name) for name in section.result.provenance.get("missing", ())]
-    return []
-
-
 def _drawn(png: Path) -> Mapping[str, str | int]:
-    """A picture as a data URI, its SVG if that is small or else the PNG, and its size.
-
-    Raises:
-        BadInputError: If the file is no PNG.
-    """
+    """A picture as a data URI, its SVG if that is small or else the PNG, and its size."""
     data = png.read_bytes()
     if not data.startswith(b"\x89PNG") or len(data) < 24:
         raise BadInputError(f"{png} is no PNG picture; run analyses/{png.stem}.py again")

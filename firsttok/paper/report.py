@@ -40,7 +40,6 @@ class Section:
     script: str
     """Name of the script, without suffix."""
     heading: str
-    """Heading."""
     result: Result | None
     """What the script left, verdicts included; None if it has not been run."""
     again: str
@@ -54,7 +53,7 @@ class Section:
 
     @property
     def judged(self) -> tuple[Judged, ...]:
-        """Claims and verdicts."""
+        """Its claims with their verdicts."""
         return (self.result and self.result.claims) or ()
 
     @property
@@ -87,13 +86,12 @@ class ModelReport:
     model: str
     """Name of the model's folder."""
     sections: tuple[Section, ...]
-    """Sections in the order of the paper; our own come last."""
+    """In the order of the paper; our own come last."""
     facts: tuple[tuple[str, str], ...]
     """Provenance that all scripts share, by label."""
     mixed: tuple[str, ...]
     """Labels of provenance that should be the same for all scripts, and is not."""
     inconsistencies: tuple[Inconsistency, ...]
-    """Where the paper contradicts itself or its code."""
     models: tuple[str, ...]
     """Models that have results, this one first."""
     across: tuple[Compared, ...]
@@ -123,21 +121,13 @@ def result_folders(out: Path) -> list[Path]:
 
 
 def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
-    """Put together what lies in a model's folder.
-
-    Args:
-        folder: The folder.
-        others: Folders of all models, for the comparison; this one may be among them.
+    """Put together what lies in a model's folder, compared with the other models' folders.
 
     Raises:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
     """
     folders = [folder, *(other for other in others if other.name != folder.name)]
-    left = [_left_in(at) for at in folders]
-    results = [
-        {name: load_result(at, name) for name in names}
-        for at, names in zip(folders, left, strict=True)
-    ]
+    results = [{name: load_result(at, name) for name in _left_in(at)} for at in folders]
     own = results[0]
     # What scripts share is told once; a sweep, or a script run by itself, has settings of its own.
     ran = [own[name] for name in SCRIPTS if name in own] or list(own.values())
@@ -147,7 +137,8 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
         )
     facts, mixed = _common_facts(ran)
     # What was not run has a section, too, but for what is run by itself.
-    shown = {each.name: each.heading for each in EXPERIMENTS if not each.alone} | left[0]
+    shown = {each.name: each.heading for each in EXPERIMENTS if not each.alone}
+    shown |= _left_in(folder)
     return ModelReport(
         model=folder.name,
         sections=tuple(
@@ -206,14 +197,13 @@ def printed_table(name: str) -> Result:
 
 def _left_in(folder: Path) -> dict[str, str]:
     """What left a result in a model's folder: names with headings, empty where none is known."""
-    files = sorted(folder.glob("*.json"))
-    names = [path.stem for path in files]
-    known = {each.name: each.heading for each in EXPERIMENTS if each.name in names}
+    files = {path.stem: path for path in sorted(folder.glob("*.json"))}
+    known = {each.name: each.heading for each in EXPERIMENTS if each.name in files}
     sweeps = {
-        name: f"A sweep: {name.removeprefix(SWEEP)}" for name in names if name.startswith(SWEEP)
+        name: f"A sweep: {name.removeprefix(SWEEP)}" for name in files if name.startswith(SWEEP)
     }
-    others = [path for path in files if path.stem not in known | sweeps]
-    return known | {path.stem: "" for path in others if _is_own(path)} | sweeps
+    others = [name for name in files if name not in known | sweeps]
+    return known | {name: "" for name in others if _is_own(files[name])} | sweeps
 
 
 def _is_own(path: Path) -> bool:
@@ -266,7 +256,7 @@ def _compared(results: Sequence[Mapping[str, Result]]) -> tuple[Compared, ...]:
 
 def _as_printed(value: float) -> str:
     """The paper prints two decimals, three in Equation 4, and 100 % without any."""
-    if value == round(value) and value == 100:
+    if value == 100:
         return "100"
     return f"{value:,.2f}" if value == round(value, 2) else f"{value:,.3f}"
 
@@ -274,9 +264,11 @@ def _as_printed(value: float) -> str:
 def _script_facts(result: Result) -> tuple[tuple[str, str], ...]:
     """A script's provenance by label; what it did not record is left out."""
     given = result.provenance
-    model = _part(given, "model")
-    contexts, moment = _part(given, "contexts"), _part(given, "second_moment")
-    texts = _part(given, "texts")
+    names = ("model", "contexts", "second_moment", "texts", "hyperparameters", "versions")
+    parts = [given.get(name) for name in names]
+    model, contexts, moment, texts, hyperparameters, versions = (
+        cast(Mapping[str, Any], part) if isinstance(part, Mapping) else {} for part in parts
+    )
     facts = {
         "model": _join(model.get("name"), model.get("source")),
         "weights": model.get("fingerprint"),
@@ -292,8 +284,8 @@ def _script_facts(result: Result) -> tuple[tuple[str, str], ...]:
             _named("ridge", moment.get("ridge")),
         ),
         "sentences": _join(texts.get("count"), _short(texts.get("hash"))),
-        "hyperparameters": _pairs(_part(given, "hyperparameters")),
-        "versions": _pairs(_part(given, "versions")),
+        "hyperparameters": _pairs(hyperparameters),
+        "versions": _pairs(versions),
         "seconds": given.get("seconds"),
         "command": given.get("command"),
     }
@@ -305,10 +297,10 @@ def _common_facts(
 ) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     """Provenance that all results share, and labels on which they should agree and do not."""
     listed = [_script_facts(result) for result in results]
-    shared = tuple(fact for fact in listed[0] if all(fact in facts for facts in listed))
-    mixed = tuple(label for label in SAME if _differs([dict(facts) for facts in listed], label))
     # A duration is no setting, though two may be equal by chance.
-    return tuple(fact for fact in shared if fact[0] not in ("seconds", "command")), mixed
+    shared = [fact for fact in listed[0] if fact[0] not in ("seconds", "command")]
+    mixed = tuple(label for label in SAME if _differs([dict(facts) for facts in listed], label))
+    return tuple(fact for fact in shared if all(fact in facts for facts in listed)), mixed
 
 
 def _differs(listed: Sequence[Mapping[str, str]], label: str) -> bool:
@@ -318,11 +310,6 @@ def _differs(listed: Sequence[Mapping[str, str]], label: str) -> bool:
         group = facts.get("BOS") if label == "second moment" else None
         groups.setdefault(group, set()).add(facts.get(label))
     return any(len(found) > 1 for found in groups.values())
-
-
-def _part(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = given.get(name)
-    return part if isinstance(part, Mapping) else {}
 
 
 def _bos(model: Mapping[str, Any]) -> str | None:

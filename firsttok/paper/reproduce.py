@@ -2,27 +2,25 @@
 
 Each script runs in a process of its own with its share of the cores. On a CPU two processes of one
 thread each get more done than one process of two threads: only the matrix products of a small model
-keep two threads busy. No process outlives this one, however it ends: each watches a pipe that its
+keep two threads busy. No process outlives this one, however it ends: each reads a pipe that its
 parent holds open.
 """
 
 import _thread
 import argparse
-import io
 import itertools
-import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import IO, NoReturn
 
 from firsttok.config import configured
 from firsttok.console import exit_on_error, progress_bar, show
@@ -34,18 +32,6 @@ __all__ = ["Ended", "Job", "cores", "run", "run_in_lanes"]
 
 BAD_INPUT = 2
 """Exit code of a script that does not apply to the model."""
-IMPORTED = (
-    "firsttok.paper.cases",
-    "firsttok.models.loading",
-    "firsttok.paper.figures",
-    "firsttok.probes",
-    "firsttok.paper.experiment",
-    "matplotlib.pyplot",
-    "seaborn",
-    "transformer_lens.model_bridge",
-    "transformers.models.llama.modeling_llama",
-)
-"""What takes long to import, and every script needs."""
 _POLL = 0.1
 """Seconds between two looks at what is running."""
 _PATIENCE = 20.0
@@ -60,10 +46,8 @@ class Job:
 
     name: str
     """What others wait for it by."""
-    script: Path
-    """The Python file."""
-    arguments: tuple[str, ...] = ()
-    """Its command line."""
+    command: tuple[str, ...]
+    """The Python file, and its command line."""
     after: tuple[str, ...] = ()
     """Jobs that must have ended, in whatever way; a name that is no job is not waited for."""
 
@@ -73,13 +57,11 @@ class Ended:
     """A script that has ended."""
 
     job: Job
-    """The job."""
     code: int
     """Its exit code; negative for a signal."""
     output: str
     """What it wrote to standard output and to standard error."""
     seconds: float
-    """How long it ran."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -141,19 +123,14 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
     parser = argparse.ArgumentParser(prog="firsttok reproduce", add_help=False)
     add_script_options(parser)
     configured(parser.parse_args(arguments), parser, arguments)
-    jobs = [
-        Job(
-            name=each.name,
-            script=folder / f"{each.name}.py",
-            arguments=arguments,
-            after=each.after,
-        )
-        for each in EXPERIMENTS
-        if not each.alone
-    ]
-    for job in jobs:
-        if not job.script.is_file():
-            raise BadInputError(f"no script {job.script}; the checkout is incomplete")
+    jobs: list[Job] = []
+    for each in EXPERIMENTS:
+        script = folder / f"{each.name}.py"
+        if each.alone:
+            continue
+        if not script.is_file():
+            raise BadInputError(f"no script {script}; the checkout is incomplete")
+        jobs.append(Job(name=each.name, command=(str(script), *arguments), after=each.after))
     return jobs
 
 
@@ -168,24 +145,20 @@ def _in_turn(jobs: list[Job]) -> Generator[tuple[str, int], None, None]:
     """One script after another, each with the terminal to itself."""
     for number, job in enumerate(jobs, start=1):
         show(f"\n{job.name} ({number} of {len(jobs)})")
-        yield job.name, run_alone(job)
+        yield job.name, _run_alone(run_script, job.command)
 
 
 def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], None, None]:
     """Several scripts at a time; what one says is shown when it has ended."""
     # All of them need it, so it is made before with every core. What is wrong, the scripts say.
-    preparing = start_process(_prepare, (jobs[0].arguments,), imported=IMPORTED)
-    try:
-        preparing.join()
-    finally:
-        end_process(preparing)
-    if preparing.exitcode not in (0, BAD_INPUT):
-        _stop("the preparation", preparing.exitcode or 0)
+    code = _run_alone(prepare, jobs[0].command[1:])
+    if code not in (0, BAD_INPUT):
+        _stop("the preparation", code)
     with progress_bar(estimate_over=3600.0) as progress:
         task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
         order = [each.name for each in in_lanes()]
         ordered = sorted(jobs, key=lambda job: order.index(job.name))
-        for ended in run_in_lanes(ordered, lanes=lanes, imported=IMPORTED):
+        for ended in run_in_lanes(ordered, lanes=lanes):
             progress.advance(task)
             progress.stop()
             show(f"\n{ended.job.name} ({ended.seconds:.0f} s)\n{ended.output.rstrip()}")
@@ -193,90 +166,15 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], Non
             yield ended.job.name, ended.code
 
 
-def _prepare(options: tuple[str, ...]) -> None:
-    """Fetch the model, and make contexts and second moment, as every script would."""
-    from firsttok.paper.experiment import parse_script
-
-    def prepare() -> None:
-        with progress_bar() as progress:
-            parse_script(argparse.ArgumentParser(), progress, argv=options)
-
-    raise SystemExit(exit_on_error(prepare))
-
-
 def cores() -> int:
     """Number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_process(
-    target: Callable[..., None],
-    args: Sequence[Any],
-    *,
-    imported: Sequence[str] | None = None,
-    scratch: Path | None = None,
-) -> BaseProcess:
-    """Run a function in a process that is interrupted when this one is gone, and soon ended.
-
-    Args:
-        target: The function.
-        args: Its arguments.
-        imported: Modules that it needs; it is forked, where that is safe, from a process that
-            imports them once. None for a fresh interpreter.
-        scratch: A file to remove if this process is gone.
-    """
-    context = multiprocessing.get_context("spawn") if imported is None else _context(imported)
-    process: BaseProcess = context.Process(target=_bound, args=(target, tuple(args), scratch))
-    process.start()
-    return process
-
-
-def end_process(process: BaseProcess) -> None:
-    """Ask a process to end, and make it if it does not; nothing is done if it has ended."""
-    # Where Ctrl-C ended this process, the other has had it, too, and is stopping.
-    process.terminate()
-    process.join(_PATIENCE)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def run_alone(job: Job) -> int:
-    """Run a script that has the terminal to itself, and return its exit code.
-
-    Args:
-        job: The job; what it waits for must have ended.
-    """
-    process = start_process(_run_script, (str(job.script), job.arguments))
-    try:
-        process.join()
-    finally:
-        end_process(process)
-    return process.exitcode or 0
-
-
-def _context(imported: Sequence[str]) -> Any:
-    # Not on macOS, whose own libraries do not outlive a fork.
-    method = "forkserver" if sys.platform.startswith("linux") else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([*imported])
-    return context
-
-
-def run_in_lanes(
-    jobs: Sequence[Job], *, lanes: int, imported: Sequence[str] = ()
-) -> Generator[Ended, None, None]:
-    """Run scripts in as many lanes, the first that is ready first; closing ends what still runs.
+def run_in_lanes(jobs: Sequence[Job], *, lanes: int) -> Generator[Ended, None, None]:
+    """Run so many scripts at a time, the first that is ready first; closing ends what still runs.
 
     Every script is given its share of the cores (``OMP_NUM_THREADS``, unless it is set).
-
-    Args:
-        jobs: The jobs.
-        lanes: Most scripts that run at the same time.
-        imported: Modules that most scripts import; see :func:`start_process`.
 
     Yields:
         The jobs in the order they end in.
@@ -284,8 +182,9 @@ def run_in_lanes(
     Raises:
         ValueError: If jobs wait for each other in a circle.
     """
-    share = max(1, cores() // lanes)
-    threads = os.environ.get("OMP_NUM_THREADS", str(share))
+    share = {"OMP_NUM_THREADS": str(max(1, cores() // lanes))}
+    # Their output is read as UTF-8, whatever the terminal's encoding is.
+    environment = share | os.environ | {"PYTHONIOENCODING": "utf-8"}
     waiting, running = list(jobs), list[_Running]()
     try:
         while waiting or running:
@@ -293,90 +192,99 @@ def run_in_lanes(
             ready = [job for job in waiting if unended.isdisjoint(job.after)]
             for job in ready[: lanes - len(running)]:
                 waiting.remove(job)
-                running.append(_Running.start(job, imported, threads))
+                running.append(_Running(job, environment))
             if not running:
                 raise ValueError(f"these wait for each other: {[job.name for job in waiting]}")
-            for each in [each for each in running if not each.process.is_alive()]:
+            for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
                 yield each.ended()
             time.sleep(_POLL)
     finally:
         for each in running:
-            each.end()
+            each.ended()
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class _Running:
-    job: Job
-    process: BaseProcess
-    output: Path
-    started: float
+    """A script that runs, and the file without a name that its output goes to."""
 
-    @staticmethod
-    def start(job: Job, imported: Sequence[str], threads: str) -> "_Running":
-        handle, name = tempfile.mkstemp(prefix="firsttok-", suffix=".log")
-        os.close(handle)
-        process = start_process(
-            _run_captured,
-            (name, threads, str(job.script), job.arguments),
-            imported=imported,
-            scratch=Path(name),
-        )
-        return _Running(job=job, process=process, output=Path(name), started=time.monotonic())
+    def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
+        self.job, self.started = job, time.monotonic()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 (closed when it ends)
+        self.process = _start(run_script, job.command, environment, self.output)
 
     def ended(self) -> Ended:
-        output = self.output.read_text("utf-8", "replace")
-        self.output.unlink()
-        return Ended(
-            job=self.job,
-            code=self.process.exitcode or 0,
-            output=output,
-            seconds=time.monotonic() - self.started,
-        )
-
-    def end(self) -> None:
-        end_process(self.process)
-        self.output.unlink(missing_ok=True)
+        """End it where it still runs, and say what came of it."""
+        seconds = time.monotonic() - self.started
+        code = _end(self.process)
+        with self.output:
+            self.output.seek(0)
+            output = self.output.read().decode("utf-8", "replace")
+        return Ended(job=self.job, code=code, output=output, seconds=seconds)
 
 
-def _bound(target: Callable[..., None], args: tuple[Any, ...], scratch: Path | None) -> None:
+def _start(
+    main: Callable[[], None],
+    words: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Call a function of this module in a fresh interpreter that ends soon after this process."""
+    code = f"from {__name__} import {main.__name__}, bound; bound({main.__name__})"
+    command = [sys.executable, "-c", code, *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=output, stderr=output, env=environment)
+
+
+def _run_alone(main: Callable[[], None], words: Sequence[str]) -> int:
+    """The same with the terminal to itself, to the end; returns its exit code."""
+    process = _start(main, words)
+    try:
+        return process.wait()
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Ask a process to end unless it has, and make it if it does not; returns its exit code."""
+    with process:
+        # Where Ctrl-C ended this process, the other has had it, too, and is stopping.
+        process.terminate()
+        try:
+            return process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+def bound(main: Callable[[], None]) -> None:
     """Call a function while another thread waits for the parent to be gone."""
-    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
-    target(*args)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    main()
 
 
-def _end_with_parent(scratch: Path | None) -> None:
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    parent.join()
-    if scratch is not None:
-        scratch.unlink(missing_ok=True)
+def _end_with_parent() -> None:
+    # Nothing is ever written there. A thread that waits inside sys.stdin could not be left behind.
+    os.read(0, 1)
     # As Ctrl-C does, so that no half-written file is left; a long computation may not hear it.
     _thread.interrupt_main()
     time.sleep(_GRACE)
     os._exit(1)
 
 
-def _run_captured(output: str, threads: str, script: str, arguments: Sequence[str]) -> None:
-    """Run a file with its share of the cores, all it writes going to a file."""
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    for text in (sys.stdout, sys.stderr):
-        # As it is read again, whatever the terminal's encoding is.
-        cast(io.TextIOWrapper, text).reconfigure(encoding="utf-8")
-    os.environ["OMP_NUM_THREADS"] = threads
-    if "torch" in sys.modules:
-        # Imported before this process was forked, it has not seen the variable.
-        import torch
+def prepare() -> None:
+    """Fetch the model, and make contexts and second moment, as every script would."""
+    from firsttok.paper.experiment import parse_script
 
-        torch.set_num_threads(int(threads))
-    _run_script(script, arguments)
+    def main() -> None:
+        with progress_bar() as progress:
+            parse_script(argparse.ArgumentParser(), progress)
+
+    raise SystemExit(exit_on_error(main))
 
 
-def _run_script(script: str, arguments: Sequence[str]) -> None:
-    """Run a file as ``python script arguments`` would."""
-    sys.argv = [script, *arguments]
+def run_script() -> None:
+    """Run the file that the command line names as ``python script arguments`` would."""
+    del sys.argv[0]
+    script = sys.argv[0]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name="__main__")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from firsttok.console import print_table, show
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     from firsttok.probes import Projection
 
-__all__ = ["MEASURES", "Found", "accuracy_line", "collapsed_of", "pick", "printed", "publish"]
+__all__ = [
+    "MEASURES",
+    "Found",
+    "accuracy_line",
+    "collapsed_of",
+    "edit_cells",
+    "pick",
+    "printed",
+    "publish",
+]
 
 MEASURES = ("efficacy", "generalization", "locality")
 """Columns of Tables 4 and 5."""
@@ -28,9 +38,8 @@ class Found:
     title: str
     """Title of the table."""
     columns: Sequence[str]
-    """Its columns."""
     lines: Sequence[Sequence[Any]]
-    """Its lines; a cell is a text, a number or None."""
+    """A cell is a text, a number or None."""
     rows: Sequence[Mapping[str, Any]]
     """The measured rows, flat, one per observation; claims are judged by them."""
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -38,7 +47,6 @@ class Found:
     notes: Sequence[str] = ()
     """Sentences below the table."""
     draw: "Callable[[], Figure] | None" = None
-    """Draws the figure; None for none."""
     points: "Mapping[str, Projection] | None" = None
     """Points of its pictures, kept beside it."""
 
@@ -50,8 +58,8 @@ def publish(
 
     Args:
         stem: Path without suffix, ``figures/<model>/<script>``, of ``.json`` and ``.csv``.
-        found: What was found.
-        provenance: What the rows were made with; beside what ``found`` says.
+        found: Rows, and the table they give.
+        provenance: What the rows were made with, beside what ``found`` says.
         claims: What the rows decide.
 
     Raises:
@@ -71,17 +79,20 @@ def publish(
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
     """One column of the rows whose other columns have the given values."""
-    return [
-        float(row[column])
-        for row in rows
-        if all(row[name] == wanted for name, wanted in match.items())
-    ]
+    return [float(row[column]) for row in _matching(rows, match)]
 
 
 def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
     """How many of the rows that match are edits which destroyed the model."""
     flags = pick(rows, "collapsed", **match)
     return f"{int(sum(flags))} of {len(flags)}"
+
+
+def edit_cells(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
+    """Cells on edits: mean |denominator|, maximum perplexity, and how many collapsed."""
+    denominators = [abs(value) for value in pick(rows, "denominator", **match)]
+    highest = max(pick(rows, "perplexity", **match))
+    return [mean(denominators), highest, collapsed_of(rows, **match)]
 
 
 def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
@@ -93,9 +104,13 @@ def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
 
 def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
     """One line of Table 4 or 5: name, number of cases, and three means in percent."""
-    chosen = [row for row in rows if all(row[key] == value for key, value in match.items())]
-    line: list[object] = [name, len(chosen)]
-    for column in MEASURES:
-        values = [row[column] for row in chosen if row[column] is not None]
-        line.append(100.0 * sum(values) / len(values) if values else None)
-    return line
+    chosen = _matching(rows, match)
+    columns = [[row[column] for row in chosen if row[column] is not None] for column in MEASURES]
+    means = [100.0 * sum(values) / len(values) if values else None for values in columns]
+    return [name, len(chosen), *means]
+
+
+def _matching(
+    rows: Sequence[Mapping[str, Any]], match: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    return [row for row in rows if all(row[name] == wanted for name, wanted in match.items())]
