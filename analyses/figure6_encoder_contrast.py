@@ -122,12 +122,8 @@ def pictured(layers: int) -> list[int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoder",
-        default="minilm-l6-v2",
-        help="an encoder, or an encoder-decoder (t5-3b), whose encoder is read "
-        "(default: %(default)s)",
-    )
+    text = "an encoder, or an encoder-decoder (t5-3b), whose encoder is read (default: %(default)s)"
+    parser.add_argument("--encoder", default="minilm-l6-v2", help=text)
 
 
 def measure(options: ScriptOptions, progress: Progress) -> Found:

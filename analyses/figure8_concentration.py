@@ -101,22 +101,13 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 
 
 def line_of(label: str, row: LayerConcentration) -> list[object]:
-    side = "-"
-    if row.d_first_high < row.d_subsequent_low:
-        side = "below"
-    elif row.d_first_low > row.d_subsequent_high:
-        side = "above"
-    return [
-        label,
-        row.d_first,
-        f"{row.d_first_low:.3g} to {row.d_first_high:.3g}",
-        row.d_subsequent,
-        f"{row.d_subsequent_low:.3g} to {row.d_subsequent_high:.3g}",
-        side,
-        row.residual_first,
-        row.residual_subsequent,
-        row.attention_to_first,
-    ]
+    below = row.d_first_high < row.d_subsequent_low
+    above = row.d_first_low > row.d_subsequent_high
+    first = f"{row.d_first_low:.3g} to {row.d_first_high:.3g}"
+    subsequent = f"{row.d_subsequent_low:.3g} to {row.d_subsequent_high:.3g}"
+    side = "below" if below else "above" if above else "-"
+    rest = [row.residual_first, row.residual_subsequent, row.attention_to_first]
+    return [label, row.d_first, first, row.d_subsequent, subsequent, side, *rest]
 
 
 def plot(rows: list[dict[str, Any]], edited: int) -> Figure:

@@ -204,16 +204,9 @@ def effect_map(
     frame = pd.DataFrame([dict(row) for row in rows])
     table = frame.pivot_table(index="role", columns="layer", values="aie")
     table = table.reindex([role for role in roles if role in table.index])
-    sns.heatmap(
-        table,
-        cmap="vlag",
-        vmin=-limit,
-        vmax=limit,
-        xticklabels=5,
-        yticklabels=1,
-        cbar_kws={"label": "average indirect effect"},
-        ax=axis,
-    )
+    colours: dict[str, Any] = {"cmap": "vlag", "vmin": -limit, "vmax": limit}
+    colours["cbar_kws"] = {"label": "average indirect effect"}
+    sns.heatmap(table, **colours, xticklabels=5, yticklabels=1, ax=axis)
     if marked is not None:
         axis.axvline(marked + 0.5, color="black", linewidth=1, linestyle=":")
     axis.set_title(title)
