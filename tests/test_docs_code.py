@@ -244,7 +244,7 @@ def desk(furniture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loade
 EMBEDDED = "smollm2-135m"
 SCALE = {"contexts": 4, "max_tokens": 20_000, "sentences": 4, "steps": 6, "continued": 2}
 """How little of everything the pages are run with: a page states no number of its own."""
-TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity", "commands.show")
+TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity")
 """Modules that take the built-in sentences where none are given."""
 MOMENTS = ("inputs", "exploration", "second_moment")
 """Modules that take the second moment of the default corpus where none is given."""
