@@ -144,7 +144,10 @@ if not TYPE_CHECKING:
 
     @cache
     def _homes() -> dict[str, str]:
-        """The module that holds each public name, as the imports above say."""
+        """The module that holds each public name, as the imports above say.
+
+        They are read as text, so that they stand once; a package without its source has none.
+        """
         import ast
         from pathlib import Path
 

@@ -56,7 +56,11 @@ def taken(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            # Python says what is wrong with the call, with the function's name.
+            return function(*args, **kwargs)
         known = converters(function)
         for name, given in bound.arguments.items():
             if name in known:

@@ -222,11 +222,13 @@ def _refuse_others(
     here = {name: list(tensor.shape) for name, tensor in one.items()}
     there = {name: list(tensor.shape) for name, tensor in two.items()}
     for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise BadInputError(
-                f"{name} has shape {here.get(name)} in {before.label} and {there.get(name)} in "
-                f"{after.label} (None where it is lacking); give two states of one model"
-            )
+        shape, other = here.get(name), there.get(name)
+        if shape == other:
+            continue
+        said = f"{name} has shape {shape} in {before.label} and {other} in {after.label}"
+        if shape is None or other is None:
+            said = f"only {(after if shape is None else before).label} has {name}"
+        raise BadInputError(f"{said}; give two states of one model")
 
 
 def _changed(

@@ -95,7 +95,9 @@ def _models(parser: argparse.ArgumentParser) -> None:
     pulling = actions.add_parser("pull", help="fetch a model into the cache")
     pulling.add_argument("name")
     pulling.add_argument(
-        "--accept-terms", action="store_true", help="you accept the model's terms (gemma3-270m)"
+        "--accept-terms",
+        action="store_true",
+        help="you have read and accept the model's terms (gemma3-270m)",
     )
 
 
@@ -133,7 +135,10 @@ def _edit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
     parser.add_argument(
-        "--after", nargs="+", metavar="EDIT", help="saved edits that are put into the model before"
+        "--after",
+        nargs="+",
+        metavar="EDIT",
+        help="saved edits to compute it on, put into the model in this order",
     )
     add_shared(parser, "--json")
 
@@ -174,7 +179,11 @@ def _screen(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scan", metavar="FILE", help="edited cases to calibrate on (default: those of the model)"
     )
-    parser.add_argument("--measure", action="store_true", help="edit every fact, too; time both")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="edit and evaluate every fact, too, and time both ways",
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -215,7 +224,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     making = actions.add_parser("synthesize", help="put together facts from real words")
     making.add_argument("--count", type=int, required=True, help="how many")
     making.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    making.add_argument("--model", default=DEFAULT_MODEL, help="whose tokenizer takes them")
+    making.add_argument(
+        "--model", default=DEFAULT_MODEL, help="whose tokenizer takes them (default: %(default)s)"
+    )
     making.add_argument("--out", metavar="FILE", required=True, help=".json, .jsonl or .gz")
 
 
@@ -250,7 +261,9 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
 def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, ended or not")
     parser.add_argument("--model", metavar="LABEL", help="only this model")
-    parser.add_argument("--sql", metavar="QUERY", help="answer a SELECT over the view rows")
+    parser.add_argument(
+        "--sql", metavar="QUERY", help="answer a SELECT over the view rows, and nothing else"
+    )
     limit = "seconds a query may take (default: %(default)g)"
     parser.add_argument("--sql-seconds", type=float, default=SECONDS, metavar="N", help=limit)
     add_shared(parser, "--json")
@@ -264,7 +277,9 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", choices=["quick", "full"], default="quick")
     parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
     parser.add_argument("--out", metavar="DIR", help="folder for results")
-    parser.add_argument("--jobs", type=int, help="scripts at a time (default: 2 on CPUs, else 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="scripts at a time (default: 2 on a CPU of several cores, else 1)"
+    )
     for name in PASSED_ON:
         parser.add_argument(f"--{name}", help="passed on to every script; see its --help")
     parser.add_argument("--skip-bad", action="store_true", help="passed on, too")

@@ -202,11 +202,13 @@ def kept_contexts(
             return saved
     with locked(cached):
         try:
-            _saved(cached, model, seed)
+            contexts = _saved(cached, model, seed)
         except BadInputError:
             logger.warning("cached contexts are damaged and are sampled again")
-            cached.unlink()
-        contexts = sample_contexts(model, seed=seed, path=cached, progress=progress)
+            contexts = None
+        if contexts is None:
+            contexts = _sampled(model, seed, progress)
+            contexts.save(cached)
     if leave_in is not None:
         contexts.save(leave_in / name)
     return contexts

@@ -366,8 +366,9 @@ class _Kept:
         for (method, row), metric in product(zip(methods, rows, strict=True), metrics):
             leave = others - set(metric.columns)
             part = Row({name: value for name, value in row.items() if name not in leave})
-            for kept in (self.held, self.new) if same else (self.held,):
-                kept[method.name, metric.name][fact.content_hash] = part
+            place = method.name, metric.name
+            for kept in (self.held, self.new) if same and place in self.paths else (self.held,):
+                kept[place][fact.content_hash] = part
 
     def write(self, *, at_most_every: float = 0.0) -> None:
         """Write what is new, beside what another process wrote meanwhile."""

@@ -45,6 +45,7 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         BadInputError: If a number is outside its range, or nothing can be written where it is to
             be; names the option.
+        CacheError: If there can be no such file as an option names.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     for name, value in given.items():

@@ -36,7 +36,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--dtype": {
         "choices": ["float32", "bfloat16", "float16", "float64"],
         "default": "float32",
-        "help": "type that the model is opened in (default: %(default)s)",
+        "help": "type of the weights (default: %(default)s)",
     },
     "--json": {"action": "store_true", "help": "print one JSON object and nothing else"},
     "--out": {"metavar": "DIR", "default": "figures", "help": "for results (default: figures)"},
@@ -48,8 +48,8 @@ _SHARED: dict[str, dict[str, Any]] = {
     },
     "--texts": {
         "metavar": "FILE",
-        "help": "sentences for perplexity, as in ME-PPL (JSON, JSON Lines, Parquet, .gz), or the "
-        "name of a pulled set",
+        "help": "sentences for perplexity (audit: for keys, too), as in ME-PPL (JSON, JSON Lines, "
+        "Parquet, .gz), or the name of a pulled set",
     },
 }
 _USUAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]*(/[A-Za-z0-9_][A-Za-z0-9_.@+-]*)?")
@@ -83,15 +83,18 @@ def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False)
     """Add the options that choose a model, or several with a layer each, and ``--config``."""
     add_config_option(parser)
     group = parser.add_argument_group("model")
-    nargs = "+" if several else None
+    nargs, more = ("+", "; several are swept one after another") if several else (None, "")
     group.add_argument(
         "--model",
         nargs=nargs,
         default=[DEFAULT_MODEL] if several else DEFAULT_MODEL,
-        help="name of the catalog (firsttok models list), hub id[@commit] or folder",
+        help=f"name of the catalog (firsttok models list), hub id[@commit] or folder{more}",
     )
     group.add_argument(
-        "--layer", nargs=nargs, type=int, help="layer to edit, from 0 (default: the model's)"
+        "--layer",
+        nargs=nargs,
+        type=int,
+        help=f"layer to edit, from 0 (default: the model's){more}",
     )
     add_shared(group, "--bos", "--dtype", "--device")
 
@@ -155,7 +158,8 @@ def add_facts_options(parser: argparse.ArgumentParser, *, limit: bool = True) ->
         "--facts",
         metavar="FILE",
         help="facts as published (COUNTERFACT, ZsRE, KnowEdit, MQuAKE, ...; JSON, JSON Lines, "
-        "Parquet, .gz), or the name of a pulled data set (default: built-in ones)",
+        "Parquet, .gz), or the name of a pulled data set (default: built-in ones; for firsttok "
+        "inspect a dozen of them)",
     )
     group.add_argument(
         "--skip-bad",

@@ -92,7 +92,7 @@ def _checked(path: Path, named: str) -> Path | int | None:
         return None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CacheError(f"{named!r} cannot be written ({reason}); name another file") from None
+        raise CacheError(f"{named} cannot be written ({reason}); name another file") from None
     kind = found.st_mode
     if stat.S_ISREG(kind):
         if not kind & 0o222 or not os.access(path, os.W_OK):

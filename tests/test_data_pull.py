@@ -168,6 +168,7 @@ def test_what_has_arrived_is_kept_for_the_next_pull(
     assert names(own_cache / "data") == {f"{FILE}.part", f"{FILE}.part.json"}
     with pytest.raises(BadInputError, match="firsttok data pull zsre"):
         resolve_data("zsre", "facts")
+    assert main([*PULL, "--url", "localhost/x"]) == 2
     site.asked.clear()
     site.always = "serve"
     assert pull(site) == 0
@@ -266,6 +267,24 @@ def test_a_part_that_is_whole_is_not_asked_for_again(
         patch.setattr("firsttok.data.pulls.file_sha256", stopped)
         assert pull(site) == 130
     assert names(own_cache / "data") == {f"{FILE}.part", f"{FILE}.part.json"}
+    assert pull(site) == 0
+    assert len(site.asked) == 1
+
+
+def test_a_whole_file_that_cannot_take_its_name_is_kept(
+    site: Site, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == f"{FILE}.part":
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refused)
+        assert pull(site) == 2
+    assert f"{FILE}.part" in names(own_cache / "data")
     assert pull(site) == 0
     assert len(site.asked) == 1
 

@@ -40,6 +40,22 @@ def most_at_once(lines: list[str]) -> int:
     return most
 
 
+def test_a_script_has_the_path_of_its_parent_and_no_standard_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "statistics.py").write_text("raise SystemExit('that of the folder')", "utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "found_by_the_parent.py").touch()
+    script = tmp_path / "scripts" / "one.py"
+    script.parent.mkdir()
+    text = "import statistics, sys, found_by_the_parent; print(repr(sys.stdin.read()))"
+    script.write_text(text, "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    (ended,) = run_in_lanes([Job(name="one", command=(str(script),))], lanes=1)
+    assert (ended.code, ended.output) == (0, "''\n")
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 def test_no_more_than_the_lanes_run_and_none_before_what_it_waits_for(
     tmp_path: Path, lanes: int

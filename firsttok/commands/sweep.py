@@ -160,21 +160,24 @@ def _status(folder: Path) -> None:
     lines: list[list[object]] = []
     reasons: Counter[str] = Counter()
     for label in manifest["models"]:
-        shards = {path: read_table(path) for path in shard_paths(model_folder(folder, label))}
-        whole = 0
-        for path, table in shards.items():
+        rows = whole = lost = 0
+        seconds = 0.0
+        for path in shard_paths(model_folder(folder, label)):
+            table = read_table(path)
             first = size * int(path.stem.removeprefix("chunk-"))
             whole += table.num_rows >= methods * min(size, facts - first)
-        lost = [row for table in shards.values() for row in rows_of(table) if row.status == FAILED]
-        reasons.update(row.reason or "" for row in lost)
-        done = sum(table.num_rows for table in shards.values()) // methods if methods else 0
-        pace = sum(map(seconds_of, shards.values())) / done if done else None
+            failed = [row.reason or "" for row in rows_of(table) if row.status == FAILED]
+            reasons.update(failed)
+            rows, lost = rows + table.num_rows, lost + len(failed)
+            seconds += seconds_of(table)
+        done = rows // methods if methods else 0
+        pace = seconds / done if done else None
         lines.append(
             [
                 label,
                 f"{done} of {facts}",
                 f"{whole} of {-(-facts // size)}",
-                len(lost),
+                lost,
                 pace,
                 None if pace is None else pace * (facts - done) / 3600,
             ]

@@ -39,15 +39,13 @@ def download(url: str, part: Path, *, report: Callable[[int, int | None], None])
         DownloadError: If the server refuses, or cannot be reached, several times.
         CacheError: If the part cannot be written.
     """
+    # Before what is kept of another address is given up.
+    _check_address(url)
     best, failures = _size(part), 0
     with httpx.Client(follow_redirects=True, timeout=httpx.Timeout(30, connect=15)) as client:
         while True:
             try:
                 return _fetch(client, url, part, report)
-            except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-                raise BadInputError(
-                    f"{url!r} is not a web address; it should begin with https://"
-                ) from None
             except (_BrokenError, httpx.HTTPError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
             except OSError as error:
@@ -73,6 +71,15 @@ def discard(part: Path) -> None:
     _state(part).unlink(missing_ok=True)
 
 
+def _check_address(url: str) -> None:
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL:
+        address = httpx.URL("")
+    if address.scheme not in ("http", "https") or not address.host:
+        raise BadInputError(f"{url!r} is not a web address; it should begin with https://")
+
+
 def _fetch(
     client: httpx.Client, url: str, part: Path, report: Callable[[int, int | None], None]
 ) -> None:
@@ -88,11 +95,12 @@ def _fetch(
         headers |= {"Range": f"bytes={have}-", "If-Range": begun["validator"]}
     with client.stream("GET", url, headers=headers) as answer:
         code = answer.status_code
+        said = f"the server says {code} {answer.reason_phrase}".strip()
         if code == 416 or (code == 206 and not _continues(answer, begun, have)):
             discard(part)
-            raise _BrokenError("the server sent another part than the one that is lacking")
+            other = "the server sent another part than the one that is lacking"
+            raise _BrokenError(said if code == 416 else other)
         if code not in (200, 206):
-            said = f"the server says {code} {answer.reason_phrase}".strip()
             if code >= 500 or code in _PASSING:
                 raise _BrokenError(said)
             raise DownloadError(

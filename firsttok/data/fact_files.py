@@ -219,9 +219,11 @@ def check_facts(
         seen.add(case_id)
         unanswered += len(fact.neighbours) - len(fact.answered_neighbours)
         if limit is None or count < limit:
-            placed = fact if case_id == place else replace(fact, case_id=place)
-            own_digest.update(fact.content_hash.encode())
-            placed_digest.update(placed.content_hash.encode())
+            own = placed = fact.content_hash
+            if case_id != place:
+                placed = replace(fact, case_id=place).content_hash
+            own_digest.update(own.encode())
+            placed_digest.update(placed.encode())
             count += 1
     left_out = LeftOut.grouped(refused)
     name = "the built-in set" if file is None else str(file)
@@ -253,7 +255,12 @@ def load_facts(path: str | Path, *, skip_bad: bool = False) -> tuple[Fact, ...]:
 
     The schema is COUNTERFACT's, ZsRE's, KnowEdit's, MQuAKE's (each rewrite is a fact), QAEdit's, or
     a flat one as of HardCF, HardEdit and EasyEdit; see :func:`~firsttok.data.schemas.fact_from`.
-    Numbers, ``skip_bad`` and errors are as for :func:`check_facts`.
+    With ``skip_bad`` records that cannot be read are left out, with a message.
+
+    Raises:
+        BadInputError: If the file is missing or not JSON.
+        FactFormatError: If a record is malformed and not skipped, or no fact is found; names file,
+            record, field.
     """
     return tuple(check_facts(path, skip_bad=skip_bad))
 

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from rich.progress import Progress
 from firsttok.data.catalog import DATA_SETS, DataSet
 from firsttok.data.fact_files import SKIP_HINT, check_facts
 from firsttok.data.texts import load_texts
-from firsttok.errors import BadInputError, DownloadError, FirsttokError
-from firsttok.storage import atomic_path, cache_folder, file_sha256, locked, read_json, write_record
+from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
+from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_record
 
 __all__ = ["is_pulled_data", "pull_data", "resolve_data"]
 
@@ -50,7 +51,14 @@ def pull_data(
         raise BadInputError(data_set.note)
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise BadInputError(f"sha256 {sha256!r} is no SHA-256; give its 64 hexadecimal digits")
-    path = (cache_folder("data") if out is None else Path(out)) / data_set.file_name
+    folder = cache_folder("data") if out is None else Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"the folder {folder} cannot be made ({error.strerror}); choose another one"
+        ) from None
+    path = folder / data_set.file_name
     # The web's library takes its time, and a name is found without it.
     from firsttok.data.downloads import discard, download
 
@@ -97,8 +105,7 @@ def pull_data(
         kept = {"name": data_set.name, "url": address, "sha256": found, "bytes": size}
         # The record first: a file without one would be nobody's.
         write_record(_record(path), kept | {"records": count, "pulled": now})
-        with atomic_path(path) as temporary:
-            part.replace(temporary)
+        _take_name(part, path)
         discard(part)
     return path
 
@@ -154,6 +161,18 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     except BadInputError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("sha256"), str) else None
+
+
+def _take_name(part: Path, path: Path) -> None:
+    try:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written ({error.strerror or error}); free some space or choose "
+            "another folder"
+        ) from None
 
 
 def _bar(progress: Progress | None, name: str) -> Callable[[int, int | None], None]:

@@ -16,7 +16,7 @@ from firsttok.data import Fact
 from firsttok.data.schemas import fact_from
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing.delta import Delta
-from firsttok.editing.record import EditRecord, ModelRecord, edit_record
+from firsttok.editing.record import EditRecord, ModelRecord, checked_record, edit_record
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
 from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import hash_weights
@@ -569,6 +569,8 @@ class Edit(Shown):
         before that.
 
         Raises:
+            BadInputError: If a field of the provenance is not of its type in
+                :class:`~firsttok.editing.EditRecord`.
             CacheError: If the file cannot be written.
         """
         record = {
@@ -576,6 +578,7 @@ class Edit(Shown):
             "losses": list(self.losses),
             "provenance": self.provenance,
         }
+        checked_record(record)
         tensors: dict[str, Tensor] = {}
         for delta in self.deltas:
             stack, layer, port = delta.place

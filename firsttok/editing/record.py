@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from firsttok.data import Fact
+from firsttok.errors import BadInputError
 from firsttok.provenance import versions
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ModelRecord",
     "SavedEdit",
     "StandingRecord",
+    "checked_record",
     "edit_record",
 ]
 
@@ -115,3 +117,19 @@ def edit_record(model: Mapping[str, Any], facts: Sequence[Fact], **more: Any) ->
     written = [fact.as_record() | {"source": fact.source} for fact in facts]
     record = {"model": dict(model), "facts": written, **more, "versions": versions()}
     return cast("EditRecord", record)
+
+
+def checked_record(record: object) -> SavedEdit:
+    """Return what the metadata of an edit's file hold, or are to hold.
+
+    Raises:
+        BadInputError: If a field is missing or of another type; names it.
+    """
+    try:
+        return TypeAdapter(SavedEdit).validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise BadInputError(
+            f"the edit's record has an unusable {place or 'content'} ({first['msg']}); correct it"
+        ) from None

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from firsttok.arguments import taken, whole_number
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit
-from firsttok.editing.record import SavedEdit
+from firsttok.editing.record import checked_record
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.models import PORTS, Place
 from firsttok.storage import read_safetensors
@@ -35,7 +34,7 @@ def load_edit(path: str | Path) -> Edit:
         record = json.loads(metadata["firsttok_edit"])
         if "layer" in record:
             tensors, record = _of_firsttok_1(tensors, record)
-        saved = TypeAdapter(SavedEdit).validate_python(record)
+        saved = checked_record(record)
         return Edit(
             deltas=tuple(_deltas(tensors)),
             components=saved["components"],

@@ -229,7 +229,10 @@ def _start(
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Call a function of this module in a fresh interpreter that ends soon after this process."""
-    code = f"from {__name__} import {main.__name__}, bound; bound({main.__name__})"
+    # Left alone, Python would look for modules in the current folder first.
+    path = [str(Path(folder).absolute()) for folder in sys.path]
+    code = f"import sys; sys.path[:] = {path}; from {__name__} import {main.__name__}, bound; "
+    code += f"bound({main.__name__})"
     command = [sys.executable, "-c", code, *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=output, stderr=output, env=environment)
@@ -257,14 +260,18 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def bound(main: Callable[[], None]) -> None:
-    """Call a function while another thread waits for the parent to be gone."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """Call a function, without standard input, while a thread waits for the parent to be gone."""
+    pipe = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     main()
 
 
-def _end_with_parent() -> None:
-    # Nothing is ever written there. A thread that waits inside sys.stdin could not be left behind.
-    os.read(0, 1)
+def _end_with_parent(pipe: int) -> None:
+    # Nothing is ever written there.
+    os.read(pipe, 1)
     # As Ctrl-C does, so that no half-written file is left; a long computation may not hear it.
     _thread.interrupt_main()
     time.sleep(_GRACE)

@@ -156,6 +156,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _damaged(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Fields that are not what a sweep writes, as far as they are not only compared."""
+    for name in ("format", "seed"):
+        if type(manifest.get(name)) is not int:
+            yield name
     facts, methods = manifest.get("facts"), manifest.get("methods")
     if not _is_table(manifest.get("models"), dict):
         yield "models"
