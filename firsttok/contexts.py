@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from firsttok.arguments import take_fields, taken
+from firsttok.arguments import converters, take_fields, taken
 from firsttok.data import Fact
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, DamagedFileError
@@ -135,13 +135,13 @@ def load_contexts(path: str | Path) -> ContextSet:
     for index, template in enumerate(saved["templates"]):
         if not isinstance(template, str):
             raise BadInputError(f"{path}, template {index} is not a text")
-    known: dict[str, Any] = {
-        field.name: tuple(value) if isinstance(value, list) else value
-        for field in fields(ContextSet)
-        if (value := saved.get(field.name)) is not None
-    }
     try:
-        return ContextSet(**known)
+        fields: dict[str, Any] = {
+            name: convert(tuple(value) if isinstance(value, list) else value)
+            for name, convert in converters(ContextSet).items()
+            if (value := saved.get(name)) is not None
+        }
+        return ContextSet(**fields)
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
 

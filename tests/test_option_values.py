@@ -63,7 +63,7 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     ),
     "edit, saved in no folder": ([*EDIT, "--save", "no/e"], "folder of --save no/e does not exist"),
     "edit, saved as a folder": ([*EDIT, "--save", "folder"], "--save folder is a folder"),
-    "edit, saved below a file": ([*EDIT, "--save", "file/e"], "file/e' cannot be written (Not a"),
+    "edit, saved below a file": ([*EDIT, "--save", "file/e"], "file/e cannot be written (Not a"),
     "edit, saved in a circle": ([*EDIT, "--save", "loop/e"], "no usable path"),
     "edit, saved under a long name": ([*EDIT, "--save", "x" * 300], "no usable path (File name"),
     "edit, saved where nobody may": (
