@@ -38,13 +38,7 @@ if TYPE_CHECKING:
         target_probabilities,
         top_predictions,
     )
-    from firsttok.exploration import (
-        Comparison,
-        WhatIf,
-        compare_methods,
-        prepare_study,
-        what_if,
-    )
+    from firsttok.exploration import Comparison, WhatIf, compare_methods, prepare_study, what_if
     from firsttok.hyperparameters import Hyperparameters
     from firsttok.inspection import Inspection, inspect_model
     from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at

@@ -12,15 +12,7 @@ from firsttok.console import own_bar
 from firsttok.contexts import ContextSet, kept_contexts
 from firsttok.data import Fact, builtin_sentences
 from firsttok.display import Note, Panel, Shown, Table
-from firsttok.editing import (
-    METHODS,
-    ROME,
-    Edit,
-    Editor,
-    Method,
-    find_editors,
-    shown_components,
-)
+from firsttok.editing import METHODS, ROME, Edit, Editor, Method, find_editors, shown_components
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,

@@ -8,19 +8,13 @@ from pathlib import Path
 from rich.progress import Progress
 
 from firsttok.contexts import kept_contexts, load_contexts
-from firsttok.data import (
-    Fact,
-    FactFile,
-    builtin_sentences,
-    check_facts,
-    load_texts,
-    resolve_data,
-)
+from firsttok.data import Fact, FactFile, builtin_sentences, check_facts, load_texts, resolve_data
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.option_values import HYPERPARAMETERS
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.sieve import usable_facts
+from firsttok.storage import read_text
 from firsttok.study import Study
 
 __all__ = [
@@ -182,12 +176,7 @@ def _second_moment(
 def _corpus(path: str | None) -> tuple[str, ...] | None:
     if path is None:
         return None
-    try:
-        text = Path(path).read_text("utf-8")
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise BadInputError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    text = read_text(Path(path), "text")
     documents = tuple(part for part in text.split("\n\n") if part.strip())
     if not documents:
         raise BadInputError(f"{path} holds no text; give at least one sentence")

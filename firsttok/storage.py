@@ -35,6 +35,7 @@ __all__ = [
     "read_record",
     "read_safetensors",
     "read_tensors",
+    "read_text",
     "read_toml",
     "save_result",
     "write_json",
@@ -105,7 +106,7 @@ def read_json(path: Path, what: str) -> Any:
             line.
         DamagedFileError: If it holds a digest that does not belong to its content.
     """
-    content = parse_json(path, _read_text(path, what), what)
+    content = parse_json(path, read_text(path, what), what)
     return unsealed(content, path, what) if is_sealed(content) else content
 
 
@@ -116,7 +117,7 @@ def read_record(path: Path, what: str) -> dict[str, Any]:
         BadInputError: As :func:`read_json` does.
         DamagedFileError: If it holds no digest, or another one than that of its content and name.
     """
-    return unsealed(parse_json(path, _read_text(path, what), what), path, what, name=path.name)
+    return unsealed(parse_json(path, read_text(path, what), what), path, what, name=path.name)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     # Found by name, since either may be lacking: tomllib is part of Python from 3.11 on.
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        return dict(toml.loads(_read_text(path, what)))
+        return dict(toml.loads(read_text(path, what)))
     except toml.TOMLDecodeError as error:
         raise BadInputError(f"{path} is not valid TOML ({error}); correct that line") from None
     except ValueError as error:
@@ -236,7 +237,12 @@ def _as_json(content: Any) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _read_text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str) -> str:
+    """Read a text file, without a byte order mark.
+
+    Raises:
+        BadInputError: If it is missing, unreadable or not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

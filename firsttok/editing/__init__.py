@@ -15,12 +15,7 @@ from firsttok.editing.methods import (
     Slot,
     find_method,
 )
-from firsttok.editing.own_methods import (
-    check_methods,
-    find_editors,
-    find_methods,
-    load_methods,
-)
+from firsttok.editing.own_methods import check_methods, find_editors, find_methods, load_methods
 from firsttok.editing.record import EditRecord
 from firsttok.editing.saved_edits import load_edit
 from firsttok.editing.store import ValueStore

@@ -19,14 +19,7 @@ from firsttok.engine.tail import Replay, Tail
 from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model, capture_tail
-from firsttok.prompts import (
-    Prompt,
-    fact_prompt,
-    pad,
-    positions,
-    subject_prompt,
-    with_target,
-)
+from firsttok.prompts import Prompt, fact_prompt, pad, positions, subject_prompt, with_target
 from firsttok.tensors import ValueMatrix, ValueVector
 
 __all__ = ["Value", "optimise_values"]

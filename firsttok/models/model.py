@@ -20,12 +20,7 @@ from firsttok.engine.replay import find_replay
 from firsttok.engine.tail import Replay
 from firsttok.engine.traits import attention_window, is_decoder, position_embedding
 from firsttok.engine.trials import Trials
-from firsttok.errors import (
-    BadInputError,
-    LayerOutOfRangeError,
-    UnsupportedModelError,
-    ViewError,
-)
+from firsttok.errors import BadInputError, LayerOutOfRangeError, UnsupportedModelError, ViewError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout

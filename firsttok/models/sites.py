@@ -142,16 +142,7 @@ def find_inner_sites(
         for port in PORTS[:-1]:
             original: Any = getattr(getattr(mlp, port, None), "original_component", None)
             if _is_linear(original) and id(original.weight) in own:
-                found.append(
-                    EditSite(
-                        stack=site.stack,
-                        layer=site.layer,
-                        port=port,
-                        weight=original.weight,
-                        bias=original.bias,
-                        in_out=not isinstance(original, nn.Linear),
-                    )
-                )
+                found.append(_site(site.stack, site.layer, port, original))
     return tuple(found)
 
 
@@ -191,14 +182,18 @@ def _sites(bridge: "TransformerBridge") -> Iterator[EditSite]:
                     f"layer {layer} of {stack} in {bridge.cfg.architecture} has no single MLP "
                     "output projection (a mixture of experts?), so there is no key to edit"
                 )
-            weight: Any = original.weight
-            yield EditSite(
-                stack=stack,
-                layer=layer,
-                weight=weight,
-                bias=original.bias,
-                in_out=not isinstance(original, nn.Linear),
-            )
+            yield _site(stack, layer, "out", original)
+
+
+def _site(stack: str, layer: int, port: str, linear: Any) -> EditSite:
+    return EditSite(
+        stack=stack,
+        layer=layer,
+        port=port,
+        weight=linear.weight,
+        bias=linear.bias,
+        in_out=not isinstance(linear, nn.Linear),
+    )
 
 
 def _check(bridge: "TransformerBridge", sites: tuple[EditSite, ...]) -> None:

@@ -52,11 +52,7 @@ from firsttok.probes.projection import (
     scatter,
     separation,
 )
-from firsttok.probes.restoration import (
-    KINDS,
-    Corruption,
-    corruption_for,
-)
+from firsttok.probes.restoration import KINDS, Corruption, corruption_for
 from firsttok.probes.tracing import (
     LAST_SUBJECT,
     ROLES,

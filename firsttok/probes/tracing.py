@@ -27,13 +27,7 @@ from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.errors import BadInputError, HyperparameterError
 from firsttok.models import Model, logits
-from firsttok.probes.restoration import (
-    KINDS,
-    Corruption,
-    Runs,
-    State,
-    subject_range,
-)
+from firsttok.probes.restoration import KINDS, Corruption, Runs, State, subject_range
 from firsttok.prompts import Prompt, batches, fact_prompt, pad, with_target
 from firsttok.storage import content_hash, read_record, write_record
 from firsttok.study import Study
