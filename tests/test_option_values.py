@@ -46,7 +46,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "negative device": (["--device", "cuda:-1"], "'cuda:-1' is not supported"),
     "far device": (["--device", "cuda:99"], "device 'cuda:99' is not"),
     "contexts": (["--contexts", "no.json"], "no file of"),
-    "corpus": (["--corpus", "no.txt"], "cannot be read"),
+    "corpus": (["--corpus", "no.txt"], "no file of text"),
     "texts": (["--texts", "no.json"], "no.json"),
     "second moment": (["--second-moment", "no.safetensors"], "no second moment at"),
     "configuration": (["--config", "no.toml"], "no.toml"),
