@@ -53,7 +53,7 @@ class SecondMoment(Shown):
         NonFiniteError: If it holds NaN or infinity.
     """
 
-    matrix: SecondMomentMatrix
+    matrix: Float[Tensor, "d_mlp d_mlp"]
     """Float64, on the CPU."""
     tokens: int
     """Number of tokens it was taken over; 0 for an identity."""

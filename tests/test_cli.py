@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import SENTENCES, build, edits_of, relative
 
 from firsttok.cli import main
@@ -349,7 +349,7 @@ def test_show_tells_what_saved_edits_are_and_do(
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("contexts", {"templates": 5}), ("hyperparameters", ["steps"]), ("fact", {"subject": "a"})],
+    [("contexts", {"templates": 5}), ("hyperparameters", ["steps"]), ("facts", [{"subject": "a"}])],
 )
 def test_an_edit_with_odd_provenance_is_refused_before_a_model_is_loaded(
     part: str,
@@ -361,8 +361,9 @@ def test_an_edit_with_odd_provenance_is_refused_before_a_model_is_loaded(
 ) -> None:
     path = tmp_path / "edit.safetensors"
     assert main(["edit", *FACT, *quick, "--save", str(path)]) == 0
-    edit = load_edit(path)
-    replace(edit, provenance={**edit.provenance, part: value}).save(path)
+    tensors, provenance = load_file(path), {**load_edit(path).provenance, part: value}
+    record = {"components": {}, "losses": [], "provenance": provenance}
+    save_file(tensors, path, {"firsttok_edit": json.dumps(record)})
     monkeypatch.setattr("firsttok.commands.show.load", lambda *_, **__: pytest.fail("loaded"))
     capsys.readouterr()
     assert main(["show", str(path), "--run"]) == 2

@@ -30,6 +30,7 @@ from firsttok.errors import (
 from firsttok.models import Model, capture, capture_tail
 from firsttok.prompts import Prompt, fact_prompt, pad, positions
 from firsttok.storage import content_hash
+from firsttok.tensors import TokenBatch
 
 __all__ = [
     "KINDS",
@@ -146,9 +147,11 @@ class Runs:
                 f"{model.name} is not a decoder with a final norm and an unembedding; only such a "
                 "model predicts the answer that causal tracing follows"
             )
-        self.model, self.fact, self.corruption = model, fact, corruption
-        self.prompt = fact_prompt(model, fact)
-        self.batch = pad(model, [self.prompt])
+        self.model: Model = model
+        self.fact: Fact = fact
+        self.corruption: Corruption = corruption
+        self.prompt: Prompt = fact_prompt(model, fact)
+        self.batch: TokenBatch = pad(model, [self.prompt])
         self.replays: bool = model.replay is not Replay.WHOLE and not model.sees_later
         """Whether blocks can be run by themselves, and tokens without the earlier ones."""
         both = self.batch.rows(
@@ -181,20 +184,24 @@ class Runs:
                 f"hook point {missing[0]} did not fire on {model.name}; its states cannot be "
                 "restored"
             )
-        self.answer_id = int(output[0].argmax())
+        self.answer_id: int = int(output[0].argmax())
         """The token that the model puts first in the clean run."""
         clean, *corrupted = self._probabilities(output).tolist()
         self.clean: float = clean
         """P: its probability there."""
         self.corrupted: float = sum(corrupted) / len(corrupted)
         """P*: its probability in the corrupted runs, mean over the samples."""
-        self.states = {key: seen[name][0] for key, name in names.items()}
+        self.states: dict[tuple[str, int], Tensor] = {
+            key: seen[name][0] for key, name in names.items()
+        }
         """The clean run's states ``[pos, d_model]``, by kind and layer."""
         before = [entry, *(names["hidden", layer] for layer in layers)]
-        self.residuals = [seen[name][1:] for name in before]
+        self.residuals: list[Tensor] = [seen[name][1:] for name in before]
         """The corrupted runs' residual stream ``[sample, pos, d_model]`` before each block, and
         behind the last."""
-        self.past = [(each.keys[1:], each.values[1:]) for each in cache.layers]
+        self.past: list[tuple[Tensor, Tensor]] = [
+            (each.keys[1:], each.values[1:]) for each in cache.layers
+        ]
         """Each block's attention keys and values in the corrupted runs; empty if nothing replays.
         """
 
