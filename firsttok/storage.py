@@ -241,9 +241,11 @@ def read_text(path: Path, what: str) -> str:
     """Read a text file, without a byte order mark.
 
     Raises:
-        BadInputError: If it is missing, unreadable or not UTF-8.
+        BadInputError: If it is missing, unreadable, not UTF-8, or a device, which may have no end.
     """
     try:
+        if path.is_char_device() and not path.samefile(os.devnull):
+            raise BadInputError(f"{path} is a device; name a file")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise BadInputError(f"no file of {what} at {path}; check the path") from None
