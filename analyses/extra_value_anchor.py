@@ -50,8 +50,11 @@ class Probabilities:
         rows: list[dict[str, Any]] = []
         for edit in edits:
             with edit.applied(study.model) as view:
-                found = [target_probabilities(view, fact, own) for own in self.tests.values()]
-            rows.append(dict(zip(self.tests, map(mean, found), strict=True)))
+                found = {
+                    kind: mean(target_probabilities(view, fact, contexts))
+                    for kind, contexts in self.tests.items()
+                }
+            rows.append(found)
         return rows
 
 

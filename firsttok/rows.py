@@ -45,18 +45,25 @@ DONE = "done"
 FAILED = "failed"
 """Status of a row that holds a reason instead."""
 FACT: Mapping[str, type] = {
-    **{"model": str, "case_id": int, "layer": int, "method": str, "status": str, "reason": str},
-    **{"subject": str, "prompt": str, "target_new": str, "target_true": str},
-    # Whether the looked-up token is the very first of the sequence, where BOS counts as a
-    # token; whether the subject is a single token.
-    **{"first_token": bool, "one_token": bool},
+    "model": str,
+    "case_id": int,
+    "layer": int,
+    "method": str,
+    "status": str,
+    "reason": str,
+    **dict.fromkeys(("subject", "prompt", "target_new", "target_true"), str),
+    # Whether the looked-up token is the very first of the sequence, where BOS counts as a token.
+    "first_token": bool,
+    # Whether the subject is a single token.
+    "one_token": bool,
 }
 """Columns of every row. ``layer`` is that of the study."""
 REPORT: Mapping[str, type] = {
     **dict.fromkeys(("numerator", "denominator", "raw_numerator", "raw_denominator"), float),
     **dict.fromkeys(("delta_norm", "mean_delta", "key_cosine", "key_norm_ratio"), float),
     # Loss evaluations of the value optimisation, and the loss of the last one.
-    **{"steps": int, "final_loss": float},
+    "steps": int,
+    "final_loss": float,
 }
 """Columns of the ROME family's report, see :func:`~firsttok.editing.solve_update`; other editors
 add columns of their own."""
@@ -64,7 +71,8 @@ METRIC_COLUMNS: Mapping[str, Mapping[str, type]] = {
     "perplexity": {"perplexity": float, "corpus_perplexity": float, "collapsed": bool},
     "accuracy": {
         **dict.fromkeys(("efficacy", "generalization", "locality"), float),
-        **{"prefix": str, "prefixed_efficacy": float},
+        "prefix": str,
+        "prefixed_efficacy": float,
     },
     "scores": dict.fromkeys(("es", "ps", "ns", "em", "pm", "nm", "score"), float),
     "generated": {"generated": str, "generated_exact": bool, "generated_first_words": bool},

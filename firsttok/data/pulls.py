@@ -87,7 +87,7 @@ def pull_data(
             if file_sha256(path) == record["sha256"]:
                 check(record["sha256"], str(path))
                 return path
-            logger.warning("%s is damaged and is fetched anew", path.name)
+            logger.warning("%s is damaged and is fetched again", path.name)
         part = path.with_name(f"{path.name}.part")
         download(address, part, report=_bar(progress, data_set.name))
         try:
@@ -111,7 +111,7 @@ def pull_data(
 
 
 def is_pulled_data(name: str) -> bool:
-    """Whether a data set lies in the cache; its bytes are checked when it is used."""
+    """Whether a data set is in the cache; its bytes are checked when it is used."""
     data_set = _named(name)
     path = None if data_set is None else cache_folder("data") / data_set.file_name
     return path is not None and path.is_file() and _read_record(path) is not None
@@ -142,7 +142,7 @@ def resolve_data(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> P
         raise BadInputError(absent if data_set.url else data_set.note)
     if file_sha256(cached) != record["sha256"]:
         raise DownloadError(
-            f"{cached} was changed since it was pulled; fetch it anew with: {command}"
+            f"{cached} was changed since it was pulled; fetch it again with: {command}"
         )
     return cached
 

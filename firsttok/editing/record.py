@@ -1,6 +1,7 @@
 """The record of an edit: what its file says besides the tensors."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -119,6 +120,11 @@ def edit_record(model: Mapping[str, Any], facts: Sequence[Fact], **more: Any) ->
     return cast("EditRecord", record)
 
 
+@cache
+def _saved_edit() -> TypeAdapter[SavedEdit]:
+    return TypeAdapter(SavedEdit)
+
+
 def checked_record(record: object) -> SavedEdit:
     """Return what the metadata of an edit's file hold, or are to hold.
 
@@ -126,7 +132,7 @@ def checked_record(record: object) -> SavedEdit:
         BadInputError: If a field is missing or of another type; names it.
     """
     try:
-        return TypeAdapter(SavedEdit).validate_python(record)
+        return _saved_edit().validate_python(record)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -121,7 +121,7 @@ def result_folders(out: Path) -> list[Path]:
 
 
 def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
-    """Put together what lies in a model's folder, compared with the other models' folders.
+    """Put together what a model's folder holds, compared with the other models' folders.
 
     Raises:
         BadInputError: If the folder holds no result, or a file is not what a script writes.
