@@ -121,7 +121,8 @@ def edit_record(model: Mapping[str, Any], facts: Sequence[Fact], **more: Any) ->
 
 
 @cache
-def _saved_edit() -> TypeAdapter[SavedEdit]:
+def _saved_edit() -> Any:
+    # Made on first use: it takes longer than all checks of a session.
     return TypeAdapter(SavedEdit)
 
 

@@ -156,9 +156,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _damaged(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Fields that are not what a sweep writes, as far as they are not only compared."""
-    for name in ("format", "seed"):
-        if type(manifest.get(name)) is not int:
-            yield name
     facts, methods = manifest.get("facts"), manifest.get("methods")
     if not _is_table(manifest.get("models"), dict):
         yield "models"
@@ -168,6 +165,9 @@ def _damaged(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "methods"
     if not _is_count(manifest.get("chunk"), 1):
         yield "chunk"
+    for name in ("format", "seed"):
+        if type(manifest.get(name)) is not int:
+            yield name
 
 
 def _is_table(found: Any, kind: type[Any]) -> TypeGuard[dict[str, Any]]:
