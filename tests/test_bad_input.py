@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
         "NaN or infinity",
     ),
     "empty corpus": (lambda p: p.edit("--corpus", p.file("c.txt", " \n")), "holds no text"),
-    "missing corpus": (lambda p: p.edit("--corpus", f"{p.folder}/no.txt"), "cannot be read"),
+    "missing corpus": (lambda p: p.edit("--corpus", f"{p.folder}/no.txt"), "no file of text at"),
     "texts without text": (
         lambda p: p.edit("--texts", p.file("t.json", [{"Corpus": "C4"}])),
         "record 0 is no sentence",
