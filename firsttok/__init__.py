@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firsttok.auditing import Audit, audit
+    from firsttok.circuits import Circuit, circuit
     from firsttok.contexts import ContextSet, load_contexts, sample_contexts
     from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
     from firsttok.editing import (
@@ -66,6 +67,7 @@ __all__ = [
     "ROME",
     "Audit",
     "BosPolicy",
+    "Circuit",
     "Comparison",
     "ContextSet",
     "Delta",
@@ -94,6 +96,7 @@ __all__ = [
     "builtin_facts",
     "builtin_sentences",
     "capture_keys",
+    "circuit",
     "compare_methods",
     "compute_edit",
     "compute_second_moment",

@@ -110,6 +110,15 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "--json")
 
 
+def _circuit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=DEFAULT_MODEL, help="name, hub id or folder"
+    )
+    add_shared(parser, "--bos", "--dtype", "--device", "--texts", "--json")
+    parser.add_argument("--seed", type=int, default=0, help="of contexts and random neurons")
+    parser.add_argument("--out", metavar="DIR", help="folder for JSON, a page and a figure")
+
+
 def _tokens(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_prompt_options(parser)
@@ -289,6 +298,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "models": (_models, "list the known models, or pull one"),
     "data": (_data, "list the published data sets, pull one, or make facts"),
     "inspect": (_inspect, "look at a model, and propose how to edit it"),
+    "circuit": (_circuit, "who makes the first token special, and who reads it"),
     "tokens": (_tokens, "show a prompt's tokens, the looked-up one marked"),
     "edit": (_edit, "edit one fact and show before and after"),
     "show": (_show, "show saved edits, and what they do to the model"),

@@ -1,0 +1,21 @@
+"""Who detects, writes, takes down and reads the first token's anomaly, in any decoder."""
+
+from firsttok.circuits.anatomy import Act, Carrier, Head, LayerState, Neuron, Step
+from firsttok.circuits.causes import KnockOut, Masked, Origin
+from firsttok.circuits.circuit import ActCircuit, Circuit, EditLayer, circuit
+
+__all__ = [
+    "Act",
+    "ActCircuit",
+    "Carrier",
+    "Circuit",
+    "EditLayer",
+    "Head",
+    "KnockOut",
+    "LayerState",
+    "Masked",
+    "Neuron",
+    "Origin",
+    "Step",
+    "circuit",
+]
