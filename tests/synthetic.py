@@ -185,6 +185,17 @@ def keyed(field: str, values: Mapping[Any, list[float]], **extra: Any) -> Rows:
     ]
 
 
+def acting(
+    first: float, later: float, ratio_first: float = 0.001, ratio_later: float = 2.0
+) -> Rows:
+    """Three cases; the last one alone has the given numbers."""
+    usual = {"original_perplexity": 70.0, "perplexity_first": 70.1, "rise_later": 1.0}
+    usual |= {"ratio_first": 0.0005, "ratio_later": 3.0}
+    odd = {"perplexity_first": first, "rise_later": later}
+    odd |= {"ratio_first": ratio_first, "ratio_later": ratio_later}
+    return [{"part": "where"} | row for row in (usual, usual, usual | odd)]
+
+
 def identity(cells: list[list[float]]) -> Rows:
     names = [(place, space) for place in ("first", "later") for space in ("without", "with")]
     return [
@@ -454,6 +465,18 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         # No anomaly in the first place.
         (NO, (masked(999.0, 9.0, 100.0, 5000.0), {})),
     ],
+    "own-collapse-later": [
+        (YES, (acting(76.9, 0.91), {})),
+        (PARTLY, (acting(77.1, 1.0), {})),
+        (PARTLY, (acting(70.0, 0.89), {})),
+        (NO, (acting(5e3, 0.1)[2:] * 3, {})),
+    ],
+    "own-collapse-gain": [
+        (YES, (acting(70.0, 1.0, 0.009, 0.51), {})),
+        (PARTLY, (acting(70.0, 1.0, 0.011, 0.51), {})),
+        (PARTLY, (acting(70.0, 1.0, 0.009, 0.49), {})),
+        (NO, (acting(70.0, 1.0, 0.5, 0.4)[2:] * 3, {})),
+    ],
     "own-mask-edit": [
         (YES, (keyed("key_from", KEYS, part="edit"), {})),
         (PARTLY, (keyed("key_from", KEYS | {SOURCES[1]: [*HIGH, *LOW]}, part="edit"), {})),
@@ -507,5 +530,6 @@ BY_SCRIPT: dict[str, Given] = {
     ),
     "extra_token_identity": (identity([HIGH, HIGH, LOW, LOW]), {}),
     "extra_value_anchor": anchored([0.9, 0.9], [0.1, 0.1]),
+    "extra_where_it_acts": (acting(70.2, 0.99), {}),
 }
 """One result of every script, on which all of its claims hold; but see ``figure8-llama``."""

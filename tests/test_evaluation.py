@@ -144,6 +144,37 @@ def test_a_last_token_is_run_only_where_others_see_it(
     assert found.per_sentence == pytest.approx(perplexity(model, SENTENCES).per_sentence, rel=1e-5)
 
 
+@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.parametrize("at", ["first", "later", "all"])
+def test_an_edit_acts_at_some_tokens_alone(arch: str, at: str, tiny: TinyFactory) -> None:
+    """As a hook that adds the update there to every sentence, run by itself."""
+    model = tiny(arch)
+    edit = strong_edit(model, layer=1)
+    found = prepare_texts(model, SENTENCES, layer=1).measure_edits(model, [edit, edit], at=at)
+    site, keys = model.site(1), dict[str, torch.Tensor]()
+
+    def keep(given: torch.Tensor, hook: Any) -> None:
+        keys["keys"] = given
+
+    def add(values: torch.Tensor, hook: Any) -> torch.Tensor:
+        change = edit.delta.change(keys["keys"])
+        where = torch.zeros(change.shape[1], 1, dtype=torch.bool)
+        where[0] = at != "later"
+        where[1:] = at != "first"
+        return values + change * where
+
+    with model.hooks([(site.key_hook, keep), (site.value_hook, add)]):
+        expected = [perplexity(model, [text]).mean for text in SENTENCES]
+    for measured in found:
+        assert measured.per_sentence == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_edit_acts_at_known_tokens_only(tiny: TinyFactory) -> None:
+    prepared = prepare_texts(tiny("gpt2"), SENTENCES, layer=1)
+    with pytest.raises(BadInputError, match="first or later tokens, not at 'subject'"):
+        prepared.measure_edits(tiny("gpt2"), [], at="subject")
+
+
 @pytest.mark.parametrize("most", [1, 100_000])
 def test_edits_side_by_side_or_one_by_one_measure_the_same(
     tiny: TinyFactory, most: int, monkeypatch: pytest.MonkeyPatch

@@ -35,6 +35,7 @@ DAMAGE_RATIO = 1.5
 """An edit that multiplies the perplexity by this or more has damaged the model."""
 _MAX_TOKENS = 1024
 _MAX_TOKENS_CUDA = 16_384
+_AT = ("all", "first", "later")
 _PLACES = 256
 """Places whose logits are in memory at once."""
 
@@ -102,13 +103,17 @@ class _Group:
     labels: Int[Tensor, "place"]
     tail: Tail
 
-    def nlls(self, model: Model, edits: Sequence[Edit]) -> list[dict[int, Tensor]]:
+    def nlls(self, model: Model, edits: Sequence[Edit], at: str) -> list[dict[int, Tensor]]:
         """NLLs of each sentence's tokens under each edit."""
         count = len(edits)
         tail = self.tail
         if count > 1:
             tail = tail.rows(torch.arange(len(self.indices), device=model.device).repeat(count))
         change = torch.cat([edit.delta.change(self.tail.keys) for edit in edits])
+        if at != "all":
+            # Padded on the right, every sentence begins in the first column.
+            change[:, 1:] *= at == "later"
+            change[:, :1] *= at == "first"
         where = self.where.repeat(count, 1)
         with model.running() as bridge:
             chunks = tail.logit_chunks(bridge, where, change, size=_PLACES, overwrite=True)
@@ -131,7 +136,9 @@ class PreparedTexts:
 
     @taken
     @torch.no_grad()
-    def measure_edits(self, model: Model, edits: Sequence[Edit]) -> list[Perplexity]:
+    def measure_edits(
+        self, model: Model, edits: Sequence[Edit], *, at: str = "all"
+    ) -> list[Perplexity]:
         """Measure the model under each edit alone, as if it stood in the weights.
 
         An edit enters as what it adds to the output of the edited layer's MLP, ``(k . u) r`` for
@@ -144,11 +151,18 @@ class PreparedTexts:
         Args:
             model: The model these texts were prepared on.
             edits: Edits of the layer they were prepared for.
+            at: Tokens whose MLP output an edit changes: ``all``, the ``first`` of the sequence
+                (BOS where there is one), or those ``later``.
 
         Raises:
             EditMismatchError: If an edit was made for another model, or the model is not as it was.
-            BadInputError: If an edit changes anything but the MLP's last matrix at that layer.
+            BadInputError: If an edit changes anything but the MLP's last matrix at that layer, or
+                if there are no such tokens.
         """
+        if at not in _AT:
+            raise BadInputError(
+                f"an edit acts at {', '.join(_AT[:-1])} or {_AT[-1]}, not at {at!r}"
+            )
         if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
             raise EditMismatchError(
                 f"{model.name} was changed at or below layer {self.layer} since the sentences were "
@@ -166,7 +180,9 @@ class PreparedTexts:
         for group in self.groups:
             together = max(1, most // group.where.numel())
             for start in range(0, len(edits), together):
-                for offset, found in enumerate(group.nlls(model, edits[start : start + together])):
+                for offset, found in enumerate(
+                    group.nlls(model, edits[start : start + together], at)
+                ):
                     nlls[start + offset] |= found
         return [_perplexity(found) for found in nlls]
 
