@@ -338,7 +338,7 @@ def test_an_experiment_of_one_s_own_is_one_file(
     claims = load_result(folder, "edit_size").claims
     assert claims is not None
     (judged,) = claims
-    assert f"{judged.label} (in no paper): {claim['sentence']}" in " ".join(
+    assert f"{judged.label} (in no paper found): {claim['sentence']}" in " ".join(
         capsys.readouterr().out.split()
     )
     assert main(["report", "--out", str(tmp_path / "out")]) == 0
@@ -346,6 +346,6 @@ def test_an_experiment_of_one_s_own_is_one_file(
     assert report.judged == (judged,)
     assert [each.heading for each in report.sections][-1] == "Norm of ROME's update"
     markdown = (folder / "README.md").read_text("utf-8")
-    assert f"{judged.label}** (in no paper): {claim['sentence']}" in markdown
+    assert f"{judged.label}** (in no paper found): {claim['sentence']}" in markdown
     assert claim["reason"] in markdown
     assert claim["reason"] in (folder / "index.html").read_text("utf-8")
