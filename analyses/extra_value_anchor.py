@@ -7,8 +7,8 @@ whether it matters. FC-ROME takes both from the prefixed mean. Measured on colla
 context seeds: behind the prefixes used for editing (as in Table 5) and behind prefixes of another
 seed, which the edit has not seen.
 
-A probability is read with the target given. Beside it, the model writes freely behind one prompt of
-each kind, as "The Mirage of Model Editing" (Yang et al. 2025) asks.
+A probability is read with the target given. Beside it, the edited models of the first seed write
+freely behind one prompt of each kind, as "The Mirage of Model Editing" (Yang et al. 2025) asks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,8 +48,8 @@ class Outcome:
 
     tests: dict[str, ContextSet]
     """Contexts of each kind."""
-    seed: int
-    """Seed of the draw of the one prompt that the model writes behind."""
+    draw: int | None
+    """Seed of the draw of the one prompt that is written behind; None if nothing is written."""
 
     name = "outcome"
     columns: ClassVar[Mapping[str, type]] = {
@@ -66,8 +66,10 @@ class Outcome:
             with edit.applied(study.model) as view:
                 for kind, contexts in self.tests.items():
                     found[kind] = mean(target_probabilities(view, fact, contexts))
+                    if self.draw is None:
+                        continue
                     drawn = (
-                        contexts.draw_prefix(fact, seed=self.seed) if contexts.prefixed else "{}"
+                        contexts.draw_prefix(fact, seed=self.draw) if contexts.prefixed else "{}"
                     )
                     match = generated_match(view, fact, context=drawn, tokens=TOKENS)
                     found[f"{kind}_text"] = " ".join(match.text.split())
@@ -85,7 +87,8 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
         contexts = options.sample_contexts(seed)
         templates = (contexts.prefixed, unseen.prefixed, ("{}",))
         tests = [ContextSet(templates=behind) for behind in templates]
-        outcome = Outcome(dict(zip(KINDS, tests, strict=True)), options.seed)
+        draw = seed if seed == options.seed else None
+        outcome = Outcome(dict(zip(KINDS, tests, strict=True)), draw)
         measured = measure_facts(
             options.study.varied(contexts=contexts),
             facts,
@@ -118,10 +121,11 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             values = pick(rows, kind, method=method.label)
             means = [mean(pick(rows, kind, method=method.label, seed=seed)) for seed in seeds]
             name = f"{method.label}, {kind.replace('_', ' ')}"
-            written = mean(pick(rows, f"{kind}_written", method=method.label))
+            written = pick(rows, f"{kind}_written", method=method.label, seed=options.seed)
+            count = f"{int(sum(written))} of {len(written)}"
             seeds_in_words = f"{min(means):.3f} to {max(means):.3f}"
             ends = [min(values), median(values), max(values)]
-            lines.append([name, mean(values), seeds_in_words, *ends, written])
+            lines.append([name, mean(values), seeds_in_words, *ends, count])
         ratios = [value / original for value in pick(rows, "perplexity", method=method.label)]
         name = f"{method.label}, perplexity / original"
         lines.append([name, mean(ratios), "", min(ratios), median(ratios), max(ratios), None])

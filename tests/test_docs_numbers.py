@@ -144,6 +144,20 @@ def test_probability_of_the_target(row: str, line: str) -> None:
         assert seeds == found("extra_value_anchor", f"{method}, {line}", "means of the seeds")
 
 
+def test_what_is_written_freely() -> None:
+    ((*ours, cases, one, two, three),) = re.findall(
+        r"begins with the target in (\d+), (\d+) and (\d+) of (\d+) cases after FC-ROME, "
+        r"and in (\d+), (\d+) and (\d+) after C-ROME",
+        " ".join(README.split()),
+    )
+    for method, counts in {"FC-ROME": ours, "C-ROME": [one, two, three]}.items():
+        for kind, count in zip(
+            ("editing prefixes", "held out prefixes", "bare"), counts, strict=True
+        ):
+            written = found("extra_value_anchor", f"{method}, {kind}", "written freely")
+            assert written == f"{count} of {cases}"
+
+
 @pytest.mark.parametrize(
     ("row", "line"),
     [
