@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
-from typing import Any, ClassVar
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.progress import Progress
@@ -36,6 +36,11 @@ METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
 KINDS = ("editing_prefixes", "held_out_prefixes", "bare")
+MEASURED: Mapping[str, type] = {
+    **dict.fromkeys(KINDS, float),
+    **{f"{kind}_text": str for kind in KINDS},
+    **{f"{kind}_written": bool for kind in KINDS},
+}
 TOKENS = 8
 """Tokens that the model writes: enough for an article and each built-in target."""
 FREE = "written freely"
@@ -52,11 +57,7 @@ class Outcome:
     """Seed of the draw of the one prompt that is written behind; None if nothing is written."""
 
     name = "outcome"
-    columns: ClassVar[Mapping[str, type]] = {
-        **dict.fromkeys(KINDS, float),
-        **{f"{kind}_text": str for kind in KINDS},
-        **{f"{kind}_written": bool for kind in KINDS},
-    }
+    columns = MEASURED
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Measure each edit; see :class:`~firsttok.metrics.Metric`."""
@@ -103,7 +104,7 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
                 "case_id": row.case_id,
                 "subject": row.subject,
                 "method": labels[row.method],
-                **{column: row[column] for column in Outcome.columns},
+                **{column: row[column] for column in MEASURED},
                 "perplexity": row.perplexity,
             }
             for row in measured
