@@ -1,7 +1,9 @@
-"""Token identity against position: "Arthur" and " Arthur", first and later. (In no paper.)
+"""Token identity against position: "Arthur" and " Arthur", first and later.
 
 Bare, the subject is the first token and carries no space; behind a prefix it does. Each of the four
-crossings gives a k^u, and ROME edits the model with it.
+crossings gives a k^u, and ROME edits the model with it. That attention sinks belong to the place is
+known (Xiao et al. 2023); what an edit does with such keys is not. Delimiters, which draw massive
+activations in some models (Sun et al. 2024), are no subjects, and are not tried.
 """
 
 from functools import partial
@@ -126,9 +128,9 @@ def place_makes_the_collapse(result: Result) -> Verdict:
 CLAIMS = (
     Claim(
         id="own-token-identity",
-        place="in no paper",
-        sentence="It is the place and not the token: with and without its leading space, the "
-        "subject collapses the model from the first place and from no later one.",
+        place="known for sinks by Xiao et al. 2023; here for edits",
+        sentence="For a subject it is the place and not the token: with and without its leading "
+        "space, it collapses the model from the first place and from no later one.",
         rule=f"Every edit with a k^u from the first place ends above {COLLAPSE_THRESHOLD:g}, in "
         "either spelling, and none with a k^u from a later place. Partly: at least half, and fewer "
         "than half, in each of the four crossings.",

@@ -1,9 +1,14 @@
-"""FC-ROME against C-ROME: does the new target come out behind prefixed prompts? (In no paper.)
+"""FC-ROME against C-ROME: does the new target come out behind prefixed prompts?
 
 The released C-ROME still takes the anchor of the value, v* = anchor + delta, and the norm that
-clamps delta, from the bare prompt. FC-ROME takes both from the prefixed mean. Measured on collapse
-cases over three context seeds: behind the prefixes used for editing (as in Table 5) and behind
-prefixes of another seed, which the edit has not seen.
+clamps delta, from the bare prompt. A comment in Gupta et al.'s released code (2024,
+unified-model-editing, rome/compute_v.py) asks whether that should be a mean over all prompts, and
+whether it matters. FC-ROME takes both from the prefixed mean. Measured on collapse cases over three
+context seeds: behind the prefixes used for editing (as in Table 5) and behind prefixes of another
+seed, which the edit has not seen.
+
+A probability is read with the target given. Beside it, the edited models of the first seed write
+freely behind one prompt of each kind, as "The Mirage of Model Editing" (Yang et al. 2025) asks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +23,10 @@ from rich.progress import Progress
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing import C_ROME, FC_ROME, Edit
-from firsttok.evaluation import target_probabilities
+from firsttok.evaluation import generated_match, target_probabilities
 from firsttok.measuring import measure_facts
 from firsttok.paper.cases import choose_cases
-from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, grade, spread
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import dots, figure
 from firsttok.paper.tables import Found, pick
@@ -31,29 +36,45 @@ METHODS = (C_ROME, FC_ROME)
 SEEDS = 3
 HELD_OUT_SEED = 1000
 KINDS = ("editing_prefixes", "held_out_prefixes", "bare")
-MEASURED: Mapping[str, type] = dict.fromkeys(KINDS, float)
+MEASURED: Mapping[str, type] = {
+    **dict.fromkeys(KINDS, float),
+    **{f"{kind}_text": str for kind in KINDS},
+    **{f"{kind}_written": bool for kind in KINDS},
+}
+TOKENS = 8
+"""Tokens that the model writes: enough for an article and each built-in target."""
+FREE = "written freely"
 HALF, UNCHANGED = 0.5, 1.1
 
 
 @dataclass(frozen=True)
-class Probabilities:
-    """Mean probability of the new target behind each kind of prompt."""
+class Outcome:
+    """The new target behind each kind of prompt: its mean probability, and what is written."""
 
     tests: dict[str, ContextSet]
     """Contexts of each kind."""
+    draw: int | None
+    """Seed of the draw of the one prompt that is written behind; None if nothing is written."""
 
-    name = "probabilities"
+    name = "outcome"
     columns = MEASURED
 
     def measure(self, study: Study, fact: Fact, edits: Sequence[Edit]) -> list[dict[str, Any]]:
         """Measure each edit; see :class:`~firsttok.metrics.Metric`."""
         rows: list[dict[str, Any]] = []
         for edit in edits:
+            found: dict[str, Any] = {}
             with edit.applied(study.model) as view:
-                found = {
-                    kind: mean(target_probabilities(view, fact, contexts))
-                    for kind, contexts in self.tests.items()
-                }
+                for kind, contexts in self.tests.items():
+                    found[kind] = mean(target_probabilities(view, fact, contexts))
+                    if self.draw is None:
+                        continue
+                    drawn = (
+                        contexts.draw_prefix(fact, seed=self.draw) if contexts.prefixed else "{}"
+                    )
+                    match = generated_match(view, fact, context=drawn, tokens=TOKENS)
+                    found[f"{kind}_text"] = " ".join(match.text.split())
+                    found[f"{kind}_written"] = match.first_words
             rows.append(found)
         return rows
 
@@ -67,12 +88,13 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
         contexts = options.sample_contexts(seed)
         templates = (contexts.prefixed, unseen.prefixed, ("{}",))
         tests = [ContextSet(templates=behind) for behind in templates]
-        probabilities = Probabilities(dict(zip(KINDS, tests, strict=True)))
+        draw = seed if seed == options.seed else None
+        outcome = Outcome(dict(zip(KINDS, tests, strict=True)), draw)
         measured = measure_facts(
             options.study.varied(contexts=contexts),
             facts,
             METHODS,
-            metrics=["perplexity", probabilities],
+            metrics=["perplexity", outcome],
             progress=progress,
             label=f"context seed {seed}",
         )
@@ -82,7 +104,7 @@ def measure_edits(options: ScriptOptions, progress: Progress) -> list[dict[str, 
                 "case_id": row.case_id,
                 "subject": row.subject,
                 "method": labels[row.method],
-                **{kind: row[kind] for kind in KINDS},
+                **{column: row[column] for column in MEASURED},
                 "perplexity": row.perplexity,
             }
             for row in measured
@@ -99,16 +121,19 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         for kind in KINDS:
             values = pick(rows, kind, method=method.label)
             means = [mean(pick(rows, kind, method=method.label, seed=seed)) for seed in seeds]
-            spread = f"{min(means):.3f} to {max(means):.3f}"
             name = f"{method.label}, {kind.replace('_', ' ')}"
-            lines.append([name, mean(values), spread, min(values), median(values), max(values)])
+            written = pick(rows, f"{kind}_written", method=method.label, seed=options.seed)
+            count = f"{int(sum(written))} of {len(written)}"
+            seeds_in_words = f"{min(means):.3f} to {max(means):.3f}"
+            ends = [min(values), median(values), max(values)]
+            lines.append([name, mean(values), seeds_in_words, *ends, count])
         ratios = [value / original for value in pick(rows, "perplexity", method=method.label)]
         name = f"{method.label}, perplexity / original"
-        lines.append([name, mean(ratios), "", min(ratios), median(ratios), max(ratios)])
+        lines.append([name, mean(ratios), "", min(ratios), median(ratios), max(ratios), None])
     cases = len({row["case_id"] for row in rows})
     return Found(
         title=f"Probability of the new target on {cases} collapse cases, {SEEDS} context seeds",
-        columns=["", "mean", "means of the seeds", "min", "median", "max"],
+        columns=["", "mean", "means of the seeds", "min", "median", "max", FREE],
         lines=lines,
         rows=rows,
         provenance={
@@ -149,22 +174,16 @@ def anchor_writes(result: Result) -> Verdict:
         min(ours) >= HALF and max(theirs) < HALF and worst <= UNCHANGED,
         all(mine > other for mine, other in zip(ours, theirs, strict=True)),
         f"Behind prefixes the edit has not seen, the new target's mean probability is "
-        f"{spread_of(ours)} with FC-ROME and {spread_of(theirs)} with C-ROME ({cases} cases, "
+        f"{spread(ours)} with FC-ROME and {spread(theirs)} with C-ROME ({cases} cases, "
         f"{len(seeds)} context seeds); FC-ROME's highest perplexity is {worst:.3f} times the "
         "original.",
     )
 
 
-def spread_of(values: list[float]) -> str:
-    if len(values) == 1:
-        return fixed(values[0])
-    return f"{fixed(min(values))} to {fixed(max(values))}"
-
-
 CLAIMS = (
     Claim(
         id="own-value-anchor",
-        place="in no paper",
+        place="asked in code by Gupta et al. 2024; answered here",
         sentence="What keeps C-ROME from writing is the anchor of the value, taken from the bare "
         "prompt: FC-ROME, which takes it from the prefixed ones, writes, and spares the model, "
         "too.",

@@ -61,8 +61,9 @@ _READING = """
 *Site error* is the largest relative difference between `key @ W + b` and what the MLP put out, over
 all layers, on real text. *Replay* is what has to run again to measure an edit: the blocks `above`
 it, those `from` it on, or the `whole` model. The anomaly is that of the text's first token, behind
-BOS where the tokenizer puts one. Random weights are no language model: they show that an
-architecture can be edited, and a prediction on them means nothing, as the tool says, too.
+BOS where the tokenizer puts one; BOS itself is one token in all texts, so that of it only a massive
+residual stream is told. Random weights are no language model: they show that an architecture can be
+edited, and a prediction on them means nothing, as the tool says, too.
 """.splitlines()
 
 
@@ -149,9 +150,14 @@ def line_of(path: Path) -> str:
     """A model's line of the table."""
     record: Any = read_json(path, "an inspection")
     shape, found = record["architecture"], record["forecast"]
-    own = record["first_tokens"][0]
+    own, *others = record["first_tokens"]
     layers = own["anomalous"]
     anomaly = f"{len(layers)} of {shape['layers']} layers" if layers else "none"
+    massive = [
+        layer for view in others if view["what"] == "BOS itself" for layer in view["massive"]
+    ]
+    if massive:
+        anomaly += f"; BOS massive in {len(massive)}"
     worst = max(site["error"] for site in record["sites"])
     rome = f"{found['predicted']} of {len(found['facts'])} predicted"
     if found["edited"]:

@@ -116,8 +116,8 @@ attention = ft.probe(study, fact, "attention")
 attention
 
 # %% [markdown]
-# A token that attends to nothing but itself has the anomalous key, wherever it stands. That is what is
-# special about the first token.
+# On this model a token that attends to nothing but itself has the anomalous key, the first one and this later
+# one. Of attention sinks that was known; here it decides on an edit.
 
 # %%
 denominator = {row["k^u from"]: abs(row["denominator"]) for row in attention.rows}

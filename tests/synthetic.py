@@ -164,15 +164,24 @@ def bos(without: list[float], with_bos: list[float], same: float | None = None) 
     ]
 
 
-def masked(first: float, opened: float, other: float, closed: float) -> Rows:
-    norms = {
-        ("none", 0): first,
-        ("first sees all", 0): opened,
-        ("none", 3): other,
-        ("later sees itself only", 3): closed,
-    }
+def masked(
+    first: float, opened: float, other: float, closed: Iterable[float], spread: float = 1e4
+) -> Rows:
+    """Tokens whose keys are the closer together, the longer their residual stream.
+
+    ``spread`` is D of the keys of a later token that sees itself only, times its norm.
+    """
+    norms = {("none", 0): first, ("first sees all", 0): opened}
+    for place, norm in enumerate(closed, start=1):
+        norms |= {("none", place): other, ("later sees itself only", place): norm}
     return [
-        {"part": "state", "intervention": name, "place": place, "residual_norm": norm}
+        {
+            "part": "state",
+            "intervention": name,
+            "place": place,
+            "residual_norm": norm,
+            "concentration": (spread if name.startswith("later") else 1e4) / norm,
+        }
         for (name, place), norm in norms.items()
     ]
 
@@ -458,12 +467,17 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (NOT_JUDGED, (layers([1.0, 0.1]), {"edited_layer": 1, "model": {"name": "gpt2-xl"}})),
     ],
     "own-mask-state": [
-        (YES, (masked(1000.0, 100.0, 100.0, 1000.0), {})),
-        (PARTLY, (masked(1000.0, 101.0, 100.0, 1000.0), {})),
-        (PARTLY, (masked(1000.0, 100.0, 100.0, 999.0), {})),
-        (NO, (masked(1000.0, 101.0, 100.0, 999.0), {})),
+        (YES, (masked(1000.0, 100.0, 100.0, [1000.0, 2000.0, 1000.0]), {})),
+        (PARTLY, (masked(1000.0, 101.0, 100.0, [1000.0, 1000.0]), {})),
+        # One place at which it does not come, and one at which alone it comes.
+        (PARTLY, (masked(1000.0, 100.0, 100.0, [1000.0, 999.0]), {})),
+        (PARTLY, (masked(1000.0, 101.0, 100.0, [999.0, 1000.0]), {})),
+        (PARTLY, (masked(1000.0, 100.0, 100.0, [999.0, 999.0]), {})),
+        (NO, (masked(1000.0, 101.0, 100.0, [999.0, 999.0]), {})),
+        # The spike without the keys' concentration.
+        (NO, (masked(1000.0, 101.0, 100.0, [1000.0, 1000.0], spread=1.1e4), {})),
         # No anomaly in the first place.
-        (NO, (masked(999.0, 9.0, 100.0, 5000.0), {})),
+        (NO, (masked(999.0, 9.0, 100.0, [5000.0]), {})),
     ],
     "own-collapse-later": [
         (YES, (acting(76.9, 0.91), {})),
@@ -525,7 +539,7 @@ BY_SCRIPT: dict[str, Given] = {
     "figure7_without_bos": (bos(HIGH, LOW), {}),
     "figure8_concentration": (layers([1.0, 0.5, 0.01]), _LLAMA),
     "extra_attention_mask": (
-        masked(1000.0, 10.0, 10.0, 1000.0) + keyed("key_from", KEYS, part="edit"),
+        masked(1000.0, 10.0, 10.0, [1000.0] * 10) + keyed("key_from", KEYS, part="edit"),
         {},
     ),
     "extra_token_identity": (identity([HIGH, HIGH, LOW, LOW]), {}),

@@ -35,6 +35,7 @@ from firsttok.paper.inconsistencies import find_inconsistencies, fits_count, pri
 from firsttok.paper.registry import SCRIPTS
 from firsttok.paper.report import load_result
 
+FIGURES = Path(__file__).parent.parent / "figures"
 BY_ID = {claim.id: claim for claim in CLAIMS}
 
 
@@ -125,6 +126,13 @@ def test_claims_of_one_script_hold_on_the_same_rows() -> None:
         # without them leaves nothing to explain.
         wanted = {"figure8-llama": NO, "own-encoder-place": NOT_JUDGED}.get(claim.id, YES)
         assert judge(claim, result(claim, rows, **named)).status == wanted
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("folder", ["smollm2-135m", "gemma3-270m"])
+def test_committed_verdicts_are_what_the_rules_come_to(name: str, folder: str) -> None:
+    found = load_result(FIGURES / folder, name)
+    assert found.claims == tuple(judge(claim, found) for claim in CLAIMS_OF[name])
 
 
 def test_rows_are_only_read() -> None:

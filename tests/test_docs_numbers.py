@@ -144,6 +144,20 @@ def test_probability_of_the_target(row: str, line: str) -> None:
         assert seeds == found("extra_value_anchor", f"{method}, {line}", "means of the seeds")
 
 
+def test_what_is_written_freely() -> None:
+    ((*ours, cases, one, two, three),) = re.findall(
+        r"begins with the target in (\d+), (\d+) and (\d+) of (\d+) cases after FC-ROME, "
+        r"and in (\d+), (\d+) and (\d+) after C-ROME",
+        " ".join(README.split()),
+    )
+    for method, counts in {"FC-ROME": ours, "C-ROME": [one, two, three]}.items():
+        for kind, count in zip(
+            ("editing prefixes", "held out prefixes", "bare"), counts, strict=True
+        ):
+            written = found("extra_value_anchor", f"{method}, {kind}", "written freely")
+            assert written == f"{count} of {cases}"
+
+
 @pytest.mark.parametrize(
     ("row", "line"),
     [
@@ -159,6 +173,72 @@ def test_where_the_key_comes_from(row: str, line: str) -> None:
     for column, value in enumerate(values[:2], start=1):
         assert agrees(readme_cell(row, column), value), (row, column)
     assert readme_cell(row, 3) == values[2]
+
+
+def test_states_under_the_mask() -> None:
+    words, script = " ".join(README.split()), "extra_attention_mask"
+    ((first, last, layer, sentences, *norms, usual, opened, handed, all_sentences),) = re.findall(
+        r"at each of the places (\d+) to (\d+) \(layer (\d+), (\d+) sentences\): .* "
+        r"from between (\d+) and (\d+) to between ([\d ]+) and ([\d ]+), "
+        r"as large as the first token's ([\d ]+), .* norm falls to (\d+) once .* "
+        r"in (\d+) of (\d+) sentences one of tokens 1 to 10 becomes massive",
+        words,
+    )
+    rows = json.loads((FIGURES / f"{script}.json").read_text("utf-8"))["rows"]
+    states = [row for row in rows if row["part"] == "state"]
+    assert {(row["layer"], row["n"]) for row in states} == {(int(layer), int(sentences))}
+    for name, (low, high) in {"none": norms[:2], "later sees itself only": norms[2:]}.items():
+        found_norms = {
+            row["place"]: row["residual_norm"]
+            for row in states
+            if row["intervention"] == name and row["place"]
+        }
+        assert list(found_norms) == list(range(int(first), int(last) + 1))
+        assert agrees(low, min(found_norms.values()))
+        assert agrees(high, max(found_norms.values()))
+    assert agrees(usual, found(script, "token 0, none", "residual norm"))
+    assert agrees(opened, found(script, "token 0, first sees all", "residual norm"))
+    largest = "largest of tokens 1 to 10"
+    assert f"{handed} of {all_sentences}" == found(script, f"{largest}, first sees all", "massive")
+    assert found(script, f"{largest}, none", "massive") == f"0 of {all_sentences}"
+
+
+def test_spike_and_collapse_are_two_things() -> None:
+    rows = json.loads((FIGURES / "figure7_without_bos.json").read_text("utf-8"))["rows"]
+    at = {(row["subject"], row["bos"]): row for row in rows}
+    ((norm, perplexity),) = re.findall(
+        r"Google as a first token has ([\d ]+) and ends at a perplexity of (\d+)",
+        " ".join(README.split()),
+    )
+    assert agrees(norm, at["Google", "without"]["residual_norm"])
+    assert agrees(perplexity, at["Google", "without"]["perplexity"])
+    plants = at["Plants", "with"]
+    assert plants["collapsed"]
+    assert plants["residual_norm"] < at["Google", "without"]["residual_norm"] / 100
+
+
+def test_where_gemma_is_massive() -> None:
+    ((bos, layer, others),) = re.findall(
+        r"a norm of ([\d ]+) behind layer (\d+), where other tokens have ([\d ]+)\)",
+        " ".join(README.split()),
+    )
+    record = json.loads((FIGURES.parent / "inspect" / "gemma3-270m.json").read_text("utf-8"))
+    views = {view["what"]: view for view in record["first_tokens"]}
+    row = views["BOS itself"]["layers"][int(layer)]
+    assert record["provenance"]["layer"] == row["layer"] == int(layer)
+    assert agrees(bos, row["residual_first"])
+    assert agrees(others, row["residual_subsequent"])
+    assert row["layer"] in views["BOS itself"]["massive"]
+    assert not any(view["massive"] for what, view in views.items() if what != "BOS itself")
+
+
+def test_norms_of_both_acts() -> None:
+    ((low, first, high, second),) = re.findall(
+        r"a norm of (\d+) behind layer (\d+), and of ([\d ]+) behind layer (\d+) \(\[figure",
+        " ".join(README.split()),
+    )
+    for written, line in ((low, f"layer {first}"), (high, f"layer {second}, edited")):
+        assert agrees(written, found("figure8_concentration", line, "norm, first"))
 
 
 def test_counts_of_the_scan() -> None:

@@ -8,24 +8,29 @@ import runpy
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from running import in_a_process, in_this_process
 from synthetic import CLAIMS_OF
-from tiny import CONTEXTS, FACTS, SENTENCES, build
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build
 
 from firsttok.cli import main
 from firsttok.console import progress_bar
+from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_facts
-from firsttok.editing import find_method
+from firsttok.editing import C_ROME, compute_edit, find_method
+from firsttok.evaluation import continuation
 from firsttok.paper.cases import all_listed_cases, load_collapse_ids
 from firsttok.paper.claims import Claim, GapError
 from firsttok.paper.experiment import parse_script
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.report import build_report, load_result
+from firsttok.second_moment import SecondMoment
 from firsttok.storage import read_json, write_record
+from firsttok.study import Study
 from firsttok.sweep.results import read_run
 
 ROOT = Path(__file__).parent.parent
@@ -266,6 +271,57 @@ def test_scripts_say_what_they_cannot_do(
     assert not (out / "llama" / f"{name}.json").exists()
 
 
+def test_the_mask_needs_sentences_that_reach_its_places(
+    setting: dict[str, Path], cases: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps(["Rome is.", "Japan is."]), "utf-8")
+    script, out = str(ANALYSES / "extra_attention_mask.py"), tmp_path / "out"
+    changed = setting | {"texts": texts, "out": out}
+    result = run(changed, script, "--cases", str(cases), expected=2)
+    assert "no sentence of --texts has a token at place 10; give longer ones" in result.stderr
+    assert not (out / "llama" / "extra_attention_mask.json").exists()
+
+
+def test_edited_models_write_freely_behind_one_prompt_of_each_kind(tiny: TinyFactory) -> None:
+    anchor = import_module("analyses.extra_value_anchor")
+    model = tiny("llama")
+    study = Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(48),
+        layer=2,
+        hyperparameters=replace(model.hyperparameters, steps=3),
+        texts=SENTENCES,
+    )
+    templates = ("Yes. {}", "It rained. {}", "{}")
+    tests = {
+        kind: ContextSet(templates=(template,))
+        for kind, template in zip(anchor.KINDS, templates, strict=True)
+    }
+    fact = MORE_FACTS[0]
+    edit = compute_edit(
+        model,
+        fact,
+        method=C_ROME,
+        contexts=CONTEXTS,
+        second_moment=study.second_moment,
+        layer=study.layer,
+        hyperparameters=study.hyperparameters,
+    )
+    view = model.edited(edit)
+    for kind, template in zip(anchor.KINDS, templates, strict=True):
+        text = continuation(view, template.format(fact.prompt), tokens=anchor.TOKENS)
+        first = text.split()[0]
+        for target, expected in ((first, True), (f"{first}{first}", False)):
+            asked = replace(fact, target_new=target)
+            (row,) = anchor.Outcome(tests, 0).measure(study, asked, [edit])
+            assert row[f"{kind}_written"] is expected
+            assert row[f"{kind}_text"].startswith(first)
+    (silent,) = anchor.Outcome(tests, None).measure(study, fact, [edit])
+    assert silent.keys() == set(anchor.KINDS)
+
+
 def test_the_encoder_of_an_encoder_decoder_is_contrasted_too(
     setting: dict[str, Path], cases: Path
 ) -> None:
@@ -338,7 +394,7 @@ def test_an_experiment_of_one_s_own_is_one_file(
     claims = load_result(folder, "edit_size").claims
     assert claims is not None
     (judged,) = claims
-    assert f"{judged.label} (in no paper): {claim['sentence']}" in " ".join(
+    assert f"{judged.label} (in no paper found): {claim['sentence']}" in " ".join(
         capsys.readouterr().out.split()
     )
     assert main(["report", "--out", str(tmp_path / "out")]) == 0
@@ -346,6 +402,6 @@ def test_an_experiment_of_one_s_own_is_one_file(
     assert report.judged == (judged,)
     assert [each.heading for each in report.sections][-1] == "Norm of ROME's update"
     markdown = (folder / "README.md").read_text("utf-8")
-    assert f"{judged.label}** (in no paper): {claim['sentence']}" in markdown
+    assert f"{judged.label}** (in no paper found): {claim['sentence']}" in markdown
     assert claim["reason"] in markdown
     assert claim["reason"] in (folder / "index.html").read_text("utf-8")

@@ -72,6 +72,23 @@ def table(
     return f"{_markdown(shown, rows)}\n\nMade with `{command(script, model)}`."
 
 
+def row(script: str, column: str, model: str = MODEL, **match: str) -> str:
+    """One number of the measured rows: of the one whose other columns have the given values."""
+    rows = _result(script, model)["rows"]
+    found = [each for each in rows if all(each[name] == match[name] for name in match)]
+    if len(found) != 1:
+        raise LookupError(f"{script} of {model} has {len(found)} rows with {match}")
+    return cell_text(found[0][column])
+
+
+def inspected(model: str, what: str, column: str) -> str:
+    """What inspecting a model found of a token at the layer that it proposes."""
+    record = json.loads((FIGURES / "inspect" / f"{model}.json").read_text("utf-8"))
+    (found,) = [view for view in record["first_tokens"] if view["what"] == what]
+    (at,) = [each for each in found["layers"] if each["layer"] == record["provenance"]["layer"]]
+    return cell_text(at[column])
+
+
 def command(script: str, model: str = MODEL) -> str:
     """The command that made a script's result."""
     return str(_result(script, model)["provenance"]["command"])
@@ -134,6 +151,12 @@ def verdict(claim: str, model: str = MODEL) -> str:
     return found.label
 
 
+def claim(claim: str, model: str = MODEL) -> str:
+    """A claim, what was known of it, and the verdict."""
+    (found,) = [judged for judged in _report(model).judged if judged.id == claim]
+    return f"{found.sentence} (*{found.label}*; {found.place})"
+
+
 def verdicts(*, own: bool, model: str = MODEL) -> str:
     """All claims of the paper, or of our own, with what was measured."""
     found = [judged for judged in _report(model).judged if judged.own == own]
@@ -178,12 +201,15 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         cell,
+        claim,
         command,
         contexts,
         differing,
         highest_unedited,
         inconsistencies,
+        inspected,
         reason,
+        row,
         scanned,
         screened,
         screening_seconds,

@@ -109,7 +109,10 @@ FC_ROME = Method(
     denominator=Slot.PREFIXED_MEAN,
     anchor=Slot.PREFIXED_MEAN,
 )
-"""Fully consistent: the anchor of the value is prefixed too. In no paper."""
+"""Fully consistent: the anchor of the value is prefixed too.
+
+In no paper found; a comment in the code of "A Unified Framework for Model Editing" (Gupta et al.
+2024, ``rome/compute_v.py``) asks whether it should be."""
 
 METHODS: tuple[Method, ...] = (ROME, C_ROME, P_ROME, FC_ROME)
 

@@ -36,6 +36,7 @@ __all__ = [
     "pair_of",
     "require",
     "share",
+    "spread",
     "swapped",
     "tally",
 ]
@@ -93,12 +94,12 @@ class Statement:
     id: str
     """Short name, unique."""
     place: str
-    """Where the paper makes it (``Table 1``)."""
+    """Where the paper makes it (``Table 1``); of a claim of ours, what was known of it before."""
     sentence: str
     rule: str
     """The rule that decides on it in words, thresholds included."""
     own: bool = False
-    """Whether the claim is ours and in no paper."""
+    """Whether the claim is ours, and not one of the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +259,12 @@ def fixed(value: float) -> str:
     if size >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if size >= 0.1 or size == 0 else f"{value:.4f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The smallest and the largest of some numbers, as :func:`fixed` shows them."""
+    ends = dict.fromkeys(fixed(end) for end in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def share(perplexities: Sequence[float]) -> float:

@@ -1,8 +1,10 @@
-"""What a token may attend to, changed in the same causal weights (in no paper).
+"""What a token may attend to, changed in the same causal weights.
 
 The paper's first hypothesis is that the first token is anomalous because it can interact with no
 other token (Section 3.2, "Analysis"). The T5 contrast tests it on another model; these
-interventions test it on one and the same.
+interventions test it on one and the same. For attention sinks masks have been changed before, in
+training (Gu et al. 2024) and in a trained model (Li et al. 2026); what such a token's key does to
+an edit we found in no paper.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """Other tokens in the subject's place: with a space, without one, or behind BOS.
 
-"Arthur" and " Arthur" are different tokens (in no paper). The released code compares a subject at
+"Arthur" and " Arthur" are different tokens. The released code compares a subject at
 the very beginning with the same subject behind a prefix; there it also carries a leading space,
 which makes it another token. Here the two are crossed, so that each effect stands alone.
 """
