@@ -33,8 +33,8 @@ from firsttok.tensors import TokenBatch
 
 WORDS = {"first": "update at first tokens", "later": "at later tokens", "all": "at all tokens"}
 PLACES = tuple(WORDS)
-CARRIED = 4
-SENTENCES = 16
+CARRIED = 3
+SENTENCES = 8
 KINDS = ("attention", "mlp")
 WHOLE_KINDS = ("none", "all attention", "all MLPs", "all")
 UNHARMED, WHOLE = 1.1, 0.9
@@ -196,7 +196,17 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             f"no listed case collapses {study.model.label} here; make the list again with: "
             "firsttok scan"
         )
-    rows = [*measure_places(study, edits), *measure_carriers(study, edits[:CARRIED])]
+    rows: list[dict[str, Any]] = []
+    some, above = edits[:CARRIED], study.model.n_layers - study.layer - 1
+    task = progress.add_task("places", total=len(edits))
+    for row in measure_places(study, edits):
+        rows.append(row)
+        progress.advance(task)
+    passes = len(some) * (len(WHOLE_KINDS) + len(KINDS) * above)
+    task = progress.add_task("sublayers", total=passes)
+    for row in measure_carriers(study, some):
+        rows.append(row)
+        progress.advance(task)
     where = [row for row in rows if row["part"] == "where"]
     lines: list[list[object]] = [
         [

@@ -89,6 +89,12 @@ def inspected(model: str, what: str, column: str) -> str:
     return cell_text(at[column])
 
 
+def circuit(model: str = MODEL) -> str:
+    """What ``firsttok circuit`` found on a model, a sentence a line."""
+    found = [f"- {sentence}" for sentence in _result("circuit", model)["verdict"]]
+    return "\n".join([*found, "", f"Made with `firsttok circuit {model} --out figures`."])
+
+
 def command(script: str, model: str = MODEL) -> str:
     """The command that made a script's result."""
     return str(_result(script, model)["provenance"]["command"])
@@ -201,6 +207,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         cell,
+        circuit,
         claim,
         command,
         contexts,
