@@ -27,6 +27,12 @@ from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
 
 
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from a tenth of the resamples: twice two thousand scores take seconds."""
+    monkeypatch.setattr("firsttok.screening.RESAMPLES", 200)
+
+
 def study_of(model: Model, folder: Path) -> Study:
     """A study with a second moment of its own."""
     return Study(
