@@ -54,6 +54,7 @@ jaxtyping.jaxtyped = checked
 jaxtyping.install_import_hook("firsttok", "beartype.beartype")
 
 import firsttok.data.fact_files  # noqa: E402
+import firsttok.evaluation  # noqa: E402
 
 # The same facts each time, and a second to read under type checks: every module gets this one.
 firsttok.data.fact_files.builtin_facts = cache(firsttok.data.builtin_facts)
@@ -64,9 +65,11 @@ from tiny import TinyFactory, build, load_tiny  # noqa: E402
 from firsttok.models import Model, load  # noqa: E402
 
 LONGEST = (
-    *("test_docs_code", "test_notebooks", "test_user_types", "test_golden", "test_scripts"),
-    *("test_naive", "test_identity", "test_sweep", "test_packaging", "test_inspection"),
-    *("test_docs", "test_trials", "test_tracing", "test_kept_files", "test_results"),
+    *("test_golden", "test_identity", "test_notebooks", "test_scripts", "test_naive"),
+    *("test_docs_code", "test_sweep", "test_tracing", "test_inspection", "test_cli"),
+    *("test_user_types", "test_screening", "test_fuzz", "test_results", "test_packaging"),
+    *("test_evaluation", "test_value", "test_keys", "test_docs", "test_trials"),
+    *("test_kept_files", "test_cluster"),
 )
 """Files that take longest. They are begun first, so that nobody waits for one at the end."""
 _THREADS = torch.get_num_threads()
@@ -117,6 +120,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("FIRSTTOK_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An observation goes on with two tokens: no test that asks for this one reads which."""
+    shorter = partial(firsttok.evaluation.continuation, tokens=2)
+    monkeypatch.setattr("firsttok.exploration.continuation", shorter)
 
 
 @pytest.fixture(params=[False, True], ids=["fast", "plain"])
