@@ -1,18 +1,60 @@
 """Fixtures; every jaxtyping annotation of firsttok is checked by beartype while the tests run."""
 
 import os
-from functools import cache
+from dataclasses import is_dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from beartype import beartype
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-install_import_hook("firsttok", "beartype.beartype")
+_jaxtyped: Any = jaxtyping.jaxtyped
+
+
+def _is_shape(hint: Any) -> bool:
+    """Whether a shape is anywhere in an annotation."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return True
+    parts = hint if isinstance(hint, list) else get_args(hint)
+    return any(map(_is_shape, parts))
+
+
+def checked(thing: Any = None, *, typechecker: Any) -> Any:
+    """What checks a function or a dataclass: shapes by jaxtyping, all else by beartype alone.
+
+    jaxtyping binds the arguments of every call to their names, and makes its checks of an inner
+    function at each call of the outer one. For functions without a shape that was a third of the
+    time that tests of tiny models took. Of those, inner ones are left to basedpyright.
+    """
+    if thing is None:
+        return partial(checked, typechecker=typechecker)
+    function = thing.__init__ if isinstance(thing, type) else thing
+    try:
+        hints = get_type_hints(function).values()
+    except (NameError, TypeError):
+        # Imported for type checkers only: jaxtyping leaves these out, and checks the others.
+        hints = [jaxtyping.AbstractArray]
+    if any(map(_is_shape, hints)):
+        return _jaxtyped(thing, typechecker=typechecker)
+    if "<locals>" in thing.__qualname__:
+        return thing
+    if not isinstance(thing, type):
+        return beartype(thing)
+    if is_dataclass(thing):
+        setattr(thing, "__init__", beartype(function))  # noqa: B010
+    return thing
+
+
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook("firsttok", "beartype.beartype")
 
 import firsttok.data.fact_files  # noqa: E402
+import firsttok.evaluation  # noqa: E402
 
 # The same facts each time, and a second to read under type checks: every module gets this one.
 firsttok.data.fact_files.builtin_facts = cache(firsttok.data.builtin_facts)
@@ -23,9 +65,11 @@ from tiny import TinyFactory, build, load_tiny  # noqa: E402
 from firsttok.models import Model, load  # noqa: E402
 
 LONGEST = (
-    *("test_docs_code", "test_notebooks", "test_user_types", "test_golden", "test_scripts"),
-    *("test_naive", "test_identity", "test_sweep", "test_packaging", "test_inspection"),
-    *("test_docs", "test_trials", "test_tracing", "test_kept_files", "test_results"),
+    *("test_golden", "test_identity", "test_notebooks", "test_scripts", "test_naive"),
+    *("test_docs_code", "test_sweep", "test_tracing", "test_inspection", "test_cli"),
+    *("test_user_types", "test_screening", "test_fuzz", "test_results", "test_packaging"),
+    *("test_evaluation", "test_value", "test_keys", "test_docs", "test_trials"),
+    *("test_kept_files", "test_cluster"),
 )
 """Files that take longest. They are begun first, so that nobody waits for one at the end."""
 _THREADS = torch.get_num_threads()
@@ -76,6 +120,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("FIRSTTOK_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An observation goes on with two tokens: no test that asks for this one reads which."""
+    shorter = partial(firsttok.evaluation.continuation, tokens=2)
+    monkeypatch.setattr("firsttok.exploration.continuation", shorter)
 
 
 @pytest.fixture(params=[False, True], ids=["fast", "plain"])

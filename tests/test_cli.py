@@ -22,6 +22,7 @@ from firsttok.models import CATALOG, load
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.second_moment import SecondMoment
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
 FACT = ["--subject", "England", "--template", "{}'s capital city is", "--target", "Berlin"]
 CONTEXTS = ["{}", "The answer. {}", "I know. {}"]
 

@@ -91,7 +91,7 @@ def test_a_lost_node_loses_no_row(two_nodes: Any, study: Study, tmp_path: Path) 
     (other,) = two_nodes.worker_nodes
     killed: list[int] = []
 
-    cases = facts(60)
+    cases = facts(36)
     with connected(two_nodes.address) as ray:
         two_nodes.wait_for_nodes()
         working = engine(ray, study)
@@ -106,7 +106,7 @@ def test_a_lost_node_loses_no_row(two_nodes: Any, study: Study, tmp_path: Path) 
                         two_nodes.remove_node(other, allow_graceful=False)
                         killed.append(done.index)
 
-        assert sweep(tmp_path / "ray", cases, Killing(), size=3) == 20
+        assert sweep(tmp_path / "ray", cases, Killing(), size=3) == 12
     assert len(killed) == 1
     torch.set_num_threads(1)
     sweep(tmp_path / "local", cases, LocalEngine(study=study, plan=PLAN), size=3)

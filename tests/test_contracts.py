@@ -1,10 +1,15 @@
 """Shapes and types in public signatures are enforced while the tests run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from beartype import beartype
+from beartype.roar import BeartypeCallHintParamViolation
+from conftest import checked
 from jaxtyping import TypeCheckError
 from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
 
@@ -17,7 +22,7 @@ from firsttok.keys import FactKeys, Keys
 from firsttok.models import Model, Place, capture_tail
 from firsttok.prompts import pad
 from firsttok.second_moment import SecondMoment
-from firsttok.tensors import TokenBatch
+from firsttok.tensors import KeyVector, TokenBatch
 
 
 def batch(**wrong: torch.Tensor) -> TokenBatch:
@@ -164,3 +169,33 @@ def test_functions_given_the_wrong_shape_or_type_refuse(
 def test_a_key_of_the_wrong_width_cannot_be_solved_with() -> None:
     with pytest.raises((TypeCheckError, RuntimeError)):
         moment(torch.eye(4).double()).solve(torch.ones(5))
+
+
+def test_a_shape_is_seen_anywhere_in_an_annotation() -> None:
+    """conftest.py gives jaxtyping only what has one; beartype alone checks the rest."""
+
+    def inner(values: Sequence[tuple[str, KeyVector]] | None) -> None:
+        del values
+
+    def handed_on(values: Callable[[KeyVector], int]) -> None:
+        del values
+
+    for function in (inner, handed_on):
+        assert checked(function, typechecker=beartype) is not function
+    with pytest.raises(TypeCheckError):
+        checked(inner, typechecker=beartype)([("a", torch.zeros(2, 2))])
+    with pytest.raises(BeartypeCallHintParamViolation):
+        of_a_number("1")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BeartypeCallHintParamViolation):
+        Numbered(number="1")  # pyright: ignore[reportArgumentType]
+
+
+@partial(checked, typechecker=beartype)
+def of_a_number(number: int) -> None:
+    del number
+
+
+@partial(checked, typechecker=beartype)
+@dataclass(frozen=True, kw_only=True)
+class Numbered:
+    number: int

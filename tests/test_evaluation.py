@@ -1,6 +1,7 @@
 """Measurements against plain ones: whole passes of one text at a time."""
 
 import math
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ from firsttok.prompts import fact_prompt, text_prompt, with_target
 from firsttok.second_moment import SecondMoment
 
 
+@cache
 def strong_edit(
     model: Model, fact: Fact = FACTS[0], *, layer: int = 1, method: Method = ROME
 ) -> Edit:
-    """An edit that changes a good deal."""
+    """An edit that changes a good deal; of a model without another one in it."""
     return compute_edit(
         model,
         fact,

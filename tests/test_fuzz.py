@@ -32,6 +32,7 @@ from firsttok.paper.cases import load_scan
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.second_moment import load_second_moment
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
 SEED = os.environ.get("FIRSTTOK_FUZZ")
 """Set by the long run, which draws otherwise each time."""
 
@@ -399,14 +400,27 @@ def model(place: Path) -> ft.Model:
     return ft.load(place / "model")
 
 
+@pytest.fixture(scope="module")
+def kept(
+    place: Path, model: ft.Model, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float]]:
+    """A cache that holds all of some numbers, and these."""
+    cache = tmp_path_factory.mktemp("kept") / "cache"
+    shutil.copytree(place / "cache", cache)
+    return cache, numbers(model, cache)
+
+
 @examples(20)
 @given(data=st.data())
 def test_a_damaged_cache_gives_the_same_numbers(
-    place: Path, model: ft.Model, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    kept: tuple[Path, list[float]],
+    model: ft.Model,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
 ) -> None:
+    whole, right = kept
     cache = tmp_path_factory.mktemp("cache") / "kept"
-    shutil.copytree(place / "cache", cache)
-    right = numbers(model, cache)
+    shutil.copytree(whole, cache)
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=3)):
         path.write_bytes(damaged(path.read_bytes(), data.draw))

@@ -1,7 +1,6 @@
 """The embedded model against what the paper's released code computed on it."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +76,6 @@ def computed(
         for record in content["cases"]
         if (key := record["key"]).split(".")[0] in cases
     }
-    torch.set_num_threads(os.cpu_count() or 1)
     edits: dict[str, Edit] = {}
     for kind in kinds:
         moment = SecondMoment.identity(d_mlp)

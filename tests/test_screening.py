@@ -27,6 +27,12 @@ from firsttok.storage import read_json, write_json, write_record
 from firsttok.study import Study
 
 
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals from a tenth of the resamples: twice two thousand scores take seconds."""
+    monkeypatch.setattr("firsttok.screening.RESAMPLES", 200)
+
+
 def study_of(model: Model, folder: Path) -> Study:
     """A study with a second moment of its own."""
     return Study(
@@ -301,11 +307,11 @@ def test_a_list_made_with_another_matrix_of_no_known_corpus_is_refused(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_facts(command: list[str], tmp_path: Path) -> None:
-    """Peak of the whole process; 20 000 facts against 200."""
+    """Peak of the whole process; 4 000 facts against 200."""
     contexts = tmp_path / "contexts.json"
     write_json(contexts, list(CONTEXTS.templates))
     peaks: list[int] = []
-    for count in (200, 20_000):
+    for count in (200, 4_000):
         records = [
             replace(FACTS[index % 5], case_id=index, target_new=f"Rome {index}").as_record()
             for index in range(count)
@@ -321,4 +327,5 @@ def test_memory_does_not_grow_with_the_facts(command: list[str], tmp_path: Path)
         _, status, usage = os.wait4(process.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
         peaks.append(usage.ru_maxrss)
-    assert peaks[1] < 1.1 * peaks[0], peaks
+    # It was 1.03 when this was written; 4 KB more of each fact would show.
+    assert peaks[1] < 1.06 * peaks[0], peaks

@@ -7,7 +7,9 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from firsttok.paper.claims import Claim, GapError
 from firsttok.paper.experiment import parse_script
 from firsttok.paper.registry import EXPERIMENTS, SCRIPTS
 from firsttok.paper.report import build_report, load_result
+from firsttok.rows import Row
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import read_json, write_record
 from firsttok.study import Study
@@ -244,6 +247,25 @@ def test_a_borrowed_list_is_not_called_the_model_s_own(
     assert not any(row["source"] for row in found["rows"])
 
 
+Scanned = Callable[[int], dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def scanned(setting: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Scanned:
+    """The setting with so many facts, which were scanned."""
+
+    @cache
+    def scan(count: int) -> dict[str, Path]:
+        folder = tmp_path_factory.mktemp("scanned")
+        records = json.loads(setting["facts"].read_text("utf-8"))[:count]
+        (folder / "facts.json").write_text(json.dumps(records), "utf-8")
+        changed = setting | {"facts": folder / "facts.json", "out": folder / "out"}
+        run(changed, "-m", "firsttok.cli", "scan", warning="nothing can be said to collapse")
+        return changed
+
+    return scan
+
+
 @pytest.mark.parametrize(
     ("name", "facts", "own", "sentence"),
     [
@@ -255,13 +277,10 @@ def test_a_borrowed_list_is_not_called_the_model_s_own(
     ],
 )
 def test_scripts_say_what_they_cannot_do(
-    name: str, facts: int, own: list[str], sentence: str, setting: dict[str, Path], tmp_path: Path
+    name: str, facts: int, own: list[str], sentence: str, setting: dict[str, Path], scanned: Scanned
 ) -> None:
-    records = json.loads(setting["facts"].read_text("utf-8"))[:facts]
-    chosen, out = tmp_path / "facts.json", tmp_path / "out"
-    chosen.write_text(json.dumps(records), "utf-8")
-    changed = setting | {"facts": chosen, "out": out}
-    run(changed, "-m", "firsttok.cli", "scan", warning="nothing can be said to collapse")
+    changed = scanned(facts)
+    out = changed["out"]
     cases = str(out / "llama" / "collapse_cases.json")
     options = [word.format(model=setting["model"]) for word in own]
     script = str(ANALYSES / f"{name}.py")
@@ -334,19 +353,24 @@ def test_the_encoder_of_an_encoder_decoder_is_contrasted_too(
     assert [row["layer"] for row in encoder] == [0, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def swept(
+    setting: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, str], Row]:
+    """Rows of a sweep of all facts, by their number and their method's label."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    words = ["sweep", str(folder), "--method", "rome", "c-rome", "p-rome", "fc-rome"]
+    run(setting, "-m", "firsttok.cli", *words, warning="nothing can be said to collapse")
+    return {(row.case_id, find_method(row.method).label): row for row in read_run(folder).rows}
+
+
 @pytest.mark.parametrize("name", ["table1_update_components", "table2_perplexity"])
 def test_a_sweep_finds_what_the_tables_show(
-    name: str, setting: dict[str, Path], cases: Path, tmp_path: Path
+    name: str, setting: dict[str, Path], cases: Path, swept: dict[tuple[int, str], Row]
 ) -> None:
     count = ["--collapse", "3", "--normal", "3"]
     run(setting, str(ANALYSES / f"{name}.py"), "--cases", str(cases), *count)
     record = json.loads((setting["out"] / "llama" / f"{name}.json").read_text("utf-8"))
-    methods = ["rome", "c-rome", "p-rome", "fc-rome"]
-    words = ["sweep", str(tmp_path / "run"), "--method", *methods]
-    run(setting, "-m", "firsttok.cli", *words, warning="nothing can be said to collapse")
-    swept = {
-        (row.case_id, find_method(row.method).label): row for row in read_run(tmp_path / "run").rows
-    }
     assert record["rows"]
     for row in record["rows"]:
         found = swept[row["case_id"], row["method"]]

@@ -63,7 +63,7 @@ def test_every_command_is_there(step: dict[str, Any]) -> None:
     elif program == "bash":
         assert (ROOT / arguments[0]).is_file()
     else:
-        # The test target leaves the environment, and the coverage in it.
+        # The coverage target leaves the environment, and the coverage in it.
         assert program == ".venv/bin/python"
         assert re.search(r"^VENV := \.venv$", MAKEFILE, flags=re.MULTILINE)
         assert arguments[:2] == ["-m", "coverage"]
@@ -98,9 +98,11 @@ def test_what_it_keeps_is_what_it_made() -> None:
         for step in STEPS
         if "upload-artifact" in step.get("uses", "")
     }
-    assert kept == {"coverage-${{ matrix.python }}": "coverage.xml", "dist": "dist/"}
+    assert kept == {"coverage": "coverage.xml", "dist": "dist/"}
     commands = [step["run"] for step in STEPS if "run" in step]
     assert any(command.endswith("-o coverage.xml") for command in commands)
+    (counted,) = [n for n, command in enumerate(commands) if command == "make coverage"]
+    assert commands[counted + 1].endswith("-o coverage.xml")
     assert "--outdir dist\n" in MAKEFILE
 
 
