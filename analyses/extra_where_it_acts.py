@@ -249,7 +249,9 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     colours = {"first": PALETTE["normal"], "later": PALETTE["collapse"], "all": "black"}
     for at, colour in colours.items():
         values = [row[f"perplexity_{at}"] for row in where]
-        hollow = {"markerfacecolor": "none", "markersize": 7} if at == "all" else {"markersize": 4}
+        hollow: dict[str, Any] = (
+            {"markerfacecolor": "none", "markersize": 7} if at == "all" else {"markersize": 4}
+        )
         axes[0].plot(x, values, "o", color=colour, label=f"update at {at}", **hollow)
     axes[0].axhline(COLLAPSE_THRESHOLD, color="black", linewidth=1, linestyle=":")
     axes[0].set_yscale("log")
@@ -280,7 +282,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for restored, style in zip(WHOLE_KINDS, ("-", "--", "-.", ":"), strict=True):
         rises = [row["rise"] for row in carry if row["restored"] == restored]
         if rises:
-            line = {"color": "black", "linewidth": 1, "linestyle": style}
+            line: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": style}
             axes[2].axhline(mean(rises), label=f"{restored} restored", **line)
     axes[2].set_xlabel("layer whose sublayer is restored")
     axes[2].set_title("rise of the NLL that stays")
