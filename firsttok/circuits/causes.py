@@ -13,7 +13,7 @@ from torch import Tensor
 from firsttok.circuits.anatomy import PLACES, SINK, Act, Reading, read_heads
 from firsttok.errors import UnsupportedModelError
 from firsttok.evaluation import perplexity
-from firsttok.models import BosPolicy, Model, capture
+from firsttok.models import Model, capture
 from firsttok.probes import SeesAll, SeesItself
 from firsttok.prompts import Prompt, pad
 
@@ -270,7 +270,7 @@ def origins(model: Model, prompts: Sequence[Prompt], act: Act) -> tuple[Origin, 
     found.append(
         Origin(
             what="the fourth of four equal tokens at the beginning",
-            share=_share(model.with_bos(BosPolicy.WITHOUT), repeated, act, LATER),
+            share=_share(model, repeated, act, LATER),
         )
     )
     tokenizer: Any = model.tokenizer
@@ -289,7 +289,7 @@ def origins(model: Model, prompts: Sequence[Prompt], act: Act) -> tuple[Origin, 
         found.append(
             Origin(
                 what="the text's first token without BOS",
-                share=_share(model.with_bos(BosPolicy.WITHOUT), bare, act, 0),
+                share=_share(model, bare, act, 0),
             )
         )
     return tuple(found)
