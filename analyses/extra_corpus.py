@@ -24,7 +24,7 @@ from firsttok.models import Model
 from firsttok.paper.cases import fresh_cases
 from firsttok.paper.claims import Claim, GapError, Result, Verdict, grade
 from firsttok.paper.experiment import ScriptOptions, run
-from firsttok.paper.figures import figure
+from firsttok.paper.figures import figure, plain
 from firsttok.paper.tables import MEASURES, Found, accuracy_line, pick
 from firsttok.prompts import text_prompt
 from firsttok.second_moment import SecondMoment, compute_second_moment
@@ -154,17 +154,19 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     import seaborn as sns
 
     drawn, axes = figure(len(MEASURES))
-    frame = pd.DataFrame(rows).dropna(subset=[*MEASURES])
-    sampled = frame[frame["corpus"] == "sampled"]
-    rest = frame[(frame["corpus"] != "sampled") & (frame["method"] == C_ROME.label)]
+    sampled = pd.DataFrame([row for row in rows if row["corpus"] == "sampled"])
+    rest = [row for row in rows if row["corpus"] != "sampled"]
     for axis, column in zip(axes, MEASURES, strict=True):
         sns.lineplot(
             data=sampled, x="tokens", y=column, hue="method", marker="o", errorbar=None, ax=axis
         )
-        for index, (name, group) in enumerate(rest.groupby("corpus", sort=False)):
-            label = f"{C_ROME.label}, {name}"
-            style = (0, (1 + 2 * index, 2))
-            axis.axhline(group[column].mean(), color="black", linewidth=1, ls=style, label=label)
+        for index, name in enumerate(dict.fromkeys(row["corpus"] for row in rest)):
+            _, _, *means = accuracy_line(name, rest, corpus=name, method=C_ROME.label)
+            height = means[MEASURES.index(column)]
+            style = {"color": "black", "linewidth": 1, "ls": (0, (1 + 2 * index, 2))}
+            if isinstance(height, float):
+                label = f"{C_ROME.label}, {plain(name)}"
+                axis.axhline(height / 100, label=label, **style)
         axis.set_xscale("log")
         axis.set_ylim(-0.05, 1.05)
         axis.set_title(column)
