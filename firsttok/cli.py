@@ -237,6 +237,24 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "--model", default=DEFAULT_MODEL, help="whose tokenizer takes them (default: %(default)s)"
     )
     making.add_argument("--out", metavar="FILE", required=True, help=".json, .jsonl or .gz")
+    writing = actions.add_parser("sample", help="let a model write a corpus, as --corpus takes it")
+    writing.add_argument("--model", default=DEFAULT_MODEL, help="who writes (default: %(default)s)")
+    add_shared(writing, "--device")
+    writing.add_argument("--tokens", type=int, required=True, help="at least so many")
+    writing.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    writing.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="what logits are divided by (default: %(default)g, the model's own entropy)",
+    )
+    writing.add_argument(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="share of the probability that is drawn from (default: %(default)g)",
+    )
+    writing.add_argument("--out", metavar="FILE", required=True, help="a text file")
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
@@ -296,7 +314,7 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "models": (_models, "list the known models, or pull one"),
-    "data": (_data, "list the published data sets, pull one, or make facts"),
+    "data": (_data, "list the published data sets, pull one, make facts or text"),
     "inspect": (_inspect, "look at a model, and propose how to edit it"),
     "circuit": (_circuit, "who makes the first token special, and who reads it"),
     "tokens": (_tokens, "show a prompt's tokens, the looked-up one marked"),

@@ -8,13 +8,22 @@ from pathlib import Path
 from rich.progress import Progress
 
 from firsttok.contexts import kept_contexts, load_contexts
-from firsttok.data import Fact, FactFile, builtin_sentences, check_facts, load_texts, resolve_data
+from firsttok.data import (
+    Corpus,
+    Fact,
+    FactFile,
+    builtin_sentences,
+    check_facts,
+    find_corpus,
+    load_texts,
+    resolve_data,
+)
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.option_values import HYPERPARAMETERS
+from firsttok.options import DEFAULT_CORPUS
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.sieve import usable_facts
-from firsttok.storage import read_text
 from firsttok.study import Study
 
 __all__ = [
@@ -93,7 +102,7 @@ def open_study(
     """
     contexts = load_contexts(args.contexts) if args.contexts else None
     texts = texts_from(args)
-    corpus = _corpus(args.corpus)
+    corpus = find_corpus(args.corpus or DEFAULT_CORPUS)
     moment = args.second_moment
     if moment not in (None, "identity") and not Path(moment).is_file():
         raise BadInputError(f"no second moment at {moment}; check the path")
@@ -152,7 +161,7 @@ def _second_moment(
     args: argparse.Namespace,
     model: Model,
     site: EditSite,
-    corpus: tuple[str, ...] | None,
+    corpus: Corpus,
     progress: Progress | None,
 ) -> SecondMoment:
     if args.second_moment == "identity":
@@ -161,8 +170,8 @@ def _second_moment(
         return compute_second_moment(
             model,
             layer=site.layer,
-            corpus=corpus,
-            corpus_name=Path(args.corpus).name if args.corpus else None,
+            corpus=corpus.documents,
+            corpus_name=corpus.name,
             progress=progress,
         )
     moment = load_second_moment(args.second_moment, d_mlp=site.d_mlp)
@@ -171,13 +180,3 @@ def _second_moment(
     except BadInputError as error:
         raise BadInputError(f"{args.second_moment}: {error}") from None
     return moment
-
-
-def _corpus(path: str | None) -> tuple[str, ...] | None:
-    if path is None:
-        return None
-    text = read_text(Path(path), "text")
-    documents = tuple(part for part in text.split("\n\n") if part.strip())
-    if not documents:
-        raise BadInputError(f"{path} holds no text; give at least one sentence")
-    return documents

@@ -22,11 +22,23 @@ HYPERPARAMETERS = {
     "kl": "kl",
 }
 """Fields of :class:`Hyperparameters` by the option that sets them."""
-_COUNTS = ("actors", "chunk", "collapse", "count", "cpus_per_actor", "jobs", "limit", "normal")
+_COUNTS = (
+    "actors",
+    "chunk",
+    "collapse",
+    "count",
+    "cpus_per_actor",
+    "jobs",
+    "limit",
+    "normal",
+    "tokens",
+)
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
 """Options that name a folder to write to."""
+_TO_A_FILE = ("sample", "synthesize")
+"""Actions whose ``--out`` is a file."""
 _WITHOUT = {
     "name": "the name",
     "run": "the run",
@@ -62,9 +74,11 @@ def check_options(args: argparse.Namespace) -> None:
             raise BadInputError(
                 f"--layer is {layer}, but a model has no layer {layer}; count them from 0"
             )
-    for name in ("sql_seconds", "threshold"):
+    for name in ("sql_seconds", "temperature", "threshold"):
         if not 0 < given.get(name, 1.0) < math.inf:
             raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
+    if not 0 < given.get("top_p", 1.0) <= 1:
+        raise BadInputError(f"--top-p is {given['top_p']}; give a number above 0, and at most 1")
     Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
     if "device" in given:
         check_device_name(given["device"])
@@ -95,7 +109,7 @@ def _check_places(given: dict[str, Any]) -> None:
         if name == "csv" and not path.parent.is_dir():
             # Its folder is made.
             _check_folder(option, path.parent)
-        elif name in _FILES or (name == "out" and given.get("action") == "synthesize"):
+        elif name in _FILES or (name == "out" and given.get("action") in _TO_A_FILE):
             check_output(path, option)
         else:
             _check_folder(option, path)

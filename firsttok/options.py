@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DEFAULT_CORPUS",
     "DEFAULT_MODEL",
     "PASSED_ON",
     "add_config_option",
@@ -21,6 +22,8 @@ __all__ = [
     "model_label",
 ]
 
+DEFAULT_CORPUS = "pydoc"
+"""What the second moment is taken over; with another one, all committed figures change."""
 DEFAULT_MODEL = "smollm2-135m"
 PASSED_ON = ("bos", "dtype", "device", "facts", "cases", "texts", "text-bos", "join", "straddle")
 """Options of ``firsttok reproduce`` that go to every script."""
@@ -138,7 +141,10 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         "(default: computed)",
     )
     group.add_argument(
-        "--corpus", metavar="FILE", help="text file for the second moment (default: pydoc topics)"
+        "--corpus",
+        metavar="FILE",
+        help="what the second moment is taken over: a text file, pydoc (the documentation inside "
+        f"Python) or sampled (text that SmolLM2-135M wrote) (default: {DEFAULT_CORPUS})",
     )
     add_shared(group, "--texts", "--text-bos")
     for name, kind, what in (

@@ -19,9 +19,11 @@ from rich.progress import Progress
 from torch import Tensor
 
 from firsttok.arguments import taken
+from firsttok.data import Corpus, find_corpus
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import Model, capture
+from firsttok.options import DEFAULT_CORPUS
 from firsttok.prompts import Prompt, batches, pad, text_prompt
 from firsttok.storage import (
     cache_folder,
@@ -193,13 +195,8 @@ class SecondMoment(Shown):
 
 
 def default_corpus() -> tuple[str, ...]:
-    """Return English text that is on every machine: the documentation inside Python's pydoc.
-
-    One document per topic; its wording depends on the Python version, hence the corpus hash.
-    """
-    from pydoc_data.topics import topics
-
-    return tuple(topics[name] for name in sorted(topics))
+    """Return the documents of the corpus that is taken where none is named."""
+    return find_corpus(DEFAULT_CORPUS).documents
 
 
 @taken
@@ -221,7 +218,8 @@ def compute_second_moment(
     Args:
         model: The model.
         layer: Layer of the keys; None for the model's default.
-        corpus: Documents; None for :func:`default_corpus`.
+        corpus: Documents, such as those of :func:`~firsttok.data.find_corpus`; None for
+            :func:`default_corpus`.
         corpus_name: Name for the records.
         max_tokens: Stop after about this many tokens.
         progress: Where to show progress.
@@ -231,8 +229,11 @@ def compute_second_moment(
         EditMismatchError: If the model is changed meanwhile.
     """
     site = model.site(layer)
-    documents = default_corpus() if corpus is None else tuple(corpus)
-    name = corpus_name or ("pydoc topics" if corpus is None else "text")
+    if corpus is None:
+        found = find_corpus(DEFAULT_CORPUS)
+    else:
+        found = Corpus(name="text", documents=tuple(corpus))
+    documents, name = found.documents, corpus_name or found.name
     settings = [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
     corpus_hash = content_hash(settings)
     if model.disturbance is not None:

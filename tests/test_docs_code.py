@@ -41,6 +41,7 @@ RUN = {
 """Commands of firsttok that are run as they are written; all others are parsed only."""
 PARSED = {
     "data pull": "fetches from its makers' address",
+    "data sample": "writes for minutes; tests/test_corpus.py runs it on a tiny model",
     "inspect": "reads a corpus and edits facts; tests/test_inspection.py runs it on tiny models",
     "reproduce": "takes many minutes; tests/test_scripts.py runs the scripts on a tiny model",
     "scan": "edits every fact; tests/test_cli.py runs it on a tiny model",

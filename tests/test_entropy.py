@@ -177,20 +177,20 @@ def test_what_is_drawn_from_odd_logits() -> None:
         ]
     )
     for _ in range(50):
-        drawn = generation._draw(scores, 3, generator)[:, 0].tolist()
+        drawn = generation._draw(scores, generator, top_k=3)[:, 0].tolist()
         assert drawn[0] in (0, 2)
         assert drawn[1:] == [1, 2, 2]
-    alike = generation._draw(torch.full((5, 4), nan), 3, generator)[:, 0].tolist()
+    alike = generation._draw(torch.full((5, 4), nan), generator, top_k=3)[:, 0].tolist()
     assert len(set(alike)) == 1
 
 
 def test_draws_follow_the_probabilities_of_the_best() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1]).log().repeat(20_000, 1)
-    drawn = generation._draw(scores, 3, generator)[:, 0]
+    drawn = generation._draw(scores, generator, top_k=3)[:, 0]
     shares = torch.bincount(drawn, minlength=5) / len(drawn)
     assert shares.tolist() == pytest.approx([0, 0.25, 0.5, 0.25, 0], abs=0.015)
-    assert generation._draw(scores[:4], 99, generator).shape == (4, 1)
+    assert generation._draw(scores[:4], generator, top_k=99).shape == (4, 1)
 
 
 def test_nothing_is_said_behind_the_end_of_text(

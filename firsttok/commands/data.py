@@ -1,10 +1,10 @@
-"""``firsttok data``: list the published data sets, pull one, or put facts together."""
+"""``firsttok data``: list the published data sets, pull one, make up facts or a corpus."""
 
 import argparse
 from pathlib import Path
 
 from firsttok.console import print_table, progress_bar, show
-from firsttok.data import DATA_SETS, is_pulled_data, pull_data, write_facts
+from firsttok.data import DATA_SETS, is_pulled_data, pull_data, write_corpus, write_facts
 from firsttok.data.records import plain_suffix
 from firsttok.errors import BadInputError
 
@@ -12,8 +12,9 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the data sets, pull the named one, or write synthetic facts."""
-    {"list": _list, "pull": _pull, "synthesize": _synthesize}[args.action](args)
+    """List the data sets, pull the named one, write synthetic facts or a model's own text."""
+    actions = {"list": _list, "pull": _pull, "sample": _sample, "synthesize": _synthesize}
+    actions[args.action](args)
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -53,3 +54,23 @@ def _synthesize(args: argparse.Namespace) -> None:
     with progress_bar() as progress:
         write_facts(out, progress.track(facts, total=args.count, description="facts"))
     show(f"{args.count} facts: {out}")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from firsttok.evaluation import distinct_ngrams, sample_corpus
+    from firsttok.models import load
+
+    out = Path(args.out)
+    model = load(args.model, device=args.device)
+    with progress_bar() as progress:
+        documents = sample_corpus(
+            model,
+            args.tokens,
+            seed=args.seed,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            progress=progress,
+        )
+    write_corpus(out, documents)
+    share = distinct_ngrams(documents, size=4)
+    show(f"{len(documents)} documents, {share:.1%} of their 4-grams distinct: {out}")

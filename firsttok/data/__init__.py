@@ -14,13 +14,14 @@ from firsttok.data.facts import Fact, spread_evenly
 from firsttok.data.joints import JOINS, Join, Straddle, text_joint
 from firsttok.data.paper import SLIDES, PaperValue, paper_values
 from firsttok.data.pulls import is_pulled_data, pull_data, resolve_data
-from firsttok.data.texts import builtin_sentences, load_texts
+from firsttok.data.texts import Corpus, builtin_sentences, find_corpus, load_texts, write_corpus
 
 __all__ = [
     "DATA_SETS",
     "JOINS",
     "SKIP_HINT",
     "SLIDES",
+    "Corpus",
     "Fact",
     "FactFile",
     "Join",
@@ -30,6 +31,7 @@ __all__ = [
     "builtin_facts",
     "builtin_sentences",
     "check_facts",
+    "find_corpus",
     "is_pulled_data",
     "load_facts",
     "load_texts",
@@ -38,5 +40,6 @@ __all__ = [
     "resolve_data",
     "spread_evenly",
     "text_joint",
+    "write_corpus",
     "write_facts",
 ]

@@ -1,6 +1,7 @@
 """What an edit did: perplexity, accuracy, COUNTERFACT's scores, generation."""
 
 from firsttok.evaluation.accuracy import Accuracy, edit_accuracies, edit_accuracy
+from firsttok.evaluation.corpus import sample_corpus
 from firsttok.evaluation.counterfact import (
     CounterfactScores,
     counterfact_scores,
@@ -9,9 +10,11 @@ from firsttok.evaluation.counterfact import (
 from firsttok.evaluation.generation import (
     GeneratedMatch,
     continuation,
+    distinct_ngrams,
     generated_match,
     generation_entropy,
     sample_continuations,
+    sample_documents,
     top_predictions,
 )
 from firsttok.evaluation.perplexity import (
@@ -44,6 +47,7 @@ __all__ = [
     "continuation",
     "counterfact_scores",
     "damage",
+    "distinct_ngrams",
     "edit_accuracies",
     "edit_accuracy",
     "edit_counterfact_scores",
@@ -52,6 +56,8 @@ __all__ = [
     "perplexity",
     "prepare_texts",
     "sample_continuations",
+    "sample_corpus",
+    "sample_documents",
     "score_edits",
     "score_targets",
     "target_probabilities",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,14 +17,17 @@ from firsttok.data import Fact
 from firsttok.engine.products import fast_products, runs_plain
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, logits
+from firsttok.models.bos import special_ids
 from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
 
 __all__ = [
     "GeneratedMatch",
     "continuation",
+    "distinct_ngrams",
     "generated_match",
     "generation_entropy",
     "sample_continuations",
+    "sample_documents",
     "top_predictions",
 ]
 
@@ -32,6 +35,8 @@ _STOP = re.compile(r"(?<=\w)[.!?](?=\s)|(?<=\S)\s*\n")
 """Where a text ends by itself. A mark counts once a space follows it: 3.5 has none."""
 _WORD = re.compile(r"\w+|[^\w\s]")
 """A word, or a mark of its own: a collapsed model may write nothing but commas."""
+_WIDEST = 1000
+"""Tokens that a nucleus is taken of: to sort a whole vocabulary takes as long as a pass."""
 
 
 @taken
@@ -171,12 +176,7 @@ def sample_continuations(
         BadInputError: If a number is below 1, or the text gets longer than the model reads.
         UnsupportedModelError: If the model is no decoder.
     """
-    from transformers import DynamicCache
-
-    if not model.can_be_edited:
-        raise UnsupportedModelError(
-            f"{model.name} is no decoder, and only a decoder continues a text"
-        )
+    _check_decoder(model)
     for name, value in (("count", count), ("tokens", tokens), ("top_k", top_k)):
         if value < 1:
             raise BadInputError(f"{name} is {value}; give at least 1")
@@ -188,12 +188,78 @@ def sample_continuations(
             f"{model.max_tokens}; shorten it or ask for fewer"
         )
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.tensor(prompt.token_ids).repeat(count, 1)
-    cache = DynamicCache()
-    for _ in range(tokens):
-        drawn = _draw(_last_logits(model, rows, cache), top_k, generator)
-        rows = torch.cat([rows, drawn], dim=1)
-    return [_decode(model, row) for row in rows[:, len(prompt.token_ids) :].tolist()]
+    drawn = _sampled(
+        model,
+        [prompt.token_ids] * count,
+        tokens=tokens,
+        draw=lambda scores: _draw(scores, generator, top_k=top_k),
+    )
+    return [_decode(model, row) for row in drawn]
+
+
+@taken
+def sample_documents(
+    model: Model,
+    *,
+    count: int = 128,
+    tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 0.9,
+    seed: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Let a model write texts of its own, behind nothing but BOS (without one: behind EOS).
+
+    A text ends at the first special token, or at the limit, so that it holds none. Temperature 1
+    leaves the model's own entropy, and with it the variety of its text; the nucleus cuts off the
+    tail, where the probabilities of a small model are the least right (Holtzman et al. 2020). It is
+    taken of the 1000 most probable tokens.
+
+    Args:
+        model: The model.
+        count: Number of texts that are begun.
+        tokens: Most tokens of each.
+        temperature: What the logits are divided by.
+        top_p: Share of the probability that is drawn from, the most probable tokens first.
+        seed: Seed of the sampler; the same seed gives the same texts.
+        on_step: Called behind each step with the number of tokens that it drew.
+
+    Returns:
+        The texts; those without a word, or in which a special token is spelled out, are left out.
+
+    Raises:
+        BadInputError: If a number is out of its range.
+        UnsupportedModelError: If the model is no decoder, or has neither BOS nor EOS.
+    """
+    _check_decoder(model)
+    whole_number(count, "count", least=1)
+    whole_number(tokens, "tokens", least=1, most=model.max_tokens - 1)
+    if not 0 < temperature < math.inf:
+        raise BadInputError(f"temperature is {temperature:g}; give a number above 0")
+    if not 0 < top_p <= 1:
+        raise BadInputError(f"top_p is {top_p:g}; give a number above 0, and at most 1")
+    tokenizer: Any = model.tokenizer
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if begin is None:
+        raise UnsupportedModelError(
+            f"the tokenizer of {model.name} has neither BOS nor EOS, behind which a text begins"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(scores: Float[Tensor, "prompt vocab"]) -> Int[Tensor, "prompt 1"]:
+        if on_step is not None:
+            on_step(len(scores))
+        return _draw(scores, generator, top_k=_WIDEST, temperature=temperature, top_p=top_p)
+
+    special = special_ids(tokenizer).union(_end_ids(model))
+    drawn = _sampled(model, [(begin,)] * count, tokens=tokens, draw=draw, ends=special)
+    texts = [tokenizer.decode(row).strip("\ufffd \n") for row in drawn]
+    return [
+        text
+        for text in texts
+        if _WORD.search(text)
+        and special.isdisjoint(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ]
 
 
 @taken
@@ -224,6 +290,24 @@ def generation_entropy(texts: Sequence[str]) -> float:
     return min(1.0, entropy / math.log2(len(counts)))
 
 
+@taken
+def distinct_ngrams(texts: Sequence[str], *, size: int = 4) -> float:
+    """Return the share of runs of ``size`` words in some texts that are different from each other.
+
+    1 says that none comes twice. Words are those of :func:`generation_entropy`; no run reaches
+    beyond a text.
+
+    Raises:
+        BadInputError: If no text has so many words.
+    """
+    whole_number(size, "size", least=1)
+    words = [_WORD.findall(text) for text in texts]
+    runs = [tuple(each[i : i + size]) for each in words for i in range(len(each) - size + 1)]
+    if not runs:
+        raise BadInputError(f"no text has {size} words; give longer ones")
+    return len(set(runs)) / len(runs)
+
+
 @torch.no_grad()
 def _last_logits(
     model: Model, rows: Int[Tensor, "prompt pos"], cache: Any
@@ -245,16 +329,63 @@ def _last_logits(
     return output[:, -1]
 
 
+def _sampled(
+    model: Model,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    tokens: int,
+    draw: Callable[[Float[Tensor, "prompt vocab"]], Int[Tensor, "prompt 1"]],
+    ends: Collection[int] = (),
+) -> list[list[int]]:
+    """New tokens behind prompts of one length; a row ends before the first token of ``ends``."""
+    from transformers import DynamicCache
+
+    rows, cache = torch.tensor(prompts), DynamicCache()
+    found: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))
+    for _ in range(tokens):
+        drawn = draw(_last_logits(model, rows, cache))
+        rows = torch.cat([rows, drawn], dim=1)
+        kept = [row for row, (token,) in enumerate(drawn.tolist()) if token not in ends]
+        if len(kept) < len(running):
+            rows, running = rows[kept], [running[row] for row in kept]
+            if not running:
+                break
+            if cache.get_seq_length():
+                cache.batch_select_indices(torch.tensor(kept, device=model.device))
+        for row, index in enumerate(running):
+            found[index].append(int(rows[row, -1]))
+    return found
+
+
 def _draw(
-    scores: Float[Tensor, "prompt vocab"], top_k: int, generator: torch.Generator
+    scores: Float[Tensor, "prompt vocab"],
+    generator: torch.Generator,
+    *,
+    top_k: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Int[Tensor, "prompt 1"]:
-    """Draw a token of each row from its ``top_k`` most probable ones."""
+    """Draw a token of each row from its ``top_k`` most probable ones, and of those from a nucleus.
+
+    The nucleus is the fewest of them that have the share ``top_p`` of their probability.
+    """
     clean = scores.float().cpu().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     top = clean.topk(min(top_k, clean.shape[-1]), dim=-1)
     # An infinite logit less itself is NaN; then the first, the largest, is taken for certain.
-    weights = (top.values - top.values[:, :1]).exp().nan_to_num(nan=0.0)
+    weights = ((top.values - top.values[:, :1]) / temperature).exp().nan_to_num(nan=0.0)
     weights[:, 0] = 1.0
+    if top_p < 1:
+        before = weights.cumsum(-1) - weights
+        weights[before >= top_p * weights.sum(-1, keepdim=True)] = 0.0
     return top.indices.gather(1, torch.multinomial(weights, 1, generator=generator))
+
+
+def _check_decoder(model: Model) -> None:
+    if not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is no decoder, and only a decoder continues a text"
+        )
 
 
 def _decode(model: Model, ids: list[int]) -> str:

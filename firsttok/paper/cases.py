@@ -16,7 +16,7 @@ from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.measuring import measure_facts
-from firsttok.paper.experiment import ScriptOptions
+from firsttok.paper.experiment import FULL, ScriptOptions
 from firsttok.paper.tables import MEASURES
 from firsttok.prompts import fact_prompt
 from firsttok.rows import COLUMNS, Row
@@ -30,6 +30,7 @@ __all__ = [
     "choose_cases",
     "collapse_cases",
     "first_token_cases",
+    "fresh_cases",
     "load_collapse_ids",
     "load_scan",
     "measure_accuracy",
@@ -270,6 +271,30 @@ def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
             '"In {}, people speak"'
         )
     return _drawn(chosen, options.normal, options.seed)
+
+
+def fresh_cases(options: ScriptOptions) -> tuple[Fact, ...]:
+    """Draw normal facts that no table uses: what is chosen by them is not chosen by a table.
+
+    Raises:
+        BadInputError: If the list of collapse cases is unusable, or if no fact is left.
+    """
+    used = set(load_collapse_ids(options.cases, options.facts))
+    whole = replace(options, collapse=FULL, normal=FULL)
+    for each in (whole, whole.halved()):
+        used |= {fact.case_id for fact in choose_cases(each).normal}
+    try:
+        used |= {fact.case_id for fact in second_token_cases(whole)}
+    except BadInputError:
+        logger.debug("no fact has a subject that is the second token")
+    left = [fact for fact in options.facts if fact.case_id not in used]
+    passed_over = _unusable(options, left, options.study.contexts.templates)
+    chosen = _drawn(
+        [fact for fact in left if fact.case_id not in passed_over], options.normal, options.seed
+    )
+    if not chosen:
+        raise BadInputError("the tables use every normal fact; give more facts by --facts")
+    return chosen
 
 
 def _unusable(options: ScriptOptions, facts: Sequence[Fact], templates: Sequence[str]) -> set[int]:

@@ -28,7 +28,10 @@ from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 from firsttok.study import Study
 
-__all__ = ["ScriptOptions", "parse_script", "run"]
+__all__ = ["FULL", "ScriptOptions", "parse_script", "run"]
+
+FULL = 24
+"""Cases of either kind in the full profile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,7 @@ def parse_script(
     cases = Path(args.cases) if args.cases else Path("figures") / label / "collapse_cases.json"
     if not cases.is_file():
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
-    count = 8 if args.profile == "quick" else 24
+    count = 8 if args.profile == "quick" else FULL
     study = open_study(
         args, out, progress, contexts_folder=cases.parent, leave_in=out, without_bos=without_bos
     )
