@@ -19,7 +19,7 @@ from tiny import (
     load_tiny,
 )
 
-from firsttok.circuits import Act, circuit
+from firsttok.circuits import Act, Needed, circuit
 from firsttok.circuits.anatomy import (
     circuit_prompts,
     find_acts,
@@ -67,7 +67,7 @@ def test_what_was_planted_is_found(seed: int, tmp_path: Path) -> None:
     assert knocked_out_heads(model, reading, plan.writer, [plan.neuron]) == (plan.sink,)
     for change in ("closed", "opened"):
         found, _ = needed_layers(model, prompts, act, change)
-        assert found == (plan.detector, plan.detector)
+        assert found == Needed(until=plan.detector, since=plan.detector)
     assert find_carriers(model, reading)[0].token is None
 
 
@@ -93,13 +93,13 @@ def test_the_whole_circuit_says_what_was_planted(planted_model: Model) -> None:
     plan = draw_plan(1)
     found = circuit(planted_model, texts=SENTENCES, facts=FACTS, contexts=CONTEXTS)
     (each,) = found.acts
-    assert (each.alone, each.open) == ((plan.detector,) * 2, (plan.detector,) * 2)
+    assert each.alone == each.open == Needed(until=plan.detector, since=plan.detector)
     assert each.heads == (plan.sink,)
     told = {origin.what: origin.share for origin in each.origins}
-    assert told["the fourth token, which sees itself alone"] > 0.9
+    assert told["the fourth token that sees itself alone"] > 0.9
     # Equal tokens cancel each other as a token that sees itself alone does.
     assert told["the fourth of four equal tokens at the beginning"] > 0.9
-    assert told["the first token, which sees all"] < 0.1
+    assert told["the first token that sees all"] < 0.1
     by_value = {
         value: [k for k in each.knock_outs if (k.chosen, k.at, k.value) == ("top", "first", value)]
         for value in ("zero", "later", "first")

@@ -1,7 +1,7 @@
 """Who detects, writes, takes down and reads the first token's anomaly, in any decoder."""
 
 from firsttok.circuits.anatomy import Act, Carrier, Head, LayerState, Neuron, Step
-from firsttok.circuits.causes import KnockOut, Masked, Origin
+from firsttok.circuits.causes import KnockOut, Masked, Needed, Origin
 from firsttok.circuits.circuit import ActCircuit, Circuit, EditLayer, circuit
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "KnockOut",
     "LayerState",
     "Masked",
+    "Needed",
     "Neuron",
     "Origin",
     "Step",

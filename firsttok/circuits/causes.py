@@ -21,6 +21,7 @@ __all__ = [
     "HALF",
     "KnockOut",
     "Masked",
+    "Needed",
     "Origin",
     "knock_out",
     "knocked_out_heads",
@@ -71,6 +72,16 @@ class Masked:
     """Share of its attention that is changed."""
     share: float
     """Its state at the act's peak along the direction of the act, as a share of the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """Layers at which a change of the mask works, that is, reaches or loses half of the peak."""
+
+    until: int
+    """Changed from layer 0 on, it works up to this layer at the least."""
+    since: int
+    """Changed up to the peak, it works from this layer on at the latest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +222,14 @@ def mask_doses(
 
 def needed_layers(
     model: Model, prompts: Sequence[Prompt], act: Act, change: str
-) -> tuple[tuple[int, int] | None, tuple[Masked, ...]]:
+) -> tuple[Needed | None, tuple[Masked, ...]]:
     """In which layers a token must be alone to get an act's state.
 
-    Closed from layer 0 up to every layer, and from every layer up to the peak: the range from the
-    last beginning to the first end that give half of the peak. Opened: the range outside of which
-    opening leaves half.
+    The mask is changed from layer 0 up to every layer, and from every layer up to the peak.
 
     Returns:
-        The range, None if changing all layers has no effect; and every run.
+        Where it has to be changed, None if changing all layers neither reaches half of the peak
+        (``closed``) nor loses it (``opened``); and every run.
     """
     peak = act.peak
     up = [mask_layers(model, prompts, act, change, range(last + 1)) for last in range(peak + 1)]
@@ -234,9 +244,9 @@ def needed_layers(
 
     if not works(up[-1]):
         return None, runs
-    first = max(run.first for run in (up[-1], *down) if works(run))
-    last = min(run.last for run in up if works(run))
-    return (min(first, last), max(first, last)), runs
+    until = min(run.last for run in up if works(run))
+    since = max(run.first for run in (up[-1], *down) if works(run))
+    return Needed(until=until, since=since), runs
 
 
 def origins(model: Model, prompts: Sequence[Prompt], act: Act) -> tuple[Origin, ...]:
@@ -248,8 +258,8 @@ def origins(model: Model, prompts: Sequence[Prompt], act: Act) -> tuple[Origin, 
     """
     leading = len(model.leading_ids)
     changes = (
-        ("closed", "the fourth token, which sees itself alone", SeesItself(position=LATER), LATER),
-        ("opened", "the first token, which sees all", SeesAll(position=0), 0),
+        ("closed", "the fourth token that sees itself alone", SeesItself(position=LATER), LATER),
+        ("opened", "the first token that sees all", SeesAll(position=0), 0),
     )
     found: list[Origin] = []
     for change, what, intervention, place in changes:

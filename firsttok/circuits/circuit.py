@@ -33,6 +33,7 @@ from firsttok.circuits.causes import (
     HALF,
     KnockOut,
     Masked,
+    Needed,
     Origin,
     knock_out,
     knocked_out_heads,
@@ -102,10 +103,10 @@ class ActCircuit:
     heads: tuple[tuple[int, int], ...]
     """Sinks, as layer and head, that are none without the writer's eight neurons."""
     origins: tuple[Origin, ...]
-    alone: tuple[int, int] | None
-    """Layers in which a later token must see itself alone to become like a first one."""
-    open: tuple[int, int] | None
-    """Layers in which the first token, if it sees all, stops to be one."""
+    alone: Needed | None
+    """Layers in which a later token must see itself alone to get half of the peak."""
+    open: Needed | None
+    """Layers in which the first token loses half of the peak if it sees all."""
     masked: tuple[Masked, ...]
     """All runs of layers that were tried, and the doses."""
     unmasked: str | None
@@ -324,7 +325,7 @@ def _act(
         advance()
     tried: tuple[Origin, ...] = ()
     masked: list[Masked] = []
-    ranges: list[tuple[int, int] | None] = [None, None]
+    ranges: list[Needed | None] = [None, None]
     reason: str | None = None
     try:
         tried = origins(model, prompts, act)
@@ -450,12 +451,14 @@ def _act_sentences(number: int, each: ActCircuit, found: Circuit) -> Iterator[st
         yield f"Act {number}: no mask was changed, since {each.unmasked}"
     for origin in each.origins:
         yield f"Act {number}: {origin.what} reaches {origin.share:.1%} of the peak."
-    if each.alone is not None:
-        where = f"layers {each.alone[0]} to {each.alone[1]}"
-        yield f"Act {number}: a later token becomes a first one if it sees itself alone in {where}."
-    if each.open is not None:
-        where = f"layers {each.open[0]} to {each.open[1]}"
-        yield f"Act {number}: the first token is one no more if it sees all in {where}."
+    told = (
+        ("a later token gets half of the peak if it sees itself alone", each.alone),
+        ("the first token loses half of the peak if it sees all", each.open),
+    )
+    for what, needed in told:
+        if needed is not None:
+            where = f"layers 0 to {needed.until}, or in layers {needed.since} to {act.peak}"
+            yield f"Act {number}: {what} in {where}."
     if each.dose is not None:
         yield f"Act {number}: {each.dose:.0%} of self-attention gives half of the peak."
 
