@@ -9,11 +9,13 @@ from typing import Any, get_args, get_type_hints
 import jaxtyping
 import pytest
 import torch
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _jaxtyped: Any = jaxtyping.jaxtyped
+# A TypeError, as jaxtyping's own and as Python's where nothing is checked.
+_beartyped = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
 def _is_shape(hint: Any) -> bool:
@@ -44,9 +46,9 @@ def checked(thing: Any = None, *, typechecker: Any) -> Any:
     if "<locals>" in thing.__qualname__:
         return thing
     if not isinstance(thing, type):
-        return beartype(thing)
+        return _beartyped(thing)
     if is_dataclass(thing):
-        setattr(thing, "__init__", beartype(function))  # noqa: B010
+        setattr(thing, "__init__", _beartyped(function))  # noqa: B010
     return thing
 
 

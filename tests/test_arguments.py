@@ -437,9 +437,9 @@ def test_a_stream_is_not_read_ahead() -> None:
     assert read == [0]
 
 
-def test_what_python_says_about_missing_arguments_stays() -> None:
+def test_what_python_says_about_missing_arguments_stays(tiny: TinyFactory) -> None:
     with pytest.raises(TypeError, match=r"missing a required argument: 'facts'|missing 1 required"):
-        ft.capture_keys(FACT)
+        ft.capture_keys(tiny("gpt2"))
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         ft.load("x", colour="red")
 

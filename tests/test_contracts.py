@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from beartype import beartype
-from beartype.roar import BeartypeCallHintParamViolation
 from conftest import checked
 from jaxtyping import TypeCheckError
 from tiny import CONTEXTS, FACTS, TinyFactory, sentence_prompts
@@ -184,9 +183,9 @@ def test_a_shape_is_seen_anywhere_in_an_annotation() -> None:
         assert checked(function, typechecker=beartype) is not function
     with pytest.raises(TypeCheckError):
         checked(inner, typechecker=beartype)([("a", torch.zeros(2, 2))])
-    with pytest.raises(BeartypeCallHintParamViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         of_a_number("1")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BeartypeCallHintParamViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         Numbered(number="1")  # pyright: ignore[reportArgumentType]
 
 

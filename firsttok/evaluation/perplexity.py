@@ -160,9 +160,7 @@ class PreparedTexts:
                 if there are no such tokens.
         """
         if at not in _AT:
-            raise BadInputError(
-                f"an edit acts at {', '.join(_AT[:-1])} or {_AT[-1]}, not at {at!r}"
-            )
+            raise BadInputError(f"an edit acts at all, first or later tokens, not at {at!r}")
         if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
             raise EditMismatchError(
                 f"{model.name} was changed at or below layer {self.layer} since the sentences were "
