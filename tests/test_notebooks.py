@@ -1,5 +1,6 @@
 """The notebooks run from their sources, and what is committed is what they gave."""
 
+import gc
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -100,6 +101,9 @@ def kernel(execute: ModuleType) -> Iterator[Any]:
     client.execute()
     yield client.km
     run_sync(client.km.shutdown_kernel)(now=True)
+    del client
+    # Collected later, clients warn of their sockets in the midst of another test's output.
+    gc.collect()
 
 
 @pytest.mark.slow
