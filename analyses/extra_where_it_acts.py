@@ -8,6 +8,7 @@ damage to the output.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import mean, median
 from typing import Any
@@ -18,7 +19,6 @@ from rich.progress import Progress
 
 from firsttok.circuits.anatomy import SINK, circuit_prompts, read, read_heads
 from firsttok.editing import ROME, Edit
-from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.evaluation.targets import score_targets
 from firsttok.models import Model, capture, logits
@@ -54,13 +54,20 @@ def measure_places(study: Study, edits: Sequence[Edit]) -> Iterator[dict[str, An
         found = {at: perplexities[at][number].mean for at in PLACES}
         rises = {at: math.log(value) - before for at, value in found.items()}
         gains = {at: edit.delta.change(keys[at]).double().norm(dim=1) for at in keys}
+        collapsed = found["all"] > COLLAPSE_THRESHOLD
         yield {
             "part": "where",
             "case_id": edit.facts[0].case_id,
             "subject": edit.facts[0].subject,
             "original_perplexity": study.original_perplexity.mean,
             **{f"perplexity_{at}": value for at, value in found.items()},
-            **{f"rise_{at}": rises[at] / rises["all"] for at in ("first", "later")},
+            # Where nothing rises, there is nothing to share out.
+            **{
+                f"rise_{at}": rises[at] / rises["all"]
+                if found["all"] > COLLAPSE_THRESHOLD
+                else None
+                for at in ("first", "later")
+            },
             **{f"gain_{at}": float(gains[at].mean()) for at in gains},
             **{f"residual_{at}": float(norms[at].mean()) for at in gains},
             **{f"ratio_{at}": float((gains[at] / norms[at]).mean()) for at in gains},
@@ -188,14 +195,6 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     for _, found in study.edits(chosen, [ROME]):
         edits += found.values()
         progress.advance(task)
-    measured = study.perplexities(edits)
-    # A list made on another model, or on another machine, may hold what does not collapse here.
-    edits = [edit for edit, after in zip(edits, measured, strict=True) if after.collapsed]
-    if not edits:
-        raise BadInputError(
-            f"no listed case collapses {study.model.label} here; make the list again with: "
-            "firsttok scan"
-        )
     rows: list[dict[str, Any]] = []
     some, above = edits[:CARRIED], study.model.n_layers - study.layer - 1
     task = progress.add_task("places", total=len(edits))
@@ -213,7 +212,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             WORDS[at],
             median(pick(where, f"perplexity_{at}")),
             max(pick(where, f"perplexity_{at}")),
-            None if at == "all" else mean(pick(where, f"rise_{at}")),
+            None if at == "all" else _mean_share(where, at),
             None if at == "all" else median(pick(where, f"gain_{at}")),
             None if at == "all" else median(pick(where, f"residual_{at}")),
         ]
@@ -221,13 +220,19 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     ]
     columns = ("", "median perplexity", "max", "share of the rise", "norm added", "residual norm")
     return Found(
-        title=f"Where ROME's update acts, {len(edits)} collapse cases",
+        title=f"Where ROME's update acts, {len(edits)} listed collapse cases",
         columns=columns,
         lines=lines,
         rows=rows,
         notes=_notes(where),
         draw=partial(plot, rows),
     )
+
+
+def _mean_share(rows: Sequence[Mapping[str, Any]], at: str) -> float | None:
+    """Mean share of the rise over the edits that collapse the model; None without any."""
+    shares = [row[f"rise_{at}"] for row in rows if row[f"rise_{at}"] is not None]
+    return mean(shares) if shares else None
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -290,11 +295,23 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return drawn
 
 
+def _collapsed(result: Result) -> Result:
+    """The result without cases that do not collapse the model, or not on this machine."""
+    values = result.values("perplexity_all", part="where")
+    cases = iter(values)
+    kept = [
+        row
+        for row in result.rows
+        if row.get("part") == "where" and next(cases) > COLLAPSE_THRESHOLD
+    ]
+    return replace(result, rows=tuple(kept))
+
+
 def acts_at_later_tokens(result: Result) -> Verdict:
-    match: dict[str, Any] = {"part": "where"}
-    first = result.values("perplexity_first", **match)
-    original = result.values("original_perplexity", **match)
-    later = result.values("rise_later", **match)
+    found = _collapsed(result)
+    first = found.values("perplexity_first")
+    original = found.values("original_perplexity")
+    later = found.values("rise_later")
     unharmed = [after <= UNHARMED * before for after, before in zip(first, original, strict=True)]
     whole = [rise >= WHOLE for rise in later]
     return grade(
@@ -307,7 +324,8 @@ def acts_at_later_tokens(result: Result) -> Verdict:
 
 
 def misses_the_first_token(result: Result) -> Verdict:
-    ratios = {at: result.values(f"ratio_{at}", part="where") for at in ("first", "later")}
+    found = _collapsed(result)
+    ratios = {at: found.values(f"ratio_{at}") for at in ("first", "later")}
     held = [max(ratios["first"]) <= SLIGHT, min(ratios["later"]) >= STRONG]
     return grade(
         all(held),

@@ -199,10 +199,13 @@ def acting(
 ) -> Rows:
     """Three cases; the last one alone has the given numbers."""
     usual = {"original_perplexity": 70.0, "perplexity_first": 70.1, "rise_later": 1.0}
-    usual |= {"ratio_first": 0.0005, "ratio_later": 3.0}
+    usual |= {"ratio_first": 0.0005, "ratio_later": 3.0, "perplexity_all": 5000.0}
     odd = {"perplexity_first": first, "rise_later": later}
     odd |= {"ratio_first": ratio_first, "ratio_later": ratio_later}
-    return [{"part": "where"} | row for row in (usual, usual, usual | odd)]
+    # One that does not collapse the model is passed over.
+    idle = {"perplexity_all": 80.0, "ratio_first": 0.9, "ratio_later": 0.1}
+    rows = (usual, usual, usual | odd)
+    return [{"part": "where"} | row for row in (*rows, usual | idle)]
 
 
 def identity(cells: list[list[float]]) -> Rows:
@@ -483,13 +486,13 @@ SYNTHETIC: dict[str, list[tuple[Status, Given]]] = {
         (YES, (acting(76.9, 0.91), {})),
         (PARTLY, (acting(77.1, 1.0), {})),
         (PARTLY, (acting(70.0, 0.89), {})),
-        (NO, (acting(5e3, 0.1)[2:] * 3, {})),
+        (NO, (acting(5e3, 0.1)[2:3] * 3, {})),
     ],
     "own-collapse-gain": [
         (YES, (acting(70.0, 1.0, 0.009, 0.51), {})),
         (PARTLY, (acting(70.0, 1.0, 0.011, 0.51), {})),
         (PARTLY, (acting(70.0, 1.0, 0.009, 0.49), {})),
-        (NO, (acting(70.0, 1.0, 0.5, 0.4)[2:] * 3, {})),
+        (NO, (acting(70.0, 1.0, 0.5, 0.4)[2:3] * 3, {})),
     ],
     "own-mask-edit": [
         (YES, (keyed("key_from", KEYS, part="edit"), {})),

@@ -131,6 +131,10 @@ def test_claims_of_one_script_hold_on_the_same_rows() -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("folder", ["smollm2-135m", "gemma3-270m"])
 def test_committed_verdicts_are_what_the_rules_come_to(name: str, folder: str) -> None:
+    if (name, folder) == ("extra_where_it_acts", "gemma3-270m"):
+        # It was not run there, where no case collapses.
+        assert not (FIGURES / folder / f"{name}.json").exists()
+        return
     found = load_result(FIGURES / folder, name)
     assert found.claims == tuple(judge(claim, found) for claim in CLAIMS_OF[name])
 
