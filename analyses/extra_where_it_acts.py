@@ -54,7 +54,6 @@ def measure_places(study: Study, edits: Sequence[Edit]) -> Iterator[dict[str, An
         found = {at: perplexities[at][number].mean for at in PLACES}
         rises = {at: math.log(value) - before for at, value in found.items()}
         gains = {at: edit.delta.change(keys[at]).double().norm(dim=1) for at in keys}
-        collapsed = found["all"] > COLLAPSE_THRESHOLD
         yield {
             "part": "where",
             "case_id": edit.facts[0].case_id,
