@@ -262,3 +262,37 @@ def test_ratios_in_words() -> None:
     assert len(shares) == 2
     for share, method in shares:
         assert agrees(share, found("table4_efficacy", f"smollm2-135m, {method}", "efficacy"))
+
+
+def test_circuit() -> None:
+    record = json.loads((FIGURES / "circuit.json").read_text("utf-8"))
+    text = " ".join(README.split())
+    first, second = record["acts"]
+    pattern = (
+        r"layer (\d+) lifts the first token to a norm of ([\d ]+), layers (\d+) and (\d+) take it "
+        r"down, and layer (\d+) lifts it to ([\d ]+), which layers (\d+) and (\d+) take down. Two "
+        r"neurons of layer \d+ write ([\d.]+) % of it"
+    )
+    (told,) = re.findall(pattern, text)
+    assert agrees(told[1], first["norm"])
+    assert agrees(told[5], second["norm"])
+    assert [int(told[0]), int(told[4])] == [first["writer"], second["writer"]]
+    assert [int(x) for x in told[2:4]] == [step["layer"] for step in first["downs"]]
+    assert [int(x) for x in told[6:8]] == [step["layer"] for step in second["downs"]]
+    assert agrees(told[8], 100 * sum(neuron["share"] for neuron in second["neurons"][:2]))
+    ((before, after),) = re.findall(r"perplexity goes from ([\d.]+) to ([\d ]+)\. A later", text)
+    assert agrees(before, record["perplexity"])
+    wanted = {"chosen": "top", "at": "first", "value": "zero"}
+    (silent,) = [
+        trial["perplexity"]
+        for trial in second["knock_outs"]
+        if wanted.items() <= trial.items() and len(trial["neurons"]) == 2
+    ]
+    assert agrees(after, silent)
+    ((until, since, peak),) = re.findall(
+        r"in layers 0 to (\d+), or in layers (\d+) to (\d+);", text
+    )
+    assert second["alone"] == {"until": int(until), "since": int(since)}
+    assert int(peak) == second["peak"]
+    (layer,) = re.findall(r"proposes to edit at or below layer (\d+)", text)
+    assert int(layer) == record["proposed_layer"]
