@@ -15,7 +15,7 @@ from torch import Tensor
 from firsttok.arguments import taken, whole_number
 from firsttok.data import Fact
 from firsttok.engine.products import fast_products, runs_plain
-from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.errors import BadInputError, SpecialTokenError, UnsupportedModelError
 from firsttok.models import Model, logits
 from firsttok.models.bos import special_ids
 from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
@@ -254,12 +254,16 @@ def sample_documents(
     special = special_ids(tokenizer).union(_end_ids(model))
     drawn = _sampled(model, [(begin,)] * count, tokens=tokens, draw=draw, ends=special)
     texts = [tokenizer.decode(row).strip("\ufffd \n") for row in drawn]
-    return [
-        text
-        for text in texts
-        if _WORD.search(text)
-        and special.isdisjoint(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ]
+    return [text for text in texts if _WORD.search(text) and _is_plain(model, text, special)]
+
+
+def _is_plain(model: Model, text: str, special: frozenset[int]) -> bool:
+    """Whether a text spells out none of some special tokens."""
+    try:
+        ids = text_prompt(model, text).token_ids
+    except SpecialTokenError:
+        return False
+    return special.isdisjoint(ids[len(model.leading_ids) :])
 
 
 @taken
