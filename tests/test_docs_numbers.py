@@ -296,3 +296,21 @@ def test_circuit() -> None:
     assert int(peak) == second["peak"]
     (layer,) = re.findall(r"proposes to edit at or below layer (\d+)", text)
     assert int(layer) == record["proposed_layer"]
+
+
+def test_where_a_collapse_acts() -> None:
+    rows = json.loads((FIGURES / "extra_where_it_acts.json").read_text("utf-8"))["rows"]
+    where = [row for row in rows if row["part"] == "where"]
+    text = " ".join(README.split())
+    pattern = (
+        r"`extra_where_it_acts`, (\d+) collapse cases\): at first tokens alone it leaves the "
+        r"perplexity at ([\d.]+) or below, at later tokens alone it makes at least ([\d.]+) % of "
+        r"the rise of the log-perplexity. What it adds is at most ([\d.]+) % of a first token's "
+        r"residual stream, and at least ([\d.]+) % of a later one's"
+    )
+    (told,) = re.findall(pattern, text)
+    assert int(told[0]) == len(where)
+    assert agrees(told[1], max(row["perplexity_first"] for row in where))
+    assert agrees(told[2], 100 * min(row["rise_later"] for row in where))
+    assert agrees(told[3], 100 * max(row["ratio_first"] for row in where))
+    assert agrees(told[4], 100 * min(row["ratio_later"] for row in where))
