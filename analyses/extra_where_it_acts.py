@@ -296,13 +296,10 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _collapsed(result: Result) -> Result:
     """The result without cases that do not collapse the model, or not on this machine."""
-    values = result.values("perplexity_all", part="where")
-    cases = iter(values)
-    kept = [
-        row
-        for row in result.rows
-        if row.get("part") == "where" and next(cases) > COLLAPSE_THRESHOLD
-    ]
+    # A hole in the column is a gap, and not a case that does not collapse.
+    result.values("perplexity_all", part="where")
+    where = result.chosen(part="where")
+    kept = [row for row in where if row["perplexity_all"] > COLLAPSE_THRESHOLD]
     return replace(result, rows=tuple(kept))
 
 

@@ -261,3 +261,12 @@ def test_the_command_leaves_page_json_and_figure(
     page = (folder / "circuit.html").read_text(encoding="utf-8")
     assert page.count("<svg") >= 3
     assert "src=" not in page
+
+
+def test_the_command_refuses_an_encoder_in_a_sentence(
+    tiny: TinyFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["circuit", tiny("bert").name]) == 2
+    error = capsys.readouterr().err
+    assert "is no decoder with a final norm" in error
+    assert "Traceback" not in error

@@ -116,8 +116,7 @@ class ActCircuit:
     def dose(self) -> float | None:
         """Least dose of self-attention that gives a later token half of the peak."""
         doses = [run.dose for run in self.masked if run.dose < 1 and run.share >= HALF]
-        full = [run.dose for run in self.masked if run.dose == 1 and run.last == self.act.peak]
-        return min(doses) if doses else 1.0 if full and self.alone is not None else None
+        return min(doses, default=None if self.alone is None else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from firsttok.circuits import Circuit, circuit
 from firsttok.console import progress_bar, show, show_json
+from firsttok.escapes import as_html
 from firsttok.inputs import texts_from
-from firsttok.inspection import named_checks
 from firsttok.models import BosPolicy, load
-from firsttok.options import folder_name, model_label
+from firsttok.options import folder_name
 from firsttok.paper.figures import PALETTE, figure, save_figure
 from firsttok.storage import atomic_path, write_json
 
@@ -27,8 +27,7 @@ svg {{ display: block; max-width: 100%; margin: 1rem 0 }}
 def run(args: argparse.Namespace) -> None:
     """Find the circuit, print it, and leave JSON, page and figure in a folder if asked to."""
     texts = texts_from(args)
-    label = model_label(args.model)
-    with progress_bar() as progress, named_checks(label):
+    with progress_bar() as progress:
         model = load(args.model, bos=BosPolicy(args.bos), dtype=args.dtype, device=args.device)
         found = circuit(model, texts=texts, seed=args.seed, progress=progress)
     if args.out:
@@ -43,7 +42,7 @@ def _save(folder: Path, found: Circuit) -> None:
     write_json(folder / "circuit.json", found.as_dict())
     panel = found.panel()
     with atomic_path(folder / "circuit.html") as temporary:
-        page = _PAGE.format(title=f"circuit of {found.model}", body=panel.html)
+        page = _PAGE.format(title=as_html(panel.title), body=panel.html)
         temporary.write_text(page, encoding="utf-8")
     _draw(folder / "circuit", found)
 

@@ -32,10 +32,10 @@ def sample_corpus(
 ) -> tuple[str, ...]:
     """Sample documents until they hold ``tokens`` tokens, in rounds of 128.
 
-    A finished round is kept by all that decides it, and no round depends on another: what is
-    interrupted goes on with the round that was not finished, and a smaller number of tokens gives
-    the first documents of a larger one. While something disturbs the model no round is read or
-    kept.
+    A finished round is kept by all that decides it, and no round depends on another: an
+    interrupted run resumes with the round that was not finished, and a smaller number of tokens
+    gives the first documents of a larger one. While something disturbs the model no round is read
+    or kept.
 
     Args:
         model: A decoder.
