@@ -24,7 +24,7 @@ from firsttok.editing import Edit, Slot
 from firsttok.evaluation import Perplexity, PreparedTexts, prepare_texts
 from firsttok.keys import FactKeys, Keys, capture_keys, fact_keys
 from firsttok.prompts import fact_prompt, positions
-from firsttok.second_moment import SecondMoment, _stream, default_corpus
+from firsttok.second_moment import SecondMoment, _Pass, _stream, default_corpus
 
 __all__ = ["keys", "perplexity_of_edits", "second_moment"]
 
@@ -170,8 +170,8 @@ def second_moment(setting: Setting) -> Plan:
     def fast(most: int) -> SecondMoment:
         # It goes on where it stopped: each run has a folder of its own.
         with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
-            path = Path(folder) / "moment.safetensors"
-            return _stream(model, documents, "pydoc", "pydoc", layer, most, path, None)
+            over = _Pass(documents=documents, name="", corpus_hash="", max_tokens=most)
+            return _stream(model, over, (layer,), Path(folder) / "moment.partial", None)[layer]
 
     def naive(most: int) -> tuple[torch.Tensor, int]:
         return naive_second_moment(setting.naive, documents, max_tokens=most)

@@ -50,7 +50,12 @@ if TYPE_CHECKING:
     from firsttok.prompts import fact_prompt, text_prompt
     from firsttok.rows import Row
     from firsttok.screening import screen
-    from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+    from firsttok.second_moment import (
+        SecondMoment,
+        compute_second_moment,
+        compute_second_moments,
+        load_second_moment,
+    )
     from firsttok.study import Study
     from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.results import read_run
@@ -100,6 +105,7 @@ __all__ = [
     "compare_methods",
     "compute_edit",
     "compute_second_moment",
+    "compute_second_moments",
     "continuation",
     "counterfact_scores",
     "edit_accuracy",

@@ -5,7 +5,8 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,13 @@ from firsttok.storage import (
 )
 from firsttok.tensors import SecondMomentMatrix
 
-__all__ = ["SecondMoment", "compute_second_moment", "default_corpus", "load_second_moment"]
+__all__ = [
+    "SecondMoment",
+    "compute_second_moment",
+    "compute_second_moments",
+    "default_corpus",
+    "load_second_moment",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -207,6 +214,7 @@ def compute_second_moment(
     corpus: Sequence[str] | None = None,
     corpus_name: str | None = None,
     max_tokens: int = MAX_TOKENS,
+    first_tokens: bool = True,
     progress: Progress | None = None,
 ) -> SecondMoment:
     """Compute C over a corpus, streaming in float64; cached, and resumed after an interruption.
@@ -222,40 +230,112 @@ def compute_second_moment(
             :func:`default_corpus`.
         corpus_name: Name for the records.
         max_tokens: Stop after about this many tokens.
+        first_tokens: Whether the first token of a window counts, as released.
         progress: Where to show progress.
 
     Raises:
         BadInputError: If the corpus yields no token.
         EditMismatchError: If the model is changed meanwhile.
     """
-    site = model.site(layer)
+    number = model.site(layer).layer
+    return compute_second_moments(
+        model,
+        layers=[number],
+        corpus=corpus,
+        corpus_name=corpus_name,
+        max_tokens=max_tokens,
+        first_tokens=first_tokens,
+        progress=progress,
+    )[number]
+
+
+@taken
+def compute_second_moments(
+    model: Model,
+    *,
+    layers: Iterable[int],
+    corpus: Sequence[str] | None = None,
+    corpus_name: str | None = None,
+    max_tokens: int = MAX_TOKENS,
+    first_tokens: bool = True,
+    progress: Progress | None = None,
+) -> dict[int, SecondMoment]:
+    """Compute C at several layers in one pass over a corpus.
+
+    Each is kept as :func:`compute_second_moment` keeps it, and those that are there already are not
+    computed again.
+
+    Args:
+        model: The model.
+        layers: Layers of the keys.
+        corpus: As for :func:`compute_second_moment`, like all that follow.
+        corpus_name: Name for the records.
+        max_tokens: Stop after about this many tokens.
+        first_tokens: Whether the first token of a window counts.
+        progress: Where to show progress.
+
+    Returns:
+        The second moments by layer, in the given order.
+
+    Raises:
+        BadInputError: If there is no layer, or the corpus yields no token.
+        EditMismatchError: If the model is changed meanwhile.
+    """
+    sites = {site.layer: site for site in map(model.site, layers)}
+    if not sites:
+        raise BadInputError("there is no layer; give at least one")
     if corpus is None:
         found = find_corpus(DEFAULT_CORPUS)
     else:
         found = Corpus(name="text", documents=tuple(corpus))
     documents, name = found.documents, corpus_name or found.name
+    name += "" if first_tokens else ", without first tokens"
     settings = [list(documents), max_tokens, WINDOW, list(model.leading_ids), str(model.dtype)]
-    corpus_hash = content_hash(settings)
+    # Files of before, in which first tokens always counted, keep their names.
+    settings += [] if first_tokens else ["without first tokens"]
+    pass_over = _Pass(
+        documents=documents,
+        name=name,
+        corpus_hash=content_hash(settings),
+        max_tokens=max_tokens,
+        first_tokens=first_tokens,
+    )
     if model.disturbance is not None:
-        return _stream(model, documents, name, corpus_hash, layer, max_tokens, None, progress)
-    identity = model.identity(site.layer)
-    stem = content_hash([corpus_hash, identity, site.stack, site.layer])[:20]
-    path = cache_folder("second_moments") / f"{stem}.safetensors"
-    with locked(path):
-        if path.is_file():
-            try:
-                kept = read_tensors(path, "a second moment")
-                return _second_moment(path, *kept, d_mlp=site.d_mlp)
-            except (BadInputError, NonFiniteError):
-                logger.warning("a cached second moment is damaged and is computed again")
-        result = _stream(model, documents, name, corpus_hash, layer, max_tokens, path, progress)
-        if model.identity(site.layer) != identity:
-            raise EditMismatchError(
-                f"{model.name} was changed while its second moment was computed; compute it again"
-            )
-        result.save(path)
-        path.with_suffix(".partial").unlink(missing_ok=True)
-    return result
+        return _stream(model, pass_over, tuple(sites), None, progress)
+    identities = {layer: model.identity(layer) for layer in sites}
+    stems = {
+        layer: content_hash([pass_over.corpus_hash, identities[layer], site.stack, layer])[:20]
+        for layer, site in sites.items()
+    }
+    folder = cache_folder("second_moments")
+    paths = {layer: folder / f"{stem}.safetensors" for layer, stem in stems.items()}
+    kept: dict[int, SecondMoment] = {}
+    with ExitStack() as locks:
+        # Always in one order, so that no two processes wait for each other.
+        for path in sorted(paths.values()):
+            locks.enter_context(locked(path))
+        for layer, path in paths.items():
+            if path.is_file():
+                try:
+                    tensors, metadata = read_tensors(path, "a second moment")
+                    kept[layer] = _second_moment(path, tensors, metadata, d_mlp=sites[layer].d_mlp)
+                except (BadInputError, NonFiniteError):
+                    logger.warning("a cached second moment is damaged and is computed again")
+        missing = tuple(layer for layer in sites if layer not in kept)
+        if missing:
+            own = [stems[layer] for layer in missing]
+            stem = own[0] if len(own) == 1 else content_hash(own)[:20]
+            partial = folder / f"{stem}.partial"
+            kept |= _stream(model, pass_over, missing, partial, progress)
+            if any(model.identity(layer) != identities[layer] for layer in missing):
+                raise EditMismatchError(
+                    f"{model.name} was changed while its second moment was computed; compute it "
+                    "again"
+                )
+            for layer in missing:
+                kept[layer].save(paths[layer])
+            partial.unlink(missing_ok=True)
+    return {layer: kept[layer] for layer in sites}
 
 
 @taken
@@ -355,61 +435,90 @@ def _windows(model: Model, documents: Sequence[str], max_tokens: int) -> list[Pr
     return windows
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """What is run, and which of its tokens count."""
+
+    documents: tuple[str, ...]
+    name: str
+    corpus_hash: str
+    max_tokens: int
+    first_tokens: bool = True
+
+
 def _stream(
     model: Model,
-    documents: Sequence[str],
-    name: str,
-    corpus_hash: str,
-    layer: int | None,
-    max_tokens: int,
-    path: Path | None,
+    over: _Pass,
+    layers: Sequence[int],
+    partial: Path | None,
     progress: Progress | None,
-) -> SecondMoment:
-    site = model.site(layer)
-    windows = _windows(model, documents, max_tokens)
+) -> dict[int, SecondMoment]:
+    sites = [model.site(layer) for layer in layers]
+    windows = _windows(model, over.documents, over.max_tokens)
+    if not over.first_tokens:
+        windows = [window for window in windows if len(window.token_ids) > 1]
     if not windows:
-        raise BadInputError("the corpus holds no text; give at least one sentence")
+        least = "a sentence" if over.first_tokens else "a sentence of two tokens"
+        raise BadInputError(f"the corpus holds no text; give at least {least}")
     groups = list(batches(windows))
-    stop = site.layer + 1 if site.stack == "blocks" else None
+    stop = max(layers) + 1 if sites[0].stack == "blocks" else None
     plan = content_hash(groups)
-    partial = None if path is None else path.with_suffix(".partial")
-    total, tokens, done = _resume(partial, site.d_mlp, plan)
+    sums = {_tensor_name(site.layer, layers): site.d_mlp for site in sites}
+    totals, tokens, done = _resume(partial, sums, plan)
     bar = progress or Progress(disable=True)
-    label = f"second moment, layer {site.layer}"
-    task = bar.add_task(label, total=len(groups), completed=done)
+    told = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+    task = bar.add_task(f"second moment, {told}", total=len(groups), completed=done)
     for index in range(done, len(groups)):
         batch = pad(model, [windows[i] for i in groups[index]])
-        seen = capture(model, batch, [site.key_hook], stop_at_layer=stop)
-        keys = seen[site.key_hook][batch.attention_mask.bool()].double()
-        total += (keys.T @ keys).cpu()
-        tokens += keys.shape[0]
+        seen = capture(model, batch, [site.key_hook for site in sites], stop_at_layer=stop)
+        counted = batch.attention_mask.bool()
+        if not over.first_tokens:
+            counted = counted & (counted.cumsum(1) > 1)
+        for site, total in zip(sites, totals.values(), strict=True):
+            keys = seen[site.key_hook][counted].double()
+            total.add_((keys.T @ keys).cpu())
+        tokens += int(counted.sum())
         bar.advance(task)
         if index % 10 == 9 and partial is not None:
             about = {"tokens": str(tokens), "done": str(index + 1), "plan": plan}
-            write_tensors(partial, {"sum": total}, about)
-    return SecondMoment(
-        matrix=total / tokens,
-        tokens=tokens,
-        corpus=name,
-        corpus_hash=corpus_hash,
-        layer=site.layer,
-        model_fingerprint=model.fingerprint,
-        model_identity=model.base_identity(site.layer),
-    )
+            write_tensors(partial, totals, about)
+    return {
+        site.layer: SecondMoment(
+            matrix=total / tokens,
+            tokens=tokens,
+            corpus=over.name,
+            corpus_hash=over.corpus_hash,
+            layer=site.layer,
+            model_fingerprint=model.fingerprint,
+            model_identity=model.base_identity(site.layer),
+        )
+        for site, total in zip(sites, totals.values(), strict=True)
+    }
 
 
-def _resume(partial: Path | None, d_mlp: int, plan: str) -> tuple[SecondMomentMatrix, int, int]:
+def _tensor_name(layer: int, layers: Sequence[int]) -> str:
+    return "sum" if len(layers) == 1 else f"sum{layer}"
+
+
+def _resume(
+    partial: Path | None, widths: Mapping[str, int], plan: str
+) -> tuple[dict[str, SecondMomentMatrix], int, int]:
+    """Sums by name, the tokens that they are over, and how many batches those are."""
     if partial is not None and partial.is_file():
         try:
             tensors, metadata = read_tensors(partial, "a partial second moment")
-            total = tensors["sum"]
-            fits = total.shape == (d_mlp, d_mlp) and bool(torch.isfinite(total).all())
+            fits = all(
+                tensors[name].shape == (width, width) and bool(torch.isfinite(tensors[name]).all())
+                for name, width in widths.items()
+            )
             if fits and metadata["plan"] == plan:
-                return total, int(metadata["tokens"]), int(metadata["done"])
+                found = {name: tensors[name] for name in widths}
+                return found, int(metadata["tokens"]), int(metadata["done"])
         except (BadInputError, KeyError, ValueError):
             logger.debug("%s cannot be read", partial.name)
         logger.warning("a partial second moment is damaged or of other batches; it starts again")
-    return torch.zeros(d_mlp, d_mlp, dtype=torch.float64), 0, 0
+    zeros = {n: torch.zeros(width, width, dtype=torch.float64) for n, width in widths.items()}
+    return zeros, 0, 0
 
 
 def _is_symmetric(matrix: Float[Tensor, "n n"]) -> bool:

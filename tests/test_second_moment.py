@@ -18,6 +18,7 @@ from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import (
     SecondMoment,
     compute_second_moment,
+    compute_second_moments,
     default_corpus,
     load_second_moment,
 )
@@ -52,7 +53,9 @@ def positive(size: int, *, columns: int | None = None) -> torch.Tensor:
     return factor @ factor.T
 
 
-def naive_moment(model: Model, texts: tuple[str, ...], *, layer: int) -> tuple[torch.Tensor, int]:
+def naive_moment(
+    model: Model, texts: tuple[str, ...], *, layer: int, first_tokens: bool = True
+) -> tuple[torch.Tensor, int]:
     """C, window by window and token by token."""
     tokenizer: Any = model.tokenizer
     bridge: Any = model.bridge
@@ -69,7 +72,7 @@ def naive_moment(model: Model, texts: tuple[str, ...], *, layer: int) -> tuple[t
                 _, cache = bridge.run_with_cache(
                     tokens, attention_mask=torch.ones_like(tokens), names_filter=[site.key_hook]
                 )
-            for key in cache[site.key_hook][0].double():
+            for key in cache[site.key_hook][0][0 if first_tokens else 1 :].double():
                 total += torch.outer(key, key)
                 count += 1
     return total / count, count
@@ -107,6 +110,49 @@ def test_streaming_equals_a_loop_over_tokens(tiny: TinyFactory, arch: str, bos: 
         assert relative(moment.matrix, expected) < 1e-6
         assert moment.matrix.dtype is torch.float64
         assert (moment.layer, moment.model_fingerprint) == (2, model.fingerprint)
+
+
+@pytest.mark.parametrize("bos", [BosPolicy.WITH, BosPolicy.WITHOUT])
+@pytest.mark.usefixtures("own_cache")
+def test_first_tokens_are_left_out_where_asked(tiny: TinyFactory, bos: BosPolicy) -> None:
+    model = tiny("llama", "float64").with_bos(bos)
+    corpus = ("Rome", *LONG)
+    some = compute(model, corpus=corpus, first_tokens=False)
+    expected, count = naive_moment(model, corpus, layer=1, first_tokens=False)
+    assert some.tokens == count
+    assert relative(some.matrix, expected) < 1e-6
+    # It is kept apart from that with them.
+    whole = compute(model, corpus=corpus)
+    assert relative(whole.matrix, naive_moment(model, corpus, layer=1)[0]) < 1e-6
+    assert whole.corpus_hash != some.corpus_hash
+
+
+def test_several_layers_are_as_each_alone(
+    tiny: TinyFactory, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gpt2")
+    small_groups(monkeypatch)
+    alone = compute(model, layer=1)
+    with monkeypatch.context() as patched:
+        ran = interrupt_after(patched, 12)
+        with pytest.raises(KeyboardInterrupt):
+            compute_second_moments(model, layers=(2, 1, 0), corpus=CORPUS)
+    assert len(ran) == 12
+    # What is there is not run again, and the rest resumes behind the tenth batch.
+    ran = interrupt_after(monkeypatch, -1)
+    found = compute_second_moments(model, layers=(2, 1, 0), corpus=CORPUS)
+    assert len(ran) == len(CORPUS) - 10
+    assert list(found) == [2, 1, 0]
+    assert torch.equal(found[1].matrix, alone.matrix)
+    for layer, moment in found.items():
+        expected, count = naive_moment(model, CORPUS, layer=layer)
+        assert (moment.layer, moment.tokens) == (layer, count)
+        assert relative(moment.matrix, expected) < 1e-5
+        assert torch.equal(compute(model, layer=layer).matrix, moment.matrix)
+    assert len(ran) == len(CORPUS) - 10
+    assert not list(own_cache.rglob("*.partial"))
+    with pytest.raises(BadInputError, match="no layer"):
+        compute_second_moments(model, layers=())
 
 
 @pytest.mark.parametrize("arch", ["t5", "bert"])
