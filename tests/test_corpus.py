@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from synthetic import NO, NOT_JUDGED, PARTLY, YES
-from tiny import SENTENCES, TinyFactory, build, load_tiny, naive_logits
+from tiny import SENTENCES, TinyFactory, build, load_tiny, naive_logits, relative
 
 from analyses import extra_corpus
 from firsttok.cli import main
@@ -290,7 +290,7 @@ def test_the_shipped_corpus_has_the_tokens_that_are_said(real_model: Model) -> N
     lengths = [
         len(text_prompt(real_model, each).token_ids) for each in find_corpus("sampled").documents
     ]
-    assert sum(lengths) == shipped()[1]["tokens"] >= 60_000
+    assert sum(lengths) == shipped()[1]["tokens"] >= 150_000
     assert real_model.fingerprint == shipped()[1]["model"]["fingerprint"]
 
 
@@ -347,7 +347,8 @@ def test_growing_parts_are_the_first_documents(
         first = [text for part in parts[: index + 1] for text in part]
         whole = compute_second_moment(model, layer=2, corpus=first)
         assert moment.tokens == whole.tokens
-        torch.testing.assert_close(moment.matrix, whole.matrix, rtol=1e-6, atol=1e-12)
+        # The keys are float32, and batches of another make-up round them otherwise.
+        assert relative(moment.matrix, whole.matrix) < 1e-5
     assert len({moment.content_hash for moment in found}) == 3
 
 
