@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: reproduce reproduce-full scan inspect bench fuzz notebooks docs dist test coverage lint types setup clean
+.PHONY: reproduce reproduce-full scan inspect bench fuzz notebooks docs dist test test-release coverage lint types setup clean
 
 reproduce: setup
 	$(BIN)/firsttok reproduce --profile quick
@@ -42,7 +42,11 @@ dist: setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup lint types
-	$(PYTEST)
+	$(PYTEST) -m "not release"
+
+# The package that is built, types as a user's checkers see them, the site, the notebooks.
+test-release: setup
+	$(PYTEST) -m release
 
 # Counting lines makes the tests take half as long again.
 coverage: setup

@@ -39,7 +39,7 @@ cli(sys.argv[1:])
 """
 LOADED = {"img", "script", "link", "iframe", "source", "video", "audio", "object", "embed"}
 """Elements that make a browser fetch something by itself."""
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.release]
 
 
 class Links(HTMLParser):

@@ -107,6 +107,7 @@ def kernel(execute: ModuleType) -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs(name: str, execute: ModuleType, kernel: Any) -> None:

@@ -62,6 +62,7 @@ def wheel_metadata(wheel: Path) -> Message:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_wheel_holds_the_package_and_nothing_else(tree: Path, built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -77,6 +78,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tree: Path, built: tuple[P
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_sdist_holds_what_builds_tests_and_documents_it(
     tree: Path, built: tuple[Path, Path]
 ) -> None:
@@ -89,6 +91,7 @@ def test_the_sdist_holds_what_builds_tests_and_documents_it(
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_metadata_says_what_pyproject_does(built: tuple[Path, Path]) -> None:
     said = wheel_metadata(built[1])
     project = PROJECT["project"]
@@ -286,6 +289,7 @@ print(len(names), firsttok.__file__, [getattr(firsttok, name) for name in firstt
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_wheel_works_with_what_it_declares_and_nothing_else(
     clean: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from shipping import build, copy_of_tree, installed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.release]
 PROGRAMS = Path(__file__).parent / "typing"
 MARK = re.compile(r"# wrong: (\w+), ([\w-]+)$")
 MYPY = """

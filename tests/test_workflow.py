@@ -52,7 +52,7 @@ def test_it_does_what_the_ci_does() -> None:
     commands = [step["run"] for step in JOBS["test"]["steps"] if "run" in step]
     assert commands[0] == "bash .ci/run"
     script = (ROOT / ".ci" / "run").read_text("utf-8")
-    assert script.rstrip().endswith("exec make test")
+    assert script.rstrip().endswith("\nmake test\nexec make test-release")
 
 
 @pytest.mark.parametrize("step", [step for step in STEPS if "run" in step], ids=lambda s: s["run"])
