@@ -31,6 +31,7 @@ __all__ = [
     "capture_keys",
     "fact_keys",
     "keys_at",
+    "keys_by_layer",
     "keys_of_facts",
 ]
 
@@ -207,6 +208,19 @@ def capture_keys(
 def fact_keys(model: Model, fact: Fact, contexts: ContextSet, *, layer: int) -> FactKeys:
     """Capture k_bar and k^u of one fact (Equation 1 and Section 3.1)."""
     return keys_of_facts(model, [fact], contexts, layer=layer)[0]
+
+
+@taken
+def keys_by_layer(
+    model: Model, fact: Fact, contexts: ContextSet, *, layers: Iterable[int]
+) -> dict[int, FactKeys]:
+    """As :func:`fact_keys` at several layers, in one pass."""
+    prompts = [fact_prompt(model, fact, template) for template in (*contexts.templates, "{}")]
+    keys = keys_at(model, prompts, positions(prompts).tolist(), layers=layers)
+    return {
+        layer: FactKeys(prefixed_mean=own[:-1].mean(0), unprefixed=own[-1])
+        for layer, own in zip(keys.layers, keys.values, strict=True)
+    }
 
 
 @taken

@@ -1,7 +1,9 @@
 """The circuit: what was planted is found, nothing where nothing is; on every architecture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from tiny import (
     load_tiny,
 )
 
-from firsttok.circuits import Act, Needed, circuit
+from firsttok.circuits import Act, EditLayer, Needed, Step, brief, circuit
 from firsttok.circuits.anatomy import (
     circuit_prompts,
     find_acts,
@@ -36,6 +38,7 @@ from firsttok.circuits.causes import (
     origins,
 )
 from firsttok.cli import main
+from firsttok.console import progress_bar
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model, capture
 from firsttok.probes import SeesItself
@@ -112,6 +115,47 @@ def test_the_whole_circuit_says_what_was_planted(planted_model: Model) -> None:
     text = found.panel().text
     assert f"written by layer {plan.writer}: neuron {plan.neuron} writes 100%" in text
     assert json.loads(json.dumps(found.as_dict()))["acts"][0]["writer"] == plan.writer
+
+
+def test_the_short_form_says_what_the_whole_does(planted_model: Model) -> None:
+    plan = draw_plan(1)
+    asked: dict[str, Any] = {"texts": SENTENCES, "facts": FACTS, "contexts": CONTEXTS}
+    with progress_bar() as progress:
+        found = brief(planted_model, **asked, progress=progress)
+    whole = circuit(planted_model, **asked)
+    (act,), (neuron,) = found.acts, found.neurons
+    assert neuron is not None
+    assert (act.writer, neuron.index) == (plan.writer, plan.neuron)
+    assert found.edits == whole.edits
+    assert found.proposed_layer == whole.proposed_layer
+    assert f"layer {plan.writer} writes it, 100% by neuron {plan.neuron}" in found.sentences[0]
+    assert json.loads(json.dumps(found.as_dict()))["acts"][0]["writer"] == plan.writer
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        # Ordinary everywhere: there is nothing to keep away from, as behind a BOS.
+        ([1.0, 1.0, 1.0, 1.0], None),
+        ([1.0, 1.0, 1.0, 0.01], 1),
+        ([1.0, 0.01, 1.0, 0.01], 0),
+        ([0.01, 0.01, 1.0, 0.01], None),
+        ([None, None, None, None], None),
+    ],
+)
+def test_the_proposed_layer_is_below_the_writer_and_ordinary(
+    ratios: list[float | None], expected: int | None, planted_model: Model
+) -> None:
+    with progress_bar() as progress:
+        found = brief(
+            planted_model, texts=SENTENCES, facts=(), contexts=CONTEXTS, progress=progress
+        )
+    edits = tuple(
+        EditLayer(layer=layer, first=ratio, first_least=ratio, others=1.0)
+        for layer, ratio in enumerate(ratios)
+    )
+    acts = tuple(replace(act, ups=(Step(layer=2, attention=0.0, mlp=1.0),)) for act in found.acts)
+    assert replace(found, acts=acts, edits=edits).proposed_layer == expected
 
 
 def test_a_circuit_without_an_anomaly_says_that_there_is_none(tiny: TinyFactory) -> None:

@@ -2,11 +2,12 @@
 
 from firsttok.circuits.anatomy import Act, Carrier, Head, LayerState, Neuron, Step
 from firsttok.circuits.causes import KnockOut, Masked, Needed, Origin
-from firsttok.circuits.circuit import ActCircuit, Circuit, EditLayer, circuit
+from firsttok.circuits.circuit import ActCircuit, Brief, Circuit, EditLayer, brief, circuit
 
 __all__ = [
     "Act",
     "ActCircuit",
+    "Brief",
     "Carrier",
     "Circuit",
     "EditLayer",
@@ -18,5 +19,6 @@ __all__ = [
     "Neuron",
     "Origin",
     "Step",
+    "brief",
     "circuit",
 ]

@@ -49,14 +49,14 @@ from firsttok.display import Note, Panel, Part, Shown, Table
 from firsttok.errors import UnsupportedModelError
 from firsttok.escapes import finite
 from firsttok.evaluation import perplexity
-from firsttok.keys import keys_at
+from firsttok.keys import keys_by_layer
 from firsttok.models import Model
-from firsttok.prompts import Prompt, fact_prompt, positions
+from firsttok.prompts import Prompt, fact_prompt
 from firsttok.screening import RATIO
 from firsttok.sieve import reason_against
 from firsttok.svg import Plot
 
-__all__ = ["ActCircuit", "Circuit", "EditLayer", "circuit"]
+__all__ = ["ActCircuit", "Brief", "Circuit", "EditLayer", "brief", "circuit"]
 
 CURVE = (1, 2, 4, 8)
 """Sizes of the sets of neurons that are knocked out."""
@@ -119,6 +119,54 @@ class ActCircuit:
         return min(doses, default=None if self.alone is None else 1.0)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Brief:
+    """The short form: who writes the first token's state, and which layer does not meet it."""
+
+    acts: tuple[Act, ...]
+    neurons: tuple[Neuron | None, ...]
+    """The neuron that writes most of each act; None where no MLP is its writer."""
+    edits: tuple[EditLayer, ...]
+
+    @property
+    def proposed_layer(self) -> int | None:
+        """The highest layer below the last writer at which first-token facts have ordinary keys.
+
+        None where there is no writer, no such layer, or no layer at which they are not ordinary.
+        """
+        return _proposed_layer(self.acts, self.edits)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What was found, a sentence each."""
+        found: list[str] = []
+        for act, neuron in zip(self.acts, self.neurons, strict=True):
+            who = "no single layer's MLP writes it"
+            if neuron is not None:
+                who = f"layer {neuron.layer} writes it, {neuron.share:.0%} by neuron {neuron.index}"
+            found.append(
+                f"Behind layers {act.start} to {act.end} the first token's residual stream is "
+                f"raised, {act.ratio:.3g} times as long as that of later tokens behind layer "
+                f"{act.peak}; {who}."
+            )
+        if self.proposed_layer is not None:
+            found.append(
+                f"Layer {self.proposed_layer} is the highest below the last writer at which ROME "
+                "divides no first-token fact that was read by a number near zero (C = I)."
+            )
+        return tuple(found)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        return {
+            "acts": [_plain_act(act) for act in self.acts],
+            "neurons": [None if neuron is None else asdict(neuron) for neuron in self.neurons],
+            "edits": [asdict(row) for row in self.edits],
+            "proposed_layer": self.proposed_layer,
+            "sentences": list(self.sentences),
+        }
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Circuit(Shown):
     """Where a model's first-token anomaly is, who makes it, and who reads it."""
@@ -142,15 +190,8 @@ class Circuit(Shown):
 
     @property
     def proposed_layer(self) -> int | None:
-        """The highest layer below the last writer at which first-token facts have ordinary keys.
-
-        None where there is no writer, or no such layer.
-        """
-        writers = [each.act.writer for each in self.acts if each.act.writer is not None]
-        if not writers:
-            return None
-        below = [row.layer for row in self.edits if row.layer < writers[-1] and row.is_ordinary]
-        return max(below, default=None)
+        """As :attr:`Brief.proposed_layer`."""
+        return _proposed_layer([each.act for each in self.acts], self.edits)
 
     @property
     def verdict(self) -> tuple[str, ...]:
@@ -221,6 +262,34 @@ class Circuit(Shown):
             "origin": self.origin,
         }
         return finite(record)
+
+
+@torch.no_grad()
+def brief(
+    model: Model,
+    *,
+    texts: Sequence[str],
+    contexts: ContextSet,
+    facts: Sequence[Fact] | None = None,
+    progress: Progress,
+) -> Brief:
+    """Find the writers and the layer below them, as :func:`circuit` does, and nothing else.
+
+    Raises:
+        BadInputError: As for :func:`circuit`, like all that follow.
+        NonFiniteError: If an activation is NaN or infinite.
+        UnsupportedModelError: If the model is no decoder, or does not show its attention.
+    """
+    reading = read(model, circuit_prompts(model, texts))
+    acts = find_acts(reading)
+    return Brief(
+        acts=acts,
+        neurons=tuple(
+            None if act.writer is None else find_neurons(model, reading, act.writer, top=1)[0]
+            for act in acts
+        ),
+        edits=_edit_layers(model, facts, contexts, 0, progress),
+    )
 
 
 @taken
@@ -387,11 +456,21 @@ def _edit_layers(
 
 def _ratios(model: Model, fact: Fact, contexts: ContextSet) -> list[float]:
     """``|k_bar . k^u| / ||k_bar||^2`` of a fact, layer by layer (Section 3.1 with C = I)."""
-    prompts = [fact_prompt(model, fact, text) for text in (*contexts.templates, "{}")]
-    at = positions(prompts).tolist()
-    keys = keys_at(model, prompts, at, layers=range(model.n_layers)).values.double()
-    mean, bare = keys[:, :-1].mean(1), keys[:, -1]
-    return ((mean * bare).sum(1).abs() / mean.square().sum(1)).tolist()
+    keys = keys_by_layer(model, fact, contexts, layers=range(model.n_layers))
+    return [
+        float(abs(mean @ bare) / mean.square().sum())
+        for mean, bare in (
+            (each.prefixed_mean.double(), each.unprefixed.double()) for each in keys.values()
+        )
+    ]
+
+
+def _proposed_layer(acts: Sequence[Act], edits: Sequence[EditLayer]) -> int | None:
+    writers = [act.writer for act in acts if act.writer is not None]
+    if not writers or all(row.is_ordinary for row in edits):
+        return None
+    below = [row.layer for row in edits if row.layer < writers[-1] and row.is_ordinary]
+    return max(below, default=None)
 
 
 def _sentences(found: Circuit) -> Iterator[str]:
@@ -511,8 +590,12 @@ def _act_parts(each: ActCircuit) -> Iterator[Part]:
 
 def _act_record(each: ActCircuit) -> dict[str, Any]:
     record = {name: value for name, value in asdict(each).items() if name != "act"}
-    act = {name: value for name, value in asdict(each.act).items() if name != "direction"}
-    return act | {"writer": each.act.writer, "dose": each.dose} | record
+    return _plain_act(each.act) | {"dose": each.dose} | record
+
+
+def _plain_act(act: Act) -> dict[str, Any]:
+    plain = {name: value for name, value in asdict(act).items() if name != "direction"}
+    return plain | {"writer": act.writer}
 
 
 def _plain(value: float | None) -> float:

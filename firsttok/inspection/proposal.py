@@ -106,13 +106,20 @@ def bos_ids(model: Model) -> tuple[int, ...]:
         return ()
 
 
-def propose(study: Study, texts: TextPerplexities, *, second_moment: str | None = None) -> Proposal:
+def propose(
+    study: Study,
+    texts: TextPerplexities,
+    *,
+    second_moment: str | None = None,
+    below: int | None = None,
+) -> Proposal:
     """Put a configuration together: what the study was opened with, and why.
 
     Args:
         study: The study; its layer, settings and BOS policies are proposed.
         texts: The perplexities that speak for one policy of the sentences.
         second_moment: ``identity`` or a file, if one was given.
+        below: The layer that :class:`~firsttok.circuits.Brief` proposes.
     """
     model, chosen = study.model, study.hyperparameters
     usual = "of the catalog" if find_spec(model.name) else "defaults, the papers' for Llama2"
@@ -134,6 +141,11 @@ def propose(study: Study, texts: TextPerplexities, *, second_moment: str | None 
         notes.append(f"second_moment: left out, so that it is computed; {_moment_reason(study)}")
     else:
         lines.append(("second_moment", second_moment, "as given"))
+    if below not in (None, study.layer):
+        notes.append(
+            f"layer: facts about a text's first token meet no small denominator at layer {below}, "
+            "below the last layer that writes its massive state"
+        )
     settings = [Setting(key=key, value=value, reason=reason) for key, value, reason in lines]
     return Proposal(settings=tuple(settings), notes=tuple(notes))
 

@@ -8,8 +8,11 @@ import torch
 from rich.progress import Progress
 
 from firsttok.arguments import taken
+from firsttok.circuits import Brief, brief
+from firsttok.console import own_bar
 from firsttok.data import Fact
 from firsttok.display import Note, Panel, Part, Shown, Table
+from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
 from firsttok.escapes import finite
 from firsttok.exploration import prepare_study
 from firsttok.inspection.anomaly import (
@@ -90,6 +93,9 @@ class Inspection(Shown):
     first_tokens: tuple[FirstTokens, ...]
     """First tokens against later ones; those of the model's own BOS policy first."""
     texts: TextPerplexities
+    circuit: Brief | None
+    """Who writes the first token's state; None where the model does not show its attention, or
+    fewer than two texts have five tokens."""
     forecast: Forecast
     """What ROME would do to it, or did."""
     proposal: Proposal
@@ -105,6 +111,7 @@ class Inspection(Shown):
                 *(part for part in view.panel().parts if isinstance(part, Plot)),
                 Note(text=f"The rule: {RULE}."),
                 *(Note(text=each.verdict(layer)) for each in self.first_tokens),
+                *(Note(text=text) for text in (self.circuit.sentences if self.circuit else ())),
                 *_titled(self.forecast.panel()),
                 *_titled(self.proposal.panel()),
             ],
@@ -158,6 +165,7 @@ class Inspection(Shown):
                 "without_bos": self.texts.without_bos.mean,
                 "with_bos": None if with_bos is None else with_bos.mean,
             },
+            "circuit": None if self.circuit is None else self.circuit.as_dict(),
             "forecast": asdict(self.forecast)
             | {
                 "rule": f"collapse is predicted where ROME's denominator is below {RATIO:g} times "
@@ -221,6 +229,7 @@ def inspect_model(
             edit=edit,
             progress=progress,
         )
+        writers = _writers(study, facts, progress)
         return Inspection(
             study=study,
             architecture=_architecture(whose),
@@ -229,9 +238,30 @@ def inspect_model(
             replay=whose.replay.value,
             first_tokens=first_tokens,
             texts=texts,
+            circuit=writers,
             forecast=found,
-            proposal=propose(study, texts, second_moment=second_moment),
+            proposal=propose(
+                study,
+                texts,
+                second_moment=second_moment,
+                below=None if writers is None else writers.proposed_layer,
+            ),
         )
+
+
+def _writers(study: Study, facts: Sequence[Fact] | None, progress: Progress | None) -> Brief | None:
+    with own_bar(progress) as bar:
+        try:
+            return brief(
+                study.model,
+                texts=study.texts,
+                facts=facts,
+                contexts=study.contexts,
+                progress=bar,
+            )
+        except (BadInputError, NonFiniteError, UnsupportedModelError):
+            # All else is told without it.
+            return None
 
 
 def _titled(panel: Panel) -> list[Part]:
