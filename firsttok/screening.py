@@ -23,7 +23,7 @@ from firsttok.prompts import fact_prompt
 from firsttok.sieve import FailedFact, each_or_reason, nothing_done
 from firsttok.study import Study
 
-__all__ = ["RATIO", "Calibration", "Estimate", "ScreenRow", "calibrate", "screen"]
+__all__ = ["RATIO", "Calibration", "Estimate", "ScreenRow", "calibrate", "screen", "screen_keys"]
 
 RATIO = 0.05
 """Without edited cases a collapse is predicted where ROME's denominator is less than this share of
@@ -133,7 +133,7 @@ def screen(
 
     def rows_of(some: Sequence[Fact]) -> Iterator[ScreenRow]:
         keys_of = keys_of_facts(study.model, some, study.contexts, layer=study.layer)
-        return (_row(study, fact, keys) for fact, keys in zip(some, keys_of, strict=True))
+        return (screen_keys(study, fact, keys) for fact, keys in zip(some, keys_of, strict=True))
 
     while chunk := tuple(islice(source, WINDOW)):
         if on_failure is None:
@@ -189,7 +189,12 @@ def calibrate(
     )
 
 
-def _row(study: Study, fact: Fact, keys: FactKeys) -> ScreenRow:
+def screen_keys(study: Study, fact: Fact, keys: FactKeys) -> ScreenRow:
+    """Return the row of one fact from keys that were read at the study's layer.
+
+    Raises:
+        NonFiniteError: If a denominator is not finite.
+    """
     prompt = fact_prompt(study.model, fact)
     left = study.second_moment.solve(keys.prefixed_mean)
     unit = left / left.norm()

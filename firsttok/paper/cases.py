@@ -273,27 +273,37 @@ def second_token_cases(options: ScriptOptions) -> tuple[Fact, ...]:
     return _drawn(chosen, options.normal, options.seed)
 
 
-def fresh_cases(options: ScriptOptions) -> tuple[Fact, ...]:
-    """Draw normal facts that no table uses: what is chosen by them is not chosen by a table.
+def fresh_cases(options: ScriptOptions, *, first_token: bool | None = None) -> tuple[Fact, ...]:
+    """Draw facts that no table uses: what is chosen by them is not chosen by a table.
+
+    Args:
+        options: What the script was asked for; ``normal`` is how many are drawn.
+        first_token: Whether the subject is the text's very first token. None for facts that are
+            not listed as collapse cases, wherever the subject is.
 
     Raises:
         BadInputError: If the list of collapse cases is unusable, or if no fact is left.
     """
-    used = set(load_collapse_ids(options.cases, options.facts))
+    used = set[int]() if first_token else set(load_collapse_ids(options.cases, options.facts))
     whole = replace(options, collapse=FULL, normal=FULL)
     for each in (whole, whole.halved()):
-        used |= {fact.case_id for fact in choose_cases(each).normal}
+        chosen = choose_cases(each)
+        used |= {fact.case_id for fact in (*chosen.collapse, *chosen.normal)}
     try:
         used |= {fact.case_id for fact in second_token_cases(whole)}
     except BadInputError:
         logger.debug("no fact has a subject that is the second token")
     left = [fact for fact in options.facts if fact.case_id not in used]
     passed_over = _unusable(options, left, options.study.contexts.templates)
-    chosen = _drawn(
-        [fact for fact in left if fact.case_id not in passed_over], options.normal, options.seed
-    )
+    left = [fact for fact in left if fact.case_id not in passed_over]
+    if first_token is not None:
+        model = options.study.model
+        places = {fact.case_id: fact_prompt(model, fact).subject_position for fact in left}
+        left = [fact for fact in left if (places[fact.case_id] == 0) == first_token]
+    chosen = _drawn(left, options.normal, options.seed)
     if not chosen:
-        raise BadInputError("the tables use every normal fact; give more facts by --facts")
+        kind = "normal" if first_token is None else "first-token" if first_token else "other"
+        raise BadInputError(f"the tables use every {kind} fact; give more facts by --facts")
     return chosen
 
 

@@ -57,6 +57,12 @@ EXPERIMENTS = (
     ),
     Experiment("extra_value_anchor", "Beyond the paper: the anchor of the value", 430, (_TABLE2,)),
     Experiment("extra_where_it_acts", "Beyond the paper: where a collapse acts", 120, (_TABLE1,)),
+    Experiment(
+        "extra_collapse_map", "Beyond the paper: what an edit of each layer does", 7200, alone=True
+    ),
+    Experiment(
+        "extra_below_the_writer", "Beyond the paper: below and above the writer", 4000, alone=True
+    ),
     Experiment("extra_corpus", "Beyond the paper: the text behind C", 1200, alone=True),
     Experiment(
         "extra_causal_tracing", "Beyond the paper: which layer carries a fact?", 1420, alone=True
