@@ -14,7 +14,13 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("collapse_in_ten_minutes", "hooks_and_keys", "your_own_model", "your_own_method")
+NAMES = (
+    "collapse_in_ten_minutes",
+    "hooks_and_keys",
+    "who_writes_it",
+    "your_own_model",
+    "your_own_method",
+)
 TIMEOUT = 1800
 """Seconds that one cell may take, on a machine that has other work, too."""
 

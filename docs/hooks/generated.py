@@ -21,7 +21,13 @@ from firsttok.cli import _parser
 __all__ = ["FIRST_NOTEBOOKS", "PARTS", "on_config", "on_files", "on_page_markdown"]
 
 ROOT = Path(__file__).resolve().parents[2]
-FIRST_NOTEBOOKS = ("collapse_in_ten_minutes", "hooks_and_keys", "your_own_model", "your_own_method")
+FIRST_NOTEBOOKS = (
+    "collapse_in_ten_minutes",
+    "hooks_and_keys",
+    "who_writes_it",
+    "your_own_model",
+    "your_own_method",
+)
 """The order tutorials are read in; other notebooks follow."""
 PARTS = {
     "Models": ("models", "hyperparameters", "tensors"),
