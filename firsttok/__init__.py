@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     from firsttok.rows import Row
     from firsttok.screening import screen
     from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+    from firsttok.sequences import (
+        EditSequence,
+        Guard,
+        SequencePlan,
+        SequenceRun,
+        order_facts,
+        run_sequences,
+    )
     from firsttok.study import Study
     from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.results import read_run
@@ -72,9 +80,11 @@ __all__ = [
     "ContextSet",
     "Delta",
     "Edit",
+    "EditSequence",
     "EditSite",
     "Editor",
     "Fact",
+    "Guard",
     "Hyperparameters",
     "Inspection",
     "IntervenedKeys",
@@ -88,6 +98,8 @@ __all__ = [
     "RomeEditor",
     "Row",
     "SecondMoment",
+    "SequencePlan",
+    "SequenceRun",
     "Slot",
     "Study",
     "TokenStrip",
@@ -118,11 +130,13 @@ __all__ = [
     "load_second_moment",
     "load_texts",
     "measure_facts",
+    "order_facts",
     "perplexity",
     "plain_model",
     "prepare_study",
     "probe",
     "read_run",
+    "run_sequences",
     "sample_contexts",
     "screen",
     "show_tokens",
