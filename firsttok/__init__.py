@@ -56,6 +56,14 @@ if TYPE_CHECKING:
         compute_second_moments,
         load_second_moment,
     )
+    from firsttok.sequences import (
+        EditSequence,
+        Guard,
+        SequencePlan,
+        SequenceRun,
+        order_facts,
+        run_sequences,
+    )
     from firsttok.study import Study
     from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.results import read_run
@@ -77,9 +85,11 @@ __all__ = [
     "ContextSet",
     "Delta",
     "Edit",
+    "EditSequence",
     "EditSite",
     "Editor",
     "Fact",
+    "Guard",
     "Hyperparameters",
     "Inspection",
     "IntervenedKeys",
@@ -93,6 +103,8 @@ __all__ = [
     "RomeEditor",
     "Row",
     "SecondMoment",
+    "SequencePlan",
+    "SequenceRun",
     "Slot",
     "Study",
     "TokenStrip",
@@ -124,11 +136,13 @@ __all__ = [
     "load_second_moment",
     "load_texts",
     "measure_facts",
+    "order_facts",
     "perplexity",
     "plain_model",
     "prepare_study",
     "probe",
     "read_run",
+    "run_sequences",
     "sample_contexts",
     "screen",
     "show_tokens",

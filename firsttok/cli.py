@@ -285,6 +285,53 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cpus-per-actor", type=int, default=1, help="of a Ray worker (default: 1)")
 
 
+def _sequence(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of the run, to begin or to continue")
+    _add_study_options(parser)
+    group = parser.add_argument_group("sequence")
+    group.add_argument(
+        "--method", nargs="+", default=["rome", "c-rome"], help="as for edit (default: rome c-rome)"
+    )
+    group.add_argument(
+        "--order",
+        nargs="+",
+        default=["given"],
+        help="given, seed:N or hard-first; each is a sequence of each method (default: given)",
+    )
+    metrics = ["perplexity", "accuracy", "scores", "generated", "entropy"]
+    group.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=metrics,
+        default=["perplexity", "scores"],
+        help="of each fact right behind its edit (default: perplexity scores)",
+    )
+    group.add_argument(
+        "--retained",
+        nargs="+",
+        choices=metrics,
+        default=["scores"],
+        help="of all earlier facts at a checkpoint (default: scores)",
+    )
+    group.add_argument(
+        "--every", type=int, default=10, help="steps between checkpoints (default: 10)"
+    )
+    group.add_argument(
+        "--guard",
+        choices=["none", "screen", "rollback"],
+        default="none",
+        help="leave out facts whose denominator predicts a collapse, or take edits back that cause "
+        "one (default: none)",
+    )
+    group.add_argument(
+        "--jump",
+        type=float,
+        default=10.0,
+        help="an edit disables a model that multiplies the perplexity by so much (default: 10)",
+    )
+    group.add_argument("--shard", metavar="I/N", help="only every N-th sequence, for job arrays")
+
+
 def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, ended or not")
     parser.add_argument("--model", metavar="LABEL", help="only this model")
@@ -325,6 +372,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "scan": (_scan, "edit every fact with ROME and list the collapse cases"),
     "screen": (_screen, "tell collapse cases from their keys, unedited"),
     "sweep": (_sweep, "facts x methods x models into a run folder"),
+    "sequence": (_sequence, "edit after edit on the weights as they have become"),
     "results": (_results, "the papers' tables from a sweep's run, or SQL"),
     "reproduce": (_reproduce, "run every analysis script"),
     "report": (_report, "write the report on what the scripts found"),

@@ -30,7 +30,7 @@ TOGETHER = 8
 """Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
 is killed loses no more than these; on a GPU, which is fast, those of its chunk.
 """
-_FORMAT = 3
+_FORMAT = 4
 """Goes up when rows are measured otherwise."""
 _PERIOD = 1.0
 """Seconds after which new rows are written."""

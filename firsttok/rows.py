@@ -61,6 +61,7 @@ FACT: Mapping[str, type] = {
 REPORT: Mapping[str, type] = {
     **dict.fromkeys(("numerator", "denominator", "raw_numerator", "raw_denominator"), float),
     **dict.fromkeys(("delta_norm", "mean_delta", "key_cosine", "key_norm_ratio"), float),
+    "value_norm": float,
     # Loss evaluations of the value optimisation, and the loss of the last one.
     "steps": int,
     "final_loss": float,

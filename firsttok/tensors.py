@@ -4,6 +4,7 @@
 ``d_mlp`` the width of a key, ``d_model`` the width of a value, ``vocab`` tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -96,6 +97,18 @@ class TokenBatch:
             position_ids=self.position_ids[index],
             starts=self.starts[index],
             visible=None if self.visible is None else self.visible[index],
+        )
+
+    @classmethod
+    def joined(cls, batches: Sequence["TokenBatch"]) -> "TokenBatch":
+        """Put batches of the same width together, one below another."""
+        visible = [batch.visible for batch in batches if batch.visible is not None]
+        return cls(
+            tokens=torch.cat([batch.tokens for batch in batches]),
+            attention_mask=torch.cat([batch.attention_mask for batch in batches]),
+            position_ids=torch.cat([batch.position_ids for batch in batches]),
+            starts=torch.cat([batch.starts for batch in batches]),
+            visible=torch.cat(visible) if len(visible) == len(batches) else None,
         )
 
     def first(self, columns: int) -> "TokenBatch":

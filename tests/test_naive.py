@@ -1,9 +1,11 @@
 """The fast path against the plain one of benchmarks/naive.py, from keys to perplexity."""
 
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from tiny import (
     SENTENCES,
     TRAINING,
     TinyFactory,
+    build,
     edits_of,
+    load_tiny,
     plain_model,
     relative,
     same_weights,
@@ -37,7 +41,7 @@ from benchmarks.naive import (
 )
 from firsttok.contexts import ContextSet, load_contexts
 from firsttok.data import Fact, builtin_facts, builtin_sentences
-from firsttok.editing import METHODS, ROME, Edit, Method, Slot
+from firsttok.editing import METHODS, ROME, Edit, Method, Slot, load_edit
 from firsttok.engine import products
 from firsttok.evaluation import perplexity, prepare_texts
 from firsttok.hyperparameters import Hyperparameters
@@ -45,6 +49,7 @@ from firsttok.keys import capture_keys, fact_keys
 from firsttok.models import BosPolicy, Model
 from firsttok.prompts import fact_prompt, positions, with_target
 from firsttok.second_moment import SecondMoment, compute_second_moment
+from firsttok.sequences import EditSequence, SequencePlan, run_sequences
 from firsttok.study import Study
 
 RAGGED = (
@@ -75,26 +80,7 @@ TYPED_ON_BOTH = [
 """The same with and without fast paths."""
 
 
-@pytest.fixture(autouse=True)
-def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of a float64 model in float64, where transformers asks for float32.
-
-    Its rounding depends on padding, and Adam blows it up; without it the two paths agree a thousand
-    times more closely than the tests ask. While products are made otherwise, PyTorch calls what
-    stands in its own place with a level of the stack.
-    """
-    plain = torch.nn.functional.softmax
-
-    def softmax(
-        scores: torch.Tensor,
-        dim: int | None = None,
-        _stacklevel: int = 3,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        wanted = None if scores.dtype is torch.float64 else dtype
-        return plain(scores, dim=dim, dtype=wanted)
-
-    monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+pytestmark = pytest.mark.usefixtures("softmax_in_float64")
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +171,54 @@ def compare(
             if method is methods[0]:
                 firsts.append(plain)
     return firsts
+
+
+@pytest.mark.parametrize("arch", DECODERS)
+def test_sequences_side_by_side_are_plain_editing_of_a_copy(arch: str, tmp_path: Path) -> None:
+    build(arch, tmp_path / "model")
+    model, copy = (load_tiny(tmp_path / "model", "float64") for _ in range(2))
+    layer, moment = 1, moment_of(model.site(1).d_mlp)
+    study = Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=moment,
+        layer=layer,
+        hyperparameters=replace(SETTINGS, steps=5),
+        texts=SENTENCES,
+    )
+    numbered = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS[:4]))
+    orders = {"given": numbered, "back": numbered[::-1]}
+    methods = {f"{method.name}-{name}": method for method in METHODS for name in orders}
+    sequences = [
+        EditSequence(name=name, facts=orders[name.rpartition("-")[2]], editor=method)
+        for name, method in methods.items()
+    ]
+    run_sequences(tmp_path / "run", study, sequences, plan=SequencePlan(every=4))
+    inverse = naive_inverse(moment.matrix)
+    for each in sequences:
+        naive = naive_model(copy, layer)
+        with ExitStack() as standing:
+            for step, fact in enumerate(each.facts, 1):
+                # The values of one state are none of another.
+                cached: Any = naive_module
+                cached.naive_fact_keys.cache_clear()
+                cached.naive_value.cache_clear()
+                found = load_edit(
+                    tmp_path / "run" / each.name / "edits" / f"{step:04d}.safetensors"
+                )
+                plain = naive_edit(
+                    naive,
+                    fact,
+                    methods[each.name],
+                    contexts=CONTEXTS,
+                    inverse=inverse,
+                    hyperparameters=study.hyperparameters,
+                )
+                assert found.losses == pytest.approx(plain.value.losses, rel=1e-8)
+                assert relative(found.left, plain.left) < 1e-8
+                assert relative(found.right, plain.right) < 1e-8
+                standing.enter_context(naive.edited(plain.left, plain.right))
+    assert same_weights(weights(model), weights(load_tiny(tmp_path / "model", "float64")))
 
 
 @pytest.mark.parametrize("arch", DECODERS)

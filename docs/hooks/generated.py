@@ -39,6 +39,7 @@ PARTS = {
     "Studies, rows, screening": ("study", "measuring", "rows", "screening"),
     "Exploring": ("exploration", "auditing", "inspection", "token_strips", "display", "svg"),
     "Probes": ("probes", "probing"),
+    "Sequences": ("sequences",),
     "Sweeps": ("sweep",),
     "Papers, claims, report": ("paper",),
     "Errors": ("errors",),

@@ -2,7 +2,7 @@
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
-from firsttok.editing.edits import RomeEditor, compute_edit, edit_each
+from firsttok.editing.edits import RomeEditor, Turn, compute_edit, edit_each, edit_in_step
 from firsttok.editing.exports import check_export, export_model
 from firsttok.editing.methods import (
     C_ROME,
@@ -37,12 +37,14 @@ __all__ = [
     "Method",
     "RomeEditor",
     "Slot",
+    "Turn",
     "Value",
     "ValueStore",
     "check_export",
     "check_methods",
     "compute_edit",
     "edit_each",
+    "edit_in_step",
     "export_model",
     "find_editors",
     "find_method",

@@ -37,8 +37,8 @@ _LABELS = {
     "key_cosine": "cosine of k_bar and k^u",
     "key_norm_ratio": "||k^u|| / ||k_bar||",
 }
-_UNSHOWN = ("raw_numerator", "raw_denominator", "mean_delta")
-"""Components that a table leaves out: they are others in another unit."""
+_UNSHOWN = ("raw_numerator", "raw_denominator", "mean_delta", "value_norm")
+"""Components that a table leaves out: all but the last are others in another unit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,6 +1,6 @@
 """From facts to edits: keys, value, closed form, with full provenance."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from firsttok.editing.value import Value, optimise_values
 from firsttok.errors import BadInputError, EditMismatchError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
-from firsttok.models import Model
+from firsttok.models import EditSite, Model
 from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
-__all__ = ["RomeEditor", "compute_edit", "edit_each"]
+__all__ = ["RomeEditor", "Turn", "compute_edit", "edit_each", "edit_in_step"]
 
 WINDOW = 24
 """Facts looked at together, to find those that fit into one batch; no more are in memory."""
@@ -218,29 +218,158 @@ def _family(
         one = replace(one, store=None)
     slots = sorted({editor.method.anchor for editor in family}, key=lambda slot: slot.value)
     values = {slot: _values(model, facts, keys, one, slot, identity, on_step) for slot in slots}
-    made: list[dict[str, Edit]] = []
-    for index, fact in enumerate(facts):
-        edits: dict[str, Edit] = {}
-        for method in (editor.method for editor in family):
-            value = values[method.anchor][index]
-            left, right, components = solve_update(
-                site, keys[index], value, method, one.second_moment
+    about = _settings_of(one, settings) | {
+        "parameters": {str(site.place): model.weights.name_of(site.place)}
+    }
+    return [
+        {
+            editor.name: _solved(
+                record,
+                site,
+                fact,
+                keys[index],
+                values[editor.method.anchor][index],
+                editor.method,
+                one.second_moment,
+                about,
             )
-            delta = Delta(place=site.place, left=left[:, None], right=right[None])
-            edits[method.name] = Edit(
-                deltas=(delta,),
-                components=components,
-                losses=value.losses,
-                provenance=edit_record(
-                    record,
-                    [fact],
-                    **_settings_of(one, settings),
-                    method={"name": method.name, **method.slots},
-                    parameters={str(site.place): model.weights.name_of(site.place)},
-                ),
-            )
-        made.append(edits)
-    return made
+            for editor in family
+        }
+        for index, fact in enumerate(facts)
+    ]
+
+
+def _solved(
+    model: Mapping[str, Any],
+    site: EditSite,
+    fact: Fact,
+    keys: FactKeys,
+    value: Value,
+    method: Method,
+    second_moment: SecondMoment,
+    about: Mapping[str, Any],
+) -> Edit:
+    left, right, components = solve_update(site, keys, value, method, second_moment)
+    return Edit(
+        deltas=(Delta(place=site.place, left=left[:, None], right=right[None]),),
+        components=components,
+        losses=value.losses,
+        provenance=edit_record(
+            model, [fact], **about, method={"name": method.name, **method.slots}
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Turn:
+    """A fact that is to be edited on one state of a model."""
+
+    model: Model
+    """The view that holds the state."""
+    fact: Fact
+    editor: Editor
+
+
+def edit_in_step(
+    turns: Sequence[Turn], *, on_step: Callable[[int], None] | None = None
+) -> list[Edit]:
+    """Compute the next edit of several sequences on one model, side by side.
+
+    Sequences of the ROME family that differ in the weight of the edited layer alone share keys and
+    optimisation: what is below that layer, and what is above, is the same in all of them. Others
+    are edited one after another.
+
+    Args:
+        turns: The next edit of each sequence.
+        on_step: Called with the number of facts that took one optimisation step.
+
+    Returns:
+        The edits, in order.
+
+    Raises:
+        BadInputError: If a second moment is of another layer or model.
+    """
+    found: dict[int, Edit] = {}
+    groups: dict[Any, list[int]] = {}
+    for number, turn in enumerate(turns):
+        key = _shared_by(turn)
+        if key is None:
+            found[number] = turn.editor.edit(turn.model, [turn.fact])
+        else:
+            groups.setdefault(key, []).append(number)
+    for numbers in groups.values():
+        edits = _side_by_side([turns[number] for number in numbers], on_step)
+        found |= dict(zip(numbers, edits, strict=True))
+    return [found[number] for number in range(len(turns))]
+
+
+def _shared_by(turn: Turn) -> Any:
+    """What turns have in common that can share their work; None if this one shares with none."""
+    model, editor = turn.model, turn.editor
+    if not isinstance(editor, RomeEditor) or editor.key_source is not ORDINARY_KEYS:
+        return None
+    place = model.site(editor.layer).place
+    others = [edit.content_hash for edit in model.edits if edit.places != (place,)]
+    same_below = model.identity(place.layer) if model.disturbance is None else id(model)
+    return (*editor._settings, id(model.weights), same_below, *others)
+
+
+def _side_by_side(turns: Sequence[Turn], on_step: Callable[[int], None] | None) -> list[Edit]:
+    first, model = _rome(turns[0].editor), turns[0].model
+    layer, settings = model.site(first.layer).layer, first.hyperparameters or model.hyperparameters
+    editor = replace(first, layer=layer, hyperparameters=settings, store=None)
+    editor.second_moment.check(model, layer)
+    facts = {turn.fact.content_hash: turn.fact for turn in turns}
+    found = keys_of_facts(model, [*facts.values()], editor.contexts, layer=layer)
+    keys = dict(zip(facts, found, strict=True))
+    sites = [turn.model.site(layer) for turn in turns]
+    # Sequences in the same state, as all are at first, share the value of a fact.
+    wanted: dict[Any, int] = {}
+    places: list[Any] = []
+    for number, turn in enumerate(turns):
+        slot = _rome(turn.editor).method.anchor
+        places.append((turn.fact.content_hash, slot, turn.model.identity()))
+        wanted.setdefault(places[-1], number)
+    values: dict[Any, Value] = {}
+    for slot in sorted({place[1] for place in wanted}, key=lambda each: each.value):
+        some = {place: number for place, number in wanted.items() if place[1] is slot}
+        picked = [slot.pick(keys[turns[n].fact.content_hash])[None] for n in some.values()]
+        anchors = [sites[n].values_of(key) for n, key in zip(some.values(), picked, strict=True)]
+        computed = optimise_values(
+            model,
+            [turns[number].fact for number in some.values()],
+            torch.cat(anchors),
+            contexts=editor.contexts,
+            slot=slot,
+            layer=layer,
+            hyperparameters=settings,
+            views=[turns[number].model for number in some.values()],
+            on_step=on_step,
+        )
+        values |= dict(zip(some, computed, strict=True))
+    place = sites[0].place
+    about = _settings_of(editor, settings) | {
+        "parameters": {str(place): model.weights.name_of(place)}
+    }
+    return [
+        _solved(
+            turn.model.record(),
+            site,
+            turn.fact,
+            keys[turn.fact.content_hash],
+            values[where],
+            _rome(turn.editor).method,
+            editor.second_moment,
+            about,
+        )
+        for turn, site, where in zip(turns, sites, places, strict=True)
+    ]
+
+
+def _rome(editor: Editor) -> RomeEditor:
+    if not isinstance(editor, RomeEditor):
+        raise TypeError(f"{editor.name} is no editor of the ROME family")
+    return editor
 
 
 def _may_be_kept(model: Model, key_source: KeySource) -> bool:

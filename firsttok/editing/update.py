@@ -26,7 +26,8 @@ def solve_update(
         update, which is ``outer(left, right)`` in ``[d_mlp, d_model]``: ``numerator``
         ``||v* - W k||`` and ``denominator`` ``u . k``, signed, of which Table 1 averages the
         absolute value; ``raw_numerator`` and ``raw_denominator``, both with ``C^-1 k`` as it is;
-        ``key_cosine`` of k_bar and k^u, and ``key_norm_ratio`` ``||k^u|| / ||k_bar||``.
+        ``key_cosine`` of k_bar and k^u, and ``key_norm_ratio`` ``||k^u|| / ||k_bar||``; and
+        ``value_norm`` ``||v*||``.
 
     Raises:
         NonFiniteError: If the denominator is zero or something is not finite.
@@ -49,5 +50,6 @@ def solve_update(
         "raw_denominator": float(denominator * scale),
         "key_cosine": keys.cosine,
         "key_norm_ratio": keys.norm_ratio,
+        "value_norm": float(value.target.norm()),
     }
     return left, right, components

@@ -20,7 +20,7 @@ from firsttok.errors import BadInputError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model, capture_tail
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, subject_prompt, with_target
-from firsttok.tensors import ValueMatrix, ValueVector
+from firsttok.tensors import TokenBatch, ValueMatrix, ValueVector
 
 __all__ = ["Value", "optimise_values"]
 
@@ -126,6 +126,7 @@ def optimise_values(
     slot: Slot,
     layer: int,
     hyperparameters: Hyperparameters,
+    views: Sequence[Model] | None = None,
     on_step: Callable[[int], None] | None = None,
     on_value: Callable[[int, Value], None] | None = None,
 ) -> list[Value]:
@@ -147,6 +148,9 @@ def optimise_values(
         slot: What the anchors are, for the record.
         layer: Layer to edit.
         hyperparameters: Settings.
+        views: For each fact the view of the model that it is optimised on, where they are several;
+            they may differ from the model, and from each other, in the MLP's output weight at the
+            layer alone, so that they share what is above it.
         on_step: Called with the number of loss evaluations just made.
         on_value: Called with the index of a fact and its value when its batch is done.
 
@@ -158,12 +162,15 @@ def optimise_values(
         raise BadInputError(f"{len(facts)} facts need as many anchors, not {len(anchors)}")
     anchors = anchors.to(torch.promote_types(anchors.dtype, model.wide_dtype))
     rows = [_fact_rows(model, fact, contexts) for fact in facts]
+    own = [model] * len(facts) if views is None else views
     values: dict[int, Value] = {}
-    for group in _groups(model, rows, layer):
-        with model.standing():
+    for group in _groups(model, rows, layer, views):
+        # Where the edited block itself runs again, all of a group are of one view.
+        shared = own[group[0]] if views is None or model.replay is not Replay.ABOVE else model
+        with shared.standing():
             computed = _optimise(
-                model,
-                _problem(model, [rows[i] for i in group], layer),
+                shared,
+                _problem(shared, [rows[i] for i in group], layer, [own[i] for i in group]),
                 anchors[group],
                 [facts[i].prompt for i in group],
                 slot=slot,
@@ -200,8 +207,27 @@ def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
     return _FactRows(prompts=(*prompts, kl_prompt), targets=(*targets, ()))
 
 
-def _groups(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int]]:
+def _groups(
+    model: Model,
+    rows: Sequence[_FactRows],
+    layer: int,
+    views: Sequence[Model] | None = None,
+) -> list[list[int]]:
     """Facts that share a batch: the split with the fewest tokens, padding and batches counted."""
+    if views is not None and model.replay is not Replay.ABOVE:
+        # By object: equal views at two addresses only cost a batch.
+        parts: dict[int, list[int]] = {}
+        for index, view in enumerate(views):
+            parts.setdefault(id(view), []).append(index)
+        return [
+            [part[i] for i in group]
+            for part in parts.values()
+            for group in _split(model, [rows[i] for i in part], layer)
+        ]
+    return _split(model, rows, layer)
+
+
+def _split(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].prefix))
     budget = _budget(model)
 
@@ -264,7 +290,9 @@ def _cuts(model: Model) -> bool:
     return model.replay is not Replay.WHOLE and not model.sees_later
 
 
-def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
+def _problem(
+    model: Model, facts: Sequence[_FactRows], layer: int, views: Sequence[Model]
+) -> _Problem:
     rows = [row for fact in facts for row in fact.prompts]
     targets = [target for fact in facts for target in fact.targets]
     owners = [owner for owner, fact in enumerate(facts) for _ in fact.prompts]
@@ -290,7 +318,7 @@ def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
         place_owner += [owner] * max(len(target), 1)
     device = model.device
     return _Problem(
-        tail=capture_tail(model, batch, layer=layer, cut=cut),
+        tail=_tail(batch, layer, cut, [views[owner] for owner in owners]),
         subject=column - cut,
         where=where.to(device),
         labels=torch.tensor(labels, device=device),
@@ -298,6 +326,26 @@ def _problem(model: Model, facts: Sequence[_FactRows], layer: int) -> _Problem:
         row_owner=torch.tensor(owners, device=device),
         place_owner=torch.tensor(place_owner, device=device),
     )
+
+
+def _tail(batch: TokenBatch, layer: int, cut: int, views: Sequence[Model]) -> Tail:
+    """The tail of a batch, each row of it as its own view runs it."""
+    parts: dict[int, list[int]] = {}
+    for row, view in enumerate(views):
+        parts.setdefault(id(view), []).append(row)
+    if len(parts) == 1:
+        return capture_tail(views[0], batch, layer=layer, cut=cut)
+    tails = [
+        capture_tail(
+            views[part[0]],
+            batch.rows(torch.tensor(part, device=batch.device)),
+            layer=layer,
+            cut=cut,
+        )
+        for part in parts.values()
+    ]
+    order = torch.tensor([row for part in parts.values() for row in part], device=batch.device)
+    return Tail.joined(tails).rows(order.argsort())
 
 
 def _optimise(

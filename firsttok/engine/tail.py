@@ -81,6 +81,43 @@ class Tail:
             past=cast(tuple[tuple[Tensor, Tensor], ...], pick(self.past)),
         )
 
+    @staticmethod
+    def joined(tails: "Sequence[Tail]") -> "Tail":
+        """The tails of parts of one batch as one, their prompts one after another.
+
+        What is above the changed layer has to be the same on all; what is at it and below need not.
+
+        Args:
+            tails: Tails of batches of the same width, cut at the same column.
+        """
+        first = tails[0]
+        counts = [each.residual.shape[0] for each in tails]
+
+        def join(values: Sequence[Any]) -> Any:
+            example = values[0]
+            if isinstance(example, Tensor) and example.ndim:
+                if all(v.shape[0] == n for v, n in zip(values, counts, strict=True)):
+                    return torch.cat([*values])
+                return example
+            if isinstance(example, tuple):
+                return tuple(join(parts) for parts in zip(*values, strict=True))
+            return example
+
+        return replace(
+            first,
+            batch=TokenBatch.joined([each.batch for each in tails]),
+            keys=torch.cat([each.keys for each in tails]),
+            residual=torch.cat([each.residual for each in tails]),
+            arguments=tuple(
+                {name: join([block[name] for block in blocks]) for name in blocks[0]}
+                for blocks in zip(*(each.arguments for each in tails), strict=True)
+            ),
+            past=cast(
+                tuple[tuple[Tensor, Tensor], ...],
+                join([each.past for each in tails]),
+            ),
+        )
+
     def logits(
         self,
         bridge: Any,

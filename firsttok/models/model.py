@@ -502,7 +502,7 @@ class Model(Shown):
         view = self
         for edit in edits:
             edit.check(view, cast=cast, anyway=anyway)
-            view = replace(view, own_edits=(*view.edits, edit), contents={})
+            view = replace(view, own_edits=(*view.edits, edit), contents={**view.contents})
         return view
 
     @property

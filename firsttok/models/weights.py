@@ -225,10 +225,14 @@ class Weights:
             rest = tuple(edit for edit in rest if place in edit.places)
             if not rest:
                 return start
-            key = [made_from, *_hashes(rest, place)]
-            if place in cache and cache[place][0] == (key, _stamp(cache[place][1])):
-                return cache[place][1]
-            content = start
+            key, content = [made_from, *_hashes(rest, place)], start
+            if place in cache:
+                (known, stamp), kept = cache[place]
+                if known == key[: len(known)] and stamp == _stamp(kept):
+                    # A view of a view goes on from what the first one holds.
+                    content, rest = kept, rest[len(known) - 1 :]
+            if not rest:
+                return content
             for edit in rest:
                 content = edit.changed(site, content)
             cache[place] = ((key, _stamp(content)), content)

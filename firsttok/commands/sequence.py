@@ -1,0 +1,109 @@
+"""``firsttok sequence``: edit after edit into a run folder."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+
+from firsttok.console import print_table, progress_bar, show
+from firsttok.editing import find_methods
+from firsttok.errors import BadInputError
+from firsttok.inputs import fact_file, open_study_of
+from firsttok.options import folder_name
+from firsttok.rows import FAILED
+from firsttok.sequences import (
+    EditSequence,
+    Guard,
+    SequencePlan,
+    SequenceRun,
+    order_facts,
+    run_sequences,
+    unknown_order,
+)
+from firsttok.sweep.runner import Share
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the sequences of a folder, and tell what became of them.
+
+    Raises:
+        FirsttokError: If an input is unusable.
+    """
+    folder = Path(args.run)
+    methods = find_methods(args.method)
+    plan = SequencePlan(
+        metrics=tuple(args.metrics),
+        retained=tuple(args.retained),
+        every=args.every,
+        guard=Guard(args.guard),
+        jump=args.jump,
+        seed=args.seed,
+    )
+    share = Share.parse(args.shard)
+    orders = dict.fromkeys(args.order)
+    for order in orders:
+        # Before the minutes in which the model is prepared.
+        if order not in ("given", "hard-first") and not re.fullmatch(r"seed:\d+", order):
+            raise unknown_order(order)
+    count = len(orders) * len(methods)
+    if share.of > count:
+        raise BadInputError(
+            f"--shard is {args.shard}, and there are {count} sequences; give at most {count} shares"
+        )
+    facts = fact_file(args)
+    own = folder / "models" / folder_name(args.model)
+    with progress_bar() as progress:
+        study, usable = open_study_of(args, facts, own, progress)
+        study.keep_original_perplexity()
+        study.warn_if_collapsed()
+        ordered = {order: order_facts(study, tuple(usable), order) for order in orders}
+        sequences = [
+            EditSequence(
+                name=f"{method.name}-{order.replace(':', '')}", facts=chosen, editor=method
+            )
+            for (order, chosen), method in product(ordered.items(), methods)
+        ]
+        own_share = sequences[share.number - 1 :: share.of]
+        found = run_sequences(folder, study, own_share, plan=plan, progress=progress)
+    _tell(folder, found)
+
+
+def _tell(folder: Path, found: Mapping[str, SequenceRun]) -> None:
+    lines: list[list[object]] = []
+    for name, each in found.items():
+        crossing, disabling = each.first_crossing, each.disabling_edit
+        last = each.written[-1] if each.written else {}
+        end = each.steps[-1].step
+        lines.append(
+            [
+                name,
+                f"{len(each.written)} of {len(each.steps)}",
+                None if disabling is None else disabling.step,
+                None if crossing is None else crossing.step,
+                last.get("perplexity"),
+                each.mean("score"),
+                each.mean("score", step=end),
+                last.get("drift_norm"),
+                each.steps[-1].get("condition_number"),
+            ]
+        )
+    columns = ("sequence", "written", "disabling edit", "above 1000 from", "perplexity at the end")
+    more = ("Score right after", "Score retained", "drift", "condition number")
+    print_table(f"{folder.name}: edit after edit", (*columns, *more), lines)
+    for name, each in found.items():
+        gone = len(each.left_out("screened")) + len(each.left_out("rolled back"))
+        failed = sum(row.status == FAILED for row in each.steps)
+        if gone or failed:
+            show(f"{name}: the guard left {gone} facts out, {failed} failed")
+        row = each.disabling_edit
+        if row is not None:
+            denominator = (
+                "" if row.get("denominator") is None else f", denominator {row.denominator:.3g}"
+            )
+            show(
+                f"{name}: step {row.step} disables the model: {row.prompt} {row.target_new} "
+                f"(perplexity {row.perplexity:.4g}, |delta| {row.delta_norm:.3g}{denominator})"
+            )

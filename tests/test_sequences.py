@@ -1,0 +1,602 @@
+"""Sequences of edits: their state, their files, what is measured along the way, their guards."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, relative
+
+import firsttok.sequences as sequences_module
+from firsttok.cli import main
+from firsttok.editing import (
+    C_ROME,
+    FC_ROME,
+    P_ROME,
+    ROME,
+    Edit,
+    Method,
+    Turn,
+    edit_in_step,
+    load_edit,
+)
+from firsttok.errors import BadInputError, CacheError, NonFiniteError
+from firsttok.evaluation import edit_accuracies, edit_counterfact_scores, perplexity
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import Model
+from firsttok.screening import screen
+from firsttok.second_moment import SecondMoment
+from firsttok.sequences import (
+    EditSequence,
+    Guard,
+    SequencePlan,
+    SequenceRun,
+    order_facts,
+    run_sequences,
+)
+from firsttok.study import Study
+
+MODULE = "firsttok.sequences"
+LAYER = 1
+NUMBERED = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS))
+QUICK = Hyperparameters(steps=3, learning_rate=0.5)
+
+
+def study_of(model: Model, **changes: Any) -> Study:
+    settings: dict[str, Any] = {
+        "model": model,
+        "contexts": CONTEXTS,
+        "second_moment": SecondMoment.identity(model.site(LAYER).d_mlp),
+        "layer": LAYER,
+        "hyperparameters": QUICK,
+        "texts": SENTENCES,
+    }
+    return Study(**settings | changes)
+
+
+def sequences_of(*methods: Method) -> list[EditSequence]:
+    return [EditSequence(name=each.name, facts=NUMBERED, editor=each) for each in methods]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything that a run left, by path, but locks; edits by what they hold.
+
+    The order of the fields in the header of a safetensors file is drawn anew by every process.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            edit = load_edit(path)
+            found[str(path.relative_to(folder))] = (edit.content_hash, edit.losses, edit.report)
+        elif path.is_file() and path.suffix != ".lock":
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def same_runs(one: Mapping[str, SequenceRun], other: Mapping[str, SequenceRun]) -> bool:
+    return one.keys() == other.keys() and all(
+        [dict(row) for row in one[name].steps] == [dict(row) for row in other[name].steps]
+        and [dict(row) for row in one[name].retained] == [dict(row) for row in other[name].retained]
+        for name in one
+    )
+
+
+def test_every_edit_is_made_on_the_weights_as_they_have_become(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    study = study_of(model)
+    (run,) = run_sequences(tmp_path, study, sequences_of(ROME)).values()
+    view, edit = model, None
+    for step, fact in enumerate(NUMBERED, 1):
+        edit = load_edit(tmp_path / "rome" / "edits" / f"{step:04d}.safetensors")
+        (editor,) = study.editors([ROME])
+        expected = editor.edit(view, [fact])
+        assert relative(edit.right, expected.right) < 1e-4
+        assert relative(edit.left, expected.left) < 1e-6
+        view = view.edited(edit)
+        row = run.steps[step - 1]
+        change = view.site(LAYER).matrix - model.site(LAYER).matrix
+        assert row.drift_norm == pytest.approx(float(change.norm()), rel=1e-5)
+        assert row.mean_drift == pytest.approx(float(change.norm()) / change.numel(), rel=1e-5)
+        assert row.delta_norm == pytest.approx(float(edit.right.norm()), rel=1e-5)
+        assert row.perplexity == pytest.approx(perplexity(view, SENTENCES).mean, rel=1e-4)
+    # Later edits have other values than the same edits made alone.
+    alone = study.editors([ROME])[0].edit(model, [NUMBERED[-1]])
+    assert edit is not None
+    assert relative(edit.right, alone.right) > 1e-3
+    assert relative(edit.left, alone.left) < 1e-6
+    assert torch.equal(run.edited(model).site(LAYER).matrix, view.site(LAYER).matrix)
+    assert torch.equal(
+        run.edited(model, until=1).site(LAYER).matrix,
+        model.edited(load_edit(tmp_path / "rome/edits/0001.safetensors")).site(LAYER).matrix,
+    )
+
+
+def test_scores_are_right_behind_an_edit_and_retained_at_checkpoints(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    model = tiny("gpt2")
+    plan = SequencePlan(metrics=("scores", "accuracy"), retained=("scores", "accuracy"), every=3)
+    (run,) = run_sequences(tmp_path, study_of(model), sequences_of(FC_ROME), plan=plan).values()
+    count = len(NUMBERED)
+    assert sorted({row.step for row in run.retained}) == sorted({*range(3, count + 1, 3), count})
+    for row in run.retained:
+        assert row.case_id < row.step
+    for step in (2, count):
+        view = run.edited(model, until=step)
+        fact = NUMBERED[step - 1]
+        expected = edit_counterfact_scores(view, fact, [])[0]
+        for name in ("es", "ps", "ns", "em"):
+            found, wanted = run.steps[step - 1].get(name), getattr(expected, name)
+            assert found == (None if wanted is None else pytest.approx(wanted, abs=1e-4))
+    view = run.edited(model)
+    for row in run.retained:
+        if row.step == count:
+            expected = edit_counterfact_scores(view, NUMBERED[row.case_id], [])[0]
+            assert row.get("em") == pytest.approx(expected.em, abs=1e-4)
+    means = [row.em for row in run.retained if row.step == count]
+    assert run.mean("em", step=count) == pytest.approx(sum(means) / len(means))
+    assert run.mean("em") == pytest.approx(sum(row.em for row in run.steps) / count)
+    assert run.mean("entropy") is None
+
+
+def test_locality_is_against_the_model_before_the_first_edit(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    study = study_of(model)
+    plan = SequencePlan(metrics=("accuracy",), retained=("accuracy",), every=100)
+    (run,) = run_sequences(tmp_path, study, sequences_of(ROME), plan=plan).values()
+    view = run.edited(model)
+    change = view.site(LAYER).matrix - model.site(LAYER).matrix
+    whole = Edit.of(model, LAYER, change)
+    for row in run.retained:
+        expected = edit_accuracies(model, NUMBERED[row.case_id], [whole])[0]
+        assert row.locality == expected.locality
+        assert row.efficacy == pytest.approx(expected.efficacy)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.usefixtures("softmax_in_float64")
+def test_side_by_side_is_one_after_another(arch: str, tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(tiny(arch, "float64"))
+    methods = (ROME, C_ROME, P_ROME, FC_ROME)
+    back = EditSequence(name="back", facts=NUMBERED[::-1], editor=ROME)
+    together = run_sequences(tmp_path / "together", study, [*sequences_of(*methods), back])
+    alone: dict[str, SequenceRun] = {}
+    for each in (*sequences_of(*methods), back):
+        alone |= run_sequences(tmp_path / "alone", study, [each])
+    for name, run in together.items():
+        for row, own in zip(run.steps, alone[name].steps, strict=True):
+            for column in ("numerator", "denominator", "final_loss", "drift_norm", "perplexity"):
+                assert row[column] == pytest.approx(own[column], rel=1e-9)
+        for row, own in zip(run.retained, alone[name].retained, strict=True):
+            assert row.em == pytest.approx(own.em, abs=1e-9)
+
+
+def test_sequences_in_one_state_share_a_value(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    editors = study.editors([ROME, C_ROME, P_ROME])
+    turns = [Turn(model=study.model, fact=NUMBERED[0], editor=each) for each in editors]
+    steps: list[int] = []
+    edits = edit_in_step(turns, on_step=steps.append)
+    assert len(steps) <= QUICK.steps
+    for edit, editor in zip(edits, editors, strict=True):
+        assert relative(edit.right, editor.edit(study.model, [NUMBERED[0]]).right) < 1e-4
+
+
+def test_an_editor_of_ones_own_takes_part(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+
+    class Small:
+        name = label = "small"
+
+        def edit(self, model: Model, facts: Any) -> Edit:
+            site = model.site(2)
+            left = torch.full((site.d_mlp,), 1e-3 * len(model.edits))
+            return Edit.of(model, 2, left, torch.ones(site.d_model), name="small", facts=facts)
+
+    each = EditSequence(name="own", facts=NUMBERED[:4], editor=Small())
+    (run,) = run_sequences(tmp_path, study_of(model), [each]).values()
+    assert [row.status for row in run.steps] == ["done"] * 4
+    assert run.steps[0].delta_norm == 0
+    assert run.steps[3].delta_norm == pytest.approx(3 * run.steps[1].delta_norm, rel=1e-5)
+    view = run.edited(model)
+    assert run.steps[-1].perplexity == pytest.approx(perplexity(view, SENTENCES).mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("kills", range(3))
+def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
+    kills: int, tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    plan = SequencePlan(every=3)
+    expected = run_sequences(tmp_path / "whole", study, sequences_of(ROME, FC_ROME), plan=plan)
+    draw = random.Random(kills)
+    for _ in range(6):
+        left = draw.randrange(1, 40)
+
+        def count(*_: Any, **__: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            for name in ("edit_in_step", "_in_all", "_by_fact", "_health", "write_rows"):
+                original = getattr(sys.modules[MODULE], name)
+
+                def interrupted(*args: Any, _original: Any = original, **more: Any) -> Any:
+                    count()
+                    found = _original(*args, **more)
+                    count()
+                    return found
+
+                patch.setattr(f"{MODULE}.{name}", interrupted)
+            try:
+                run_sequences(tmp_path / "run", study, sequences_of(ROME, FC_ROME), plan=plan)
+            except KeyboardInterrupt:
+                continue
+            break
+    found = run_sequences(tmp_path / "run", study, sequences_of(ROME, FC_ROME), plan=plan)
+    assert same_runs(found, expected)
+    whole, again = contents(tmp_path / "whole"), contents(tmp_path / "run")
+    assert whole.keys() == again.keys()
+    for name in whole:
+        assert whole[name] == again[name], name
+
+
+def test_a_finished_run_computes_nothing(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    expected = run_sequences(tmp_path, study, sequences_of(ROME))
+    before = contents(tmp_path)
+    for name in ("edit_in_step", "_by_fact", "_in_all"):
+        monkeypatch.setattr(f"{MODULE}.{name}", lambda *_: pytest.fail("computed again"))
+    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME)), expected)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["edit", "steps", "retained", "no edit", "later edit", "earlier edit"]
+)
+def test_what_is_damaged_is_done_again(
+    damage: str, tiny: TinyFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_of(tiny("llama"))
+    expected = run_sequences(tmp_path, study, sequences_of(ROME))
+    before = contents(tmp_path)
+    edits = tmp_path / "rome" / "edits"
+    if damage == "no edit":
+        (edits / "0002.safetensors").unlink()
+    elif damage == "later edit":
+        shutil.copy(edits / "0003.safetensors", edits / "0002.safetensors")
+    elif damage == "earlier edit":
+        shutil.copy(edits / "0001.safetensors", edits / "0002.safetensors")
+    else:
+        path = (
+            edits / "0002.safetensors"
+            if damage == "edit"
+            else tmp_path / "rome" / f"{damage}.parquet"
+        )
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME)), expected)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_loses_nothing(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    expected = run_sequences(tmp_path / "whole", study, sequences_of(ROME))
+    saved = Edit.save
+    with monkeypatch.context() as patch:
+
+        def full(self: Edit, path: Path) -> None:
+            if path.name == "0003.safetensors":
+                raise CacheError("no space left")
+            saved(self, path)
+
+        patch.setattr(Edit, "save", full)
+        with pytest.raises(CacheError, match="no space left"):
+            run_sequences(tmp_path / "run", study, sequences_of(ROME))
+    found = run_sequences(tmp_path / "run", study, sequences_of(ROME))
+    assert same_runs(found, expected)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_another_run_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(tiny("llama"))
+    run_sequences(tmp_path, study, sequences_of(ROME))
+    before = contents(tmp_path)
+    other = replace(sequences_of(ROME)[0], facts=NUMBERED[::-1])
+    changes: list[tuple[Study, EditSequence, SequencePlan, str]] = [
+        (study, other, SequencePlan(), "facts"),
+        (study, replace(other, facts=NUMBERED, editor=C_ROME), SequencePlan(), "editor"),
+        (study, sequences_of(ROME)[0], SequencePlan(every=3), "plan"),
+        (
+            study_of(study.model, hyperparameters=replace(QUICK, steps=4)),
+            sequences_of(ROME)[0],
+            SequencePlan(),
+            "hyperparameters",
+        ),
+    ]
+    for varied, each, plan, what in changes:
+        with pytest.raises(BadInputError, match=f"begun with something else \\({what} differs"):
+            run_sequences(tmp_path, varied, [each], plan=plan)
+    with pytest.raises(BadInputError, match="side_by_side differs"):
+        run_sequences(tmp_path, study, sequences_of(ROME, C_ROME))
+    assert contents(tmp_path) == before
+
+
+def test_a_model_that_is_bad_already_is_not_rolled_back(tiny: TinyFactory, tmp_path: Path) -> None:
+    study = study_of(tiny("llama"))
+    plan = SequencePlan(guard=Guard.ROLLBACK)
+    with pytest.raises(BadInputError, match="above 1000 itself"):
+        run_sequences(tmp_path / "run", study, sequences_of(ROME), plan=plan)
+    assert not (tmp_path / "run").exists()
+    (run,) = run_sequences(tmp_path / "plain", study, sequences_of(ROME)).values()
+    # No step crosses what was crossed before the first.
+    assert run.first_crossing is not None
+    assert run.disabling_edit is None
+
+
+def test_the_screen_leaves_out_facts_that_are_predicted_to_collapse(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    ratios = {row.case_id: row.ratio for row in screen(study, NUMBERED)}
+    bound = sorted(ratios.values())[2]
+    monkeypatch.setattr("firsttok.screening.RATIO", bound)
+    hard = {number for number, ratio in ratios.items() if ratio < bound}
+    assert len(hard) == 2
+    plan = SequencePlan(guard=Guard.SCREEN, every=3)
+    (run,) = run_sequences(tmp_path, study, sequences_of(ROME), plan=plan).values()
+    assert {row.case_id for row in run.left_out("screened")} == hard
+    assert {row.case_id for row in run.written} == {f.case_id for f in NUMBERED} - hard
+    rest = tuple(fact for fact in NUMBERED if fact.case_id not in hard)
+    without = EditSequence(name="rest", facts=rest, editor=ROME)
+    (plain,) = run_sequences(tmp_path, study, [without]).values()
+    for row, own in zip(run.written, plain.steps, strict=True):
+        assert row.perplexity == own.perplexity
+    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME), plan=plan), {"rome": run})
+
+
+def test_a_rollback_takes_a_step_back_to_the_bit(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("llama")
+    study = study_of(model)
+
+    class Wild:
+        """Every third edit makes the model several times as bad."""
+
+        name = label = "wild"
+
+        def edit(self, model: Model, facts: Any) -> Edit:
+            site = model.site(LAYER)
+            wild = facts[0].case_id % 3 == 1
+            original: Any = model.weights.bridge.original_model
+            right = original.get_output_embeddings().weight.detach()[7]
+            left = torch.full((site.d_mlp,), 1e3 if wild else 1e-6)
+            return Edit.of(model, LAYER, left, right, name="wild", facts=facts)
+
+    each = EditSequence(name="wild", facts=NUMBERED, editor=Wild())
+    original = study.original_perplexity.mean
+    plan = SequencePlan(guard=Guard.ROLLBACK, jump=1.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{MODULE}.COLLAPSE_THRESHOLD", 1.5 * original)
+        (run,) = run_sequences(tmp_path, study, [each], plan=plan).values()
+        gone = {row.case_id for row in run.left_out("rolled back")}
+        assert gone == {fact.case_id for fact in NUMBERED if fact.case_id % 3 == 1}
+        assert run.disabling_edit is None
+        kept = tuple(fact for fact in NUMBERED if fact.case_id not in gone)
+        rest = EditSequence(name="kept", facts=kept, editor=Wild())
+        (plain,) = run_sequences(tmp_path, study, [rest]).values()
+        assert torch.equal(
+            run.edited(model).site(LAYER).matrix, plain.edited(model).site(LAYER).matrix
+        )
+        (unguarded,) = run_sequences(tmp_path / "un", study, [each]).values()
+        found = unguarded.disabling_edit
+        assert found is not None
+        assert found.case_id == 1
+        assert unguarded.first_crossing is not None
+        assert unguarded.first_crossing.step == 2
+        assert "Step 2 disables the model" in unguarded.panel().text
+
+
+def test_a_fact_that_cannot_be_written_fails_alone(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(tiny("llama"))
+    original = edit_in_step
+
+    def failing(turns: Any, **more: Any) -> list[Edit]:
+        if any(t.fact.case_id == 2 and t.editor.name == "rome" for t in turns):
+            raise NonFiniteError("the loss became nan")
+        return original(turns, **more)
+
+    monkeypatch.setattr(f"{MODULE}.edit_in_step", failing)
+    found = run_sequences(tmp_path, study, sequences_of(ROME, C_ROME))
+    statuses = {name: [row.status for row in run.steps] for name, run in found.items()}
+    assert statuses["c-rome"] == ["done"] * len(NUMBERED)
+    assert statuses["rome"].count("failed") == 1
+    assert found["rome"].steps[2].reason == "the loss became nan"
+    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME, C_ROME)), found)
+
+
+def test_orders(tiny: TinyFactory) -> None:
+    study = study_of(tiny("llama"))
+    assert order_facts(study, NUMBERED, "given") == NUMBERED
+    mixed = order_facts(study, NUMBERED, "seed:1")
+    assert mixed != NUMBERED
+    assert set(mixed) == set(NUMBERED)
+    assert mixed == order_facts(study, NUMBERED, "seed:1") != order_facts(study, NUMBERED, "seed:2")
+    ratios = {row.case_id: row.ratio for row in screen(study, NUMBERED)}
+    found = [ratios[fact.case_id] for fact in order_facts(study, NUMBERED, "hard-first")]
+    assert found == sorted(found)
+    for wrong in ("seed:", "seed:x", "hard", ""):
+        with pytest.raises(BadInputError, match="give given, seed:N or hard-first"):
+            order_facts(study, NUMBERED, wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"every": 0}, "every is 0"),
+        ({"jump": 1.0}, "jump is 1; give a number above 1"),
+        ({"guard": Guard.ROLLBACK, "metrics": ("scores",)}, "goes by the perplexity"),
+        ({"metrics": ("none",)}, "no metric is called 'none'"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInputError, match=sentence):
+        SequencePlan(**settings)
+
+
+def test_a_sequence_writes_each_fact_once() -> None:
+    with pytest.raises(BadInputError, match="case_id 0 comes twice"):
+        EditSequence(name="x", facts=(NUMBERED[0], NUMBERED[0]), editor=ROME)
+    for name in ("", "../x", "a/b", "a b"):
+        with pytest.raises(BadInputError, match="cannot be the name of a folder"):
+            EditSequence(name=name, facts=NUMBERED, editor=ROME)
+    with pytest.raises(BadInputError, match="has no fact"):
+        EditSequence(name="x", facts=(), editor=ROME)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    folder = tmp_path_factory.mktemp("command")
+    build("llama", folder / "model")
+    write: dict[str, Any] = {
+        "facts": [fact.as_record() for fact in NUMBERED],
+        "texts": list(SENTENCES),
+        "contexts": list(CONTEXTS.templates),
+    }
+    words: list[str] = []
+    for name, content in write.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(content), "utf-8")
+        words += [f"--{name}", str(path)]
+    words += ["--model", str(folder / "model"), "--second-moment", "identity", "--steps", "3"]
+    words += ["--layer", str(LAYER), "--bos", "without"]
+    return [*words, "--method", "rome", "fc-rome", "--order", "given", "seed:1"], folder
+
+
+def test_the_command_tells_what_became_of_each(
+    command: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, _ = command
+    assert main(["sequence", str(tmp_path / "run"), *words, "--every", "4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("rome-given", "fc-rome-given", "rome-seed1", "fc-rome-seed1"):
+        assert name in said
+        assert (tmp_path / "run" / name / "steps.parquet").is_file()
+    assert f"{len(NUMBERED)} of {len(NUMBERED)}" in said
+    shards = tmp_path / "shards"
+    for number in (1, 2):
+        assert main(["sequence", str(shards), *words, "--shard", f"{number}/2"]) == 0
+    assert {path.name for path in shards.iterdir()} >= {"rome-given", "fc-rome-seed1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--every", "0"], "every is 0"),
+        (["--jump", "1"], "jump is 1"),
+        (["--shard", "3/2"], "--shard is 3/2"),
+        (["--shard", "9/9"], "there are 2 sequences; give at most 2 shares"),
+        (["--order", "given", "hard"], "the order is 'hard'"),
+        (["--method", "none"], "none"),
+        (["--guard", "rollback", "--metrics", "scores"], "goes by the perplexity"),
+    ],
+)
+def test_the_command_refuses_bad_options_before_a_model_is_loaded(
+    options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["sequence", str(tmp_path / "run"), "--model", "/no/such", *options])
+    assert code == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_ten_kills_change_nothing(command: tuple[list[str], Path], tmp_path: Path) -> None:
+    words, folder = command
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FIRSTTOK_CACHE": str(folder / "cache")}
+    start = [sys.executable, "-m", "firsttok", "sequence"]
+    more = ["--every", "3", "--limit", "6"]
+    whole = tmp_path / "whole"
+    begun = time.monotonic()
+    subprocess.run(
+        [*start, str(whole), *words, *more],
+        env=environment,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    took = time.monotonic() - begun
+    draw = random.Random(0)
+    killed = 0
+    run = tmp_path / "run"
+    while killed < 10:
+        with subprocess.Popen(
+            [*start, str(run), *words, *more],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            # Most of a start is the import; the later part is the run.
+            try:
+                process.wait(took * draw.uniform(0.5, 1.0))
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+    subprocess.run(
+        [*start, str(run), *words, *more],
+        env=environment,
+        check=True,
+        timeout=300,
+        capture_output=True,
+    )
+    one, other = contents(whole), contents(run)
+    assert killed > 0
+    # What a kill left half written has another name.
+    names = [name for name in one if not name.startswith("models")]
+    assert [name for name in other if name in names] == names
+    for name in names:
+        assert one[name] == other[name], name
+
+
+def test_a_state_holds_factors_and_no_weight_for_each_step(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    study = study_of(tiny("llama"))
+    each = sequences_of(ROME)[0]
+    run_sequences(tmp_path, study, [each])
+    lane = sequences_module._Lane(tmp_path, study, each, SequencePlan())
+    for step in range(1, len(NUMBERED) + 1):
+        edit = lane.saved(step)
+        assert edit is not None
+        lane.take(step, edit)
+        assert len(lane.model.contents) <= 1
+        assert all("edits" not in e.provenance["model"] for e in cast(Any, lane.model.edits))
+    sizes = {
+        sum(d.left.numel() + d.right.numel() for d in e.deltas) for e in cast(Any, lane.model.edits)
+    }
+    site = study.model.site(LAYER)
+    assert sizes == {site.d_mlp + site.d_model}
