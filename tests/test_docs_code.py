@@ -43,6 +43,7 @@ PARSED = {
     "data pull": "fetches from its makers' address",
     "data sample": "writes for minutes; tests/test_corpus.py runs it on a tiny model",
     "inspect": "reads a corpus and edits facts; tests/test_inspection.py runs it on tiny models",
+    "sequence": "takes minutes; tests/test_sequences.py runs it on a tiny model",
     "reproduce": "takes many minutes; tests/test_scripts.py runs the scripts on a tiny model",
     "scan": "edits every fact; tests/test_cli.py runs it on a tiny model",
     "screen": "reads every fact; tests/test_screening.py runs it on a tiny model",
