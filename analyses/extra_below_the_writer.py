@@ -40,7 +40,7 @@ from firsttok.options import DEFAULT_CORPUS
 from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, figure
-from firsttok.paper.tables import Found
+from firsttok.paper.tables import Found, matching, share
 from firsttok.prompts import fact_prompt
 from firsttok.second_moment import SecondMoment, compute_second_moments
 from firsttok.sieve import reason_against
@@ -353,22 +353,11 @@ def _group(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return ("above", row["method"], row["moment"], f"value {row['value']}")
 
 
-def share(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    """Mean of a column in percent over rows in which there was something to measure."""
-    known = [float(row[column]) for row in rows if row.get(column) is not None]
-    return 100 * mean(known) if known else None
-
-
-def chosen(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[Mapping[str, Any]]:
-    """Rows whose columns have the given values."""
-    return [row for row in rows if all(row.get(name) == value for name, value in match.items())]
-
-
 def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
     drawn, (perplexity, written, reasons) = figure(3, height=3.8)
     colours = ("#0072b2", "black", PALETTE["collapse"])
     for number, place in enumerate(PLACES):
-        found = chosen(rows, part="layers", place=place, method=ROME.label, moment="C")
+        found = matching(rows, part="layers", place=place, method=ROME.label, moment="C")
         spread = [number + 0.3 * ((index % 21) / 10 - 1) for index in range(len(found))]
         heights = [row["perplexity"] for row in found]
         perplexity.plot(spread, heights, ".", color=colours[number], alpha=0.5, markersize=4)
@@ -383,10 +372,10 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
     written.legend(fontsize=7)
     for axis in (perplexity, written):
         axis.set_xticks(range(len(PLACES)), [f"{place} the writer" for place in PLACES])
-    found = chosen(rows, part="reasons")
+    found = matching(rows, part="reasons")
     groups = list(dict.fromkeys((row["keys"], row["value"]) for row in found))
     for number, (keys, value) in enumerate(groups):
-        own = chosen(found, keys=keys, value=value)
+        own = matching(found, keys=keys, value=value)
         heights = [row["perplexity"] for row in own]
         losses = [row["final_loss"] for row in own]
         reasons.plot(losses, heights, "os^Dvx"[number], label=f"key {keys}, value {value}")
@@ -403,7 +392,7 @@ def _bars(
 ) -> None:
     heights: list[float] = []
     for place in PLACES:
-        found = chosen(rows, part="layers", place=place, method=ROME.label, moment=moment)
+        found = matching(rows, part="layers", place=place, method=ROME.label, moment=moment)
         heights.append(share(found, "generated_first_words") or 0.0)
     style: dict[str, Any] = {"width": 0.22, "color": color, "alpha": 0.8}
     axis.bar([number + offset for number in range(len(PLACES))], heights, label=moment, **style)

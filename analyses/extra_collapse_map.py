@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from math import nan
 from pathlib import Path
-from statistics import harmonic_mean, mean, median
+from statistics import harmonic_mean, median
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ from firsttok.paper.cases import fresh_cases
 from firsttok.paper.claims import Claim, GapError, Result, Verdict, grade
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, figure
-from firsttok.paper.tables import Found
+from firsttok.paper.tables import Found, matching, share
 from firsttok.prompts import fact_prompt
 from firsttok.screening import RATIO, screen_keys
 from firsttok.second_moment import SecondMoment, compute_second_moments
@@ -237,14 +237,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 
 def edits_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[Mapping[str, Any]]:
     """Edited rows whose other columns have the given values."""
-    match["part"] = "edit"
-    return [row for row in rows if all(row.get(name) == value for name, value in match.items())]
-
-
-def share(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
-    """Mean of a column in percent over rows in which there was something to measure."""
-    known = [float(row[column]) for row in rows if row.get(column) is not None]
-    return 100 * mean(known) if known else None
+    return matching(rows, part="edit", **match)
 
 
 def score(rows: Sequence[Mapping[str, Any]]) -> float | None:

@@ -24,7 +24,19 @@ from firsttok.sieve import FailedFact, each_or_reason, nothing_done, reason_agai
 from firsttok.storage import content_hash, locked
 from firsttok.study import Study
 
-__all__ = ["TOGETHER", "Plan", "measure_chunk", "measure_each", "measure_facts"]
+__all__ = [
+    "TOGETHER",
+    "Plan",
+    "columns_of",
+    "edit_columns",
+    "hash_of",
+    "measure_chunk",
+    "measure_each",
+    "measure_facts",
+    "metric_columns",
+    "reason_against_measuring",
+    "slots_of",
+]
 
 TOGETHER = 8
 """Facts whose values are optimised together on a CPU, where few of them fill a batch. A sweep that
@@ -79,10 +91,10 @@ class Plan:
         """
         own = [each for each in self.metrics if not isinstance(each, str)]
         return {
-            "methods": {each.name: _slots(each) for each in self.methods},
+            "methods": {each.name: slots_of(each) for each in self.methods},
             "metrics": [metric.name for metric in self.measures],
             "seed": self.seed,
-        } | ({"own_metrics": {each.name: _hash(each) for each in own}} if own else {})
+        } | ({"own_metrics": {each.name: hash_of(each) for each in own}} if own else {})
 
 
 def measure_chunk(
@@ -139,7 +151,9 @@ def measure_each(
         part = facts[start : start + size]
         if all(fact.case_id in done for fact in part):
             continue
-        reasons = {fact.case_id: _unusable(study, fact, plan) for fact in part}
+        reasons = {
+            fact.case_id: reason_against_measuring(study, fact, plan.measures) for fact in part
+        }
         found = each_or_reason([f for f in part if reasons[f.case_id] is None], together)
         for fact in part:
             outcome = reasons[fact.case_id] or next(found)[1]
@@ -242,43 +256,59 @@ def measure_facts(
     return [row for fact in facts for row in known.get(fact.case_id, ())]
 
 
-def _unusable(study: Study, fact: Fact, plan: Plan) -> str | None:
-    """Why a fact cannot be edited or measured, as far as its tokens tell."""
+def reason_against_measuring(study: Study, fact: Fact, metrics: Sequence[Metric]) -> str | None:
+    """Why a fact cannot be edited or measured, as far as its tokens tell; None if it can."""
     asked: list[tuple[str, str]] = []
-    if any(isinstance(metric, AccuracyMetric | ScoresMetric) for metric in plan.measures):
+    if any(isinstance(metric, AccuracyMetric | ScoresMetric) for metric in metrics):
         asked += [(text, fact.target_new) for text in fact.paraphrases]
         asked += fact.answered_neighbours
     return reason_against(study.model, fact, templates=study.contexts.templates, asked=asked)
 
 
-def _measured(
+def edit_columns(
     study: Study,
     fact: Fact,
-    edits: Sequence[Edit],
-    methods: Sequence[Method | Editor],
-    metrics: Sequence[Metric],
-) -> list[Row]:
-    """A row for each edit of a fact."""
+    editor: Method | Editor,
+    edit: Edit,
+    *,
+    taken_by: Mapping[str, str],
+) -> dict[str, Any]:
+    """Columns of a row that say which fact was edited, and what its editor reports.
+
+    Args:
+        study: The study.
+        fact: The fact.
+        editor: The editor or method.
+        edit: Its edit.
+        taken_by: Columns that no report may fill, and what fills them.
+
+    Raises:
+        BadInputError: If the report fills one of them.
+    """
+    for name in edit.report:
+        if name in taken_by:
+            raise BadInputError(
+                f"{editor.name!r} reports {name!r}, which is a column of {taken_by[name]!r}; "
+                "give it another name"
+            )
     prompt = fact_prompt(study.model, fact)
-    rows: list[dict[str, Any]] = [
-        {
-            **first_columns(study.model.label, study.layer, fact, method.name),
-            "first_token": prompt.subject_position == 0,
-            "one_token": prompt.subject_length == 1,
-            **edit.report,
-        }
-        | ({"steps": len(edit.losses), "final_loss": edit.losses[-1]} if edit.losses else {})
-        for method, edit in zip(methods, edits, strict=True)
-    ]
-    taken_by = dict.fromkeys(FACT, "every row")
-    taken_by |= {column: metric.name for metric in metrics for column in metric.columns}
-    for method, edit in zip(methods, edits, strict=True):
-        for name in edit.report:
-            if name in taken_by:
-                raise BadInputError(
-                    f"{method.name!r} reports {name!r}, which is a column of {taken_by[name]!r}; "
-                    "give it another name"
-                )
+    return {
+        **first_columns(study.model.label, study.layer, fact, editor.name),
+        "first_token": prompt.subject_position == 0,
+        "one_token": prompt.subject_length == 1,
+        **edit.report,
+    } | ({"steps": len(edit.losses), "final_loss": edit.losses[-1]} if edit.losses else {})
+
+
+def metric_columns(
+    study: Study, fact: Fact, edits: Sequence[Edit], metrics: Sequence[Metric]
+) -> list[dict[str, Any]]:
+    """Columns that metrics fill, for each edit of a fact.
+
+    Raises:
+        BadInputError: If a metric fills a column that it does not name.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in edits]
     for metric in metrics:
         for row, found in zip(rows, metric.measure(study, fact, edits), strict=True):
             if extra := set(found) - set(metric.columns):
@@ -290,7 +320,30 @@ def _measured(
                 value = found.get(name)
                 # A number of NumPy or PyTorch becomes a plain one.
                 row[name] = None if value is None else kind(value)
-    return [Row(row) for row in rows]
+    return rows
+
+
+def columns_of(metrics: Sequence[Metric]) -> dict[str, str]:
+    """Columns of facts and metrics, and what fills them."""
+    owners = dict.fromkeys(FACT, "every row")
+    return owners | {column: metric.name for metric in metrics for column in metric.columns}
+
+
+def _measured(
+    study: Study,
+    fact: Fact,
+    edits: Sequence[Edit],
+    methods: Sequence[Method | Editor],
+    metrics: Sequence[Metric],
+) -> list[Row]:
+    """A row for each edit of a fact."""
+    taken_by = columns_of(metrics)
+    rows = [
+        edit_columns(study, fact, method, edit, taken_by=taken_by)
+        for method, edit in zip(methods, edits, strict=True)
+    ]
+    found = metric_columns(study, fact, edits, metrics)
+    return [Row({**row, **own}) for row, own in zip(rows, found, strict=True)]
 
 
 class _Kept:
@@ -314,7 +367,7 @@ class _Kept:
         for method, metric in product(plan.methods, plan.measures):
             # What cannot be described is not kept.
             with suppress(BadInputError, TypeError):
-                parts = [self.settings, method.name, _slots(method), described(metric)]
+                parts = [self.settings, method.name, slots_of(method), described(metric)]
                 path = study.work / "rows" / f"{content_hash(parts)[:24]}.parquet"
                 self.paths[method.name, metric.name] = path
                 self.held[method.name, metric.name] = _rows_by_fact(path)
@@ -415,12 +468,17 @@ def _row_settings(study: Study) -> list[Any] | None:
     return [_FORMAT, content_hash(settings)]
 
 
-def _slots(method: Method | Editor) -> Mapping[str, str]:
+def slots_of(method: Method | Editor) -> Mapping[str, str]:
     """What decides what a method does: its slots, or the hash of an editor's code and settings."""
-    return method.slots if isinstance(method, Method) else {"editor": _hash(method)}
+    return method.slots if isinstance(method, Method) else {"editor": hash_of(method)}
 
 
-def _hash(thing: Editor | Metric) -> str:
+def hash_of(thing: Editor | Metric) -> str:
+    """Hash of what an editor or a metric of the user's is: its code and settings.
+
+    Raises:
+        BadInputError: If it cannot be described.
+    """
     try:
         return content_hash(described(thing))[:24]
     except TypeError as error:

@@ -29,14 +29,21 @@ from firsttok.editing.record import EditRecord, edit_record
 from firsttok.errors import BadInputError, CacheError, FirsttokError, NonFiniteError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.measuring import (
+    columns_of,
+    edit_columns,
+    hash_of,
+    metric_columns,
+    reason_against_measuring,
+    slots_of,
+)
 from firsttok.metrics import Metric, find_metrics
 from firsttok.models import Model
 from firsttok.options import folder_name
-from firsttok.prompts import fact_prompt
-from firsttok.provenance import described, versions
+from firsttok.provenance import versions
 from firsttok.rows import DONE, FAILED, Row, first_columns, read_rows, write_rows
 from firsttok.screening import screen
-from firsttok.storage import content_hash, locked, read_record, write_record
+from firsttok.storage import content_hash, locked, make_folder, read_record, write_record
 from firsttok.study import Study
 from firsttok.svg import Plot
 
@@ -56,10 +63,13 @@ _FORMAT = 1
 _RECORD = "sequence.json"
 SCREENED, ROLLED_BACK = "screened", "rolled back"
 """What a guard did to a fact."""
-_OWN = ("step", "guard", "drift_norm", "mean_drift", "weight_norm", "condition_number")
-"""Columns of a step besides those of the fact, the editor's report and the metrics."""
 _SINGULAR = 3
 """Singular values of the edited weight that are kept."""
+_OWN = (
+    *("step", "guard", "drift_norm", "mean_drift", "weight_norm", "condition_number"),
+    *(f"singular_{number}" for number in range(1, _SINGULAR + 1)),
+)
+"""Columns of a step besides those of the fact, the editor's report and the metrics."""
 
 
 class Guard(str, Enum):
@@ -140,7 +150,7 @@ class SequencePlan:
                     )
         if self.guard is Guard.ROLLBACK and "perplexity" not in names:
             raise BadInputError(
-                "the guard rollback goes by the perplexity; let it be among the metrics"
+                "the guard rollback needs the perplexity; let it be among the metrics"
             )
 
     @cached_property
@@ -160,8 +170,8 @@ class SequencePlan:
             BadInputError: If a metric of the user's cannot be described.
         """
         return {
-            "metrics": [_described(each) for each in self.behind_each],
-            "retained": [_described(each) for each in self.at_checkpoints],
+            "metrics": {each.name: hash_of(each) for each in self.behind_each},
+            "retained": {each.name: hash_of(each) for each in self.at_checkpoints},
             "every": self.every,
             "guard": self.guard.value,
             "jump": self.jump,
@@ -184,8 +194,8 @@ class SequenceRun(Shown):
 
     @property
     def written(self) -> tuple[Row, ...]:
-        """The steps whose edits stand in the model."""
-        return tuple(row for row in self.steps if _stands(row))
+        """The steps whose edits are in the model."""
+        return tuple(row for row in self.steps if _is_written(row))
 
     @property
     def first_crossing(self) -> Row | None:
@@ -202,6 +212,20 @@ class SequenceRun(Shown):
                 return row
             before = row.perplexity
         return None
+
+    @property
+    def verdict(self) -> str | None:
+        """The disabling edit with its numbers, in a sentence; None without one."""
+        row = self.disabling_edit
+        if row is None:
+            return None
+        denominator = row.get("denominator")
+        return (
+            f"Step {row.step} disables the model: {row.prompt} {row.target_new} "
+            f"(perplexity {row.perplexity:.4g}, |delta| {row.delta_norm:.3g}"
+            + ("" if denominator is None else f", denominator {denominator:.3g}")
+            + ")."
+        )
 
     @property
     def _measured(self) -> tuple[Row, ...]:
@@ -226,7 +250,7 @@ class SequenceRun(Shown):
         return sum(values) / len(values) if values else None
 
     def edited(self, model: Model, *, until: int | None = None) -> Model:
-        """Return a view of a model in which the edits of the sequence stand.
+        """Return a view of a model with the edits of the sequence in its weights.
 
         Args:
             model: The model that the sequence was run on.
@@ -257,19 +281,8 @@ class SequenceRun(Shown):
         if last is not None:
             lines.append([f"Score of all behind step {last}", self.mean("score", step=last)])
         parts: list[Any] = [Table(columns=("", self.name), lines=lines)]
-        found = self.disabling_edit
-        if found is not None:
-            parts.append(
-                Note(
-                    text=f"Step {found.step} disables the model: {found.prompt} "
-                    f"{found.target_new}, perplexity {found.perplexity:.4g}"
-                    + (
-                        f", denominator {found.denominator:.3g}, |delta| {found.delta_norm:.3g}."
-                        if found.get("denominator") is not None
-                        else "."
-                    )
-                )
-            )
+        if self.verdict is not None:
+            parts.append(Note(text=self.verdict))
         measured = [row for row in self._measured if math.isfinite(row.perplexity)]
         if len(measured) > 1:
             parts.append(
@@ -298,22 +311,25 @@ def order_facts(study: Study, facts: Sequence[Fact], order: str) -> tuple[Fact, 
     Raises:
         BadInputError: If it is none of these.
     """
-    name, _, number = order.partition(":")
-    if order == "given":
-        return tuple(facts)
-    if name == "seed" and number.isdecimal():
-        shuffled = list(facts)
-        random.Random(int(number)).shuffle(shuffled)  # noqa: S311
-        return tuple(shuffled)
+    check_order(order)
     if order == "hard-first":
         ratios = {row.case_id: row.ratio for row in screen(study, facts)}
         return tuple(sorted(facts, key=lambda fact: ratios[fact.case_id]))
-    raise unknown_order(order)
+    ordered = list(facts)
+    if order != "given":
+        random.Random(int(order.removeprefix("seed:"))).shuffle(ordered)  # noqa: S311
+    return tuple(ordered)
 
 
-def unknown_order(order: str) -> BadInputError:
-    """The refusal of an order that :func:`order_facts` does not know."""
-    return BadInputError(f"the order is {order!r}; give given, seed:N or hard-first")
+def check_order(order: str) -> None:
+    """Refuse an order that :func:`order_facts` does not know, before any work.
+
+    Raises:
+        BadInputError: If it is unknown.
+    """
+    name, _, number = order.partition(":")
+    if order not in ("given", "hard-first") and not (name == "seed" and number.isdecimal()):
+        raise BadInputError(f"the order is {order!r}; give given, seed:N or hard-first")
 
 
 @taken
@@ -325,7 +341,7 @@ def run_sequences(
     plan: SequencePlan | None = None,
     progress: Progress | None = None,
 ) -> dict[str, SequenceRun]:
-    """Run sequences of edits side by side, or go on with them where they stopped.
+    """Run sequences of edits side by side, or resume them where they stopped.
 
     Every step is computed for all sequences together, those among them whose edit is there already
     included, so that the numbers of a resumed run are those of an undisturbed one.
@@ -367,7 +383,8 @@ def run_sequences(
     progress = progress or Progress(disable=True)
     with ExitStack() as locks:
         ordered = sorted(sequences, key=lambda each: each.name)
-        entries = {each.name: _entry(study, each, names, plan) for each in ordered}
+        provenance = _settings(study)
+        entries = {each.name: _entry(provenance, each, names, plan) for each in ordered}
         for name, entry in entries.items():
             _refuse_another(folder / name, entry)
         for name, entry in entries.items():
@@ -396,18 +413,26 @@ def _hard(study: Study, sequences: Sequence[EditSequence], progress: Progress) -
     return frozenset(key for key, row in zip(facts, rows, strict=True) if row.is_hard(None))
 
 
+def _settings(study: Study) -> dict[str, Any]:
+    """What decides the numbers of all sequences of a study."""
+    provenance, moment = study.provenance(), study.second_moment
+    del provenance["versions"]
+    # Its condition number is computed in every run, and its last digits differ by machine.
+    provenance["second_moment"] = {"corpus": moment.corpus, "hash": moment.content_hash}
+    return provenance
+
+
 def _entry(
-    study: Study, sequence: EditSequence, together: Sequence[str], plan: SequencePlan
+    settings: Mapping[str, Any],
+    sequence: EditSequence,
+    together: Sequence[str],
+    plan: SequencePlan,
 ) -> dict[str, Any]:
     """What decides the numbers of a sequence, as JSON."""
-    provenance = study.provenance()
-    moment = study.second_moment
-    # Its condition number is computed anew in every run, and its last digits differ by machine.
-    provenance["second_moment"] = {"corpus": moment.corpus, "hash": moment.content_hash}
     entry: dict[str, Any] = {
         "format": _FORMAT,
-        **{name: value for name, value in provenance.items() if name != "versions"},
-        "editor": _described(sequence.editor),
+        **settings,
+        "editor": {"name": sequence.editor.name, **slots_of(sequence.editor)},
         "facts": content_hash([fact.content_hash for fact in sequence.facts]),
         "plan": plan.described(),
         "side_by_side": list(together),
@@ -432,35 +457,18 @@ def _refuse_another(folder: Path, entry: Mapping[str, Any]) -> None:
 def _join(folder: Path, entry: Mapping[str, Any], locks: ExitStack) -> None:
     """Note what a sequence is made of, once no folder of the run is refused."""
     path = folder / _RECORD
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"the folder {folder} cannot be made ({error.strerror}); choose another one"
-        ) from None
+    make_folder(folder)
     locks.enter_context(locked(path))
     _refuse_another(folder, entry)
     if not path.exists():
         write_record(path, {**entry, "versions": versions()})
 
 
-def _described(thing: Method | Editor | Metric) -> Any:
-    if isinstance(thing, Method):
-        return {"method": thing.name, **thing.slots}
-    try:
-        return {"name": thing.name, "hash": content_hash(described(thing))[:24]}
-    except TypeError as error:
-        raise BadInputError(
-            f"{thing.name!r} cannot be told from another one ({error}); let it hold numbers, texts "
-            "and tensors only, as a frozen dataclass does"
-        ) from None
-
-
 def _edit_path(folder: Path, step: int) -> Path:
     return folder / "edits" / f"{step:04d}.safetensors"
 
 
-def _stands(row: Mapping[str, Any]) -> bool:
+def _is_written(row: Mapping[str, Any]) -> bool:
     return row["status"] == DONE and row.get("guard") is None
 
 
@@ -525,13 +533,13 @@ class _Lane:
         return step % self.plan.every == 0 or step == len(self.sequence.facts)
 
     def facts_until(self, step: int) -> list[Fact]:
-        """The facts whose edits stand behind a step."""
-        return [self.fact(n) for n in range(1, step + 1) if _stands(self.steps[n])]
+        """The facts whose edits are in the model behind a step."""
+        return [self.fact(n) for n in range(1, step + 1) if _is_written(self.steps[n])]
 
     def take(self, step: int, edit: Edit) -> None:
-        """Let an edit stand, if its row says so."""
+        """Put an edit into the state, if its row says so."""
         row = self.steps[step]
-        if _stands(row):
+        if _is_written(row):
             # Its record names all edits before it, so that all records would grow with the square.
             slim = replace(edit, losses=(), provenance=_without_edits(edit.provenance))
             self.model = self.model.edited(slim, anyway=True)
@@ -593,7 +601,13 @@ def _step(
     study: Study, lanes: Sequence[_Lane], step: int, plan: SequencePlan, hard: frozenset[str]
 ) -> None:
     """Do one step of all sequences, unless it is done."""
-    turning = [lane for lane in lanes if lane.fact(step).content_hash not in hard]
+    metrics = (*plan.behind_each, *plan.at_checkpoints)
+    reasons = [reason_against_measuring(study, lane.fact(step), metrics) for lane in lanes]
+    turning = [
+        lane
+        for lane, reason in zip(lanes, reasons, strict=True)
+        if reason is None and lane.fact(step).content_hash not in hard
+    ]
     saved = [lane.saved(step) for lane in turning]
     if all(lane.is_complete(step) for lane in lanes) and all(
         edit is not None or lane.steps[step].status == FAILED
@@ -603,14 +617,50 @@ def _step(
             if edit is not None:
                 lane.take(step, edit)
         return
-    for lane in lanes:
-        if lane not in turning:
+    for lane, reason in zip(lanes, reasons, strict=True):
+        if reason is not None:
+            lane.keep(lane.columns(step, reason))
+        elif lane not in turning:
             lane.keep(lane.columns(step) | {"guard": SCREENED})
     # Together or not at all: how a batch is made up decides the last bits of what it holds.
     known = [edit for edit in saved if edit is not None]
     edits = known if len(known) == len(turning) else _edits(turning, step)
+    made = _saved(study, turning, edits, saved, step)
+    asked = [(lane.fact(step), in_all) for lane, _, in_all in made]
+    measured = _by_fact(study, asked, plan.behind_each)
+    taken_by = columns_of(plan.behind_each) | dict.fromkeys(_OWN, "a step")
+    for (lane, edit, in_all), found in zip(made, measured, strict=True):
+        row = edit_columns(study, lane.fact(step), lane.editor, edit, taken_by=taken_by) | found
+        drift = in_all.report
+        row |= {
+            "step": step,
+            "drift_norm": drift["delta_norm"],
+            "mean_drift": drift["mean_delta"],
+        }
+        if plan.guard is Guard.ROLLBACK and not (
+            _sound(row) and row["perplexity"] < plan.jump * lane.perplexity
+        ):
+            row["guard"] = ROLLED_BACK
+        if lane.is_checkpoint(step):
+            row |= _health(lane.model.edited(edit) if _is_written(row) else lane.model, edit)
+        lane.keep(row)
+        lane.take(step, edit)
+    _look_back(study, [lane for lane in lanes if lane.is_checkpoint(step)], step, plan)
+
+
+def _saved(
+    study: Study,
+    lanes: Sequence[_Lane],
+    edits: Sequence[Edit | str],
+    before: Sequence[Edit | None],
+    step: int,
+) -> list[tuple[_Lane, Edit, Edit]]:
+    """Edits as their files hold them, each with all edits of its sequence so far in one.
+
+    A sequence without an edit, or whose weights would not be finite, has a row with the reason.
+    """
     made: list[tuple[_Lane, Edit, Edit]] = []
-    for lane, computed, old in zip(turning, edits, saved, strict=True):
+    for lane, computed, old in zip(lanes, edits, before, strict=True):
         if isinstance(computed, str):
             lane.keep(lane.columns(step, computed))
             continue
@@ -624,18 +674,7 @@ def _step(
             made.append((lane, edit, _in_all(study.model, lane.model.edited(edit))))
         except NonFiniteError as error:
             lane.keep(lane.columns(step, str(error)))
-    for number, found in enumerate(_measured(study, step, made, plan.behind_each)):
-        lane, edit, in_all = made[number]
-        row = lane.columns(step) | _report(lane, step, edit, in_all) | found
-        if plan.guard is Guard.ROLLBACK and not (
-            _sound(row) and row["perplexity"] < plan.jump * lane.perplexity
-        ):
-            row["guard"] = ROLLED_BACK
-        if lane.is_checkpoint(step):
-            row |= _health(lane.model.edited(edit) if _stands(row) else lane.model, edit)
-        lane.keep(row)
-        lane.take(step, edit)
-    _look_back(study, [lane for lane in lanes if lane.is_checkpoint(step)], step, plan)
+    return made
 
 
 def _edits(lanes: Sequence[_Lane], step: int) -> list[Edit | str]:
@@ -646,7 +685,7 @@ def _edits(lanes: Sequence[_Lane], step: int) -> list[Edit | str]:
     except CacheError:
         raise
     except FirsttokError:
-        # One of them fails, as on a model that puts out NaN by now; the others go on.
+        # One of them fails, as on a model that puts out NaN by now; the others do not.
         return [_edit_or_reason(turn) for turn in turns]
 
 
@@ -684,17 +723,6 @@ def _in_all(model: Model, view: Model) -> Edit:
     )
 
 
-def _measured(
-    study: Study,
-    step: int,
-    made: Sequence[tuple[_Lane, Edit, Edit]],
-    metrics: Sequence[Metric],
-) -> list[dict[str, Any]]:
-    """What metrics say of each sequence's own fact, all edits of it in the model."""
-    asked = [(lane.fact(step), in_all) for lane, _, in_all in made]
-    return _by_fact(study, asked, metrics)
-
-
 def _by_fact(
     study: Study, asked: Sequence[tuple[Fact, Edit]], metrics: Sequence[Metric]
 ) -> list[dict[str, Any]]:
@@ -705,28 +733,10 @@ def _by_fact(
     found: list[dict[str, Any]] = [{} for _ in asked]
     for numbers in groups.values():
         edits = [asked[number][1] for number in numbers]
-        for metric in metrics:
-            rows = metric.measure(study, asked[numbers[0]][0], edits)
-            for number, row in zip(numbers, rows, strict=True):
-                for name, kind in metric.columns.items():
-                    value = row.get(name)
-                    found[number][name] = None if value is None else kind(value)
+        rows = metric_columns(study, asked[numbers[0]][0], edits, metrics)
+        for number, row in zip(numbers, rows, strict=True):
+            found[number] = row
     return found
-
-
-def _report(lane: _Lane, step: int, edit: Edit, in_all: Edit) -> dict[str, Any]:
-    """What the editor says of an edit, and how far the weights are from those before the first."""
-    prompt = fact_prompt(lane.study.model, lane.fact(step))
-    drift = in_all.report
-    return {
-        "first_token": prompt.subject_position == 0,
-        "one_token": prompt.subject_length == 1,
-        **edit.report,
-        "steps": len(edit.losses) or None,
-        "final_loss": edit.losses[-1] if edit.losses else None,
-        "drift_norm": drift["delta_norm"],
-        "mean_drift": drift["mean_delta"],
-    }
 
 
 def _health(view: Model, edit: Edit) -> dict[str, float]:

@@ -30,6 +30,7 @@ __all__ = [
     "content_hash",
     "file_sha256",
     "locked",
+    "make_folder",
     "parse_json",
     "read_json",
     "read_record",
@@ -66,6 +67,20 @@ def cache_folder(*parts: str) -> Path:
             "set FIRSTTOK_CACHE to a folder you may write to"
         ) from None
     return folder
+
+
+def make_folder(folder: Path, what: str = "folder") -> None:
+    """Make a folder that a user named, unless it is there.
+
+    Raises:
+        CacheError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"the {what} {folder} cannot be made ({error.strerror}); choose another one"
+        ) from None
 
 
 @contextlib.contextmanager

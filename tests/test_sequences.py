@@ -459,7 +459,7 @@ def test_orders(tiny: TinyFactory) -> None:
     [
         ({"every": 0}, "every is 0"),
         ({"jump": 1.0}, "jump is 1; give a number above 1"),
-        ({"guard": Guard.ROLLBACK, "metrics": ("scores",)}, "goes by the perplexity"),
+        ({"guard": Guard.ROLLBACK, "metrics": ("scores",)}, "needs the perplexity"),
         ({"metrics": ("none",)}, "no metric is called 'none'"),
     ],
 )
@@ -522,7 +522,7 @@ def test_the_command_tells_what_became_of_each(
         (["--shard", "9/9"], "there are 2 sequences; give at most 2 shares"),
         (["--order", "given", "hard"], "the order is 'hard'"),
         (["--method", "none"], "none"),
-        (["--guard", "rollback", "--metrics", "scores"], "goes by the perplexity"),
+        (["--guard", "rollback", "--metrics", "scores"], "needs the perplexity"),
     ],
 )
 def test_the_command_refuses_bad_options_before_a_model_is_loaded(
@@ -600,3 +600,63 @@ def test_a_state_holds_factors_and_no_weight_for_each_step(
     }
     site = study.model.site(LAYER)
     assert sizes == {site.d_mlp + site.d_model}
+
+
+def test_views_side_by_side_add_each_edit_once(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view begins with what the one before holds, also while another's edits are in place."""
+    model = tiny("llama")
+    site = model.site(LAYER)
+    changed: list[str] = []
+    original = Edit.changed
+
+    def count(self: Edit, *args: Any) -> Any:
+        changed.append(self.title)
+        return original(self, *args)
+
+    monkeypatch.setattr(Edit, "changed", count)
+    views = [model, model]
+    for number in range(4):
+        for place, view in enumerate(views):
+            left = torch.full((site.d_mlp,), 1e-3 * (number + 1) * (place + 1))
+            edit = Edit.of(view, LAYER, left, torch.ones(site.d_model))
+            views[place] = view.edited(edit)
+        for view in views:
+            _ = view.site(LAYER)
+        with views[0].standing():
+            expected = views[1].site(LAYER).matrix
+        assert torch.equal(views[1].site(LAYER).matrix, expected)
+    assert len(changed) == 8
+
+
+def test_a_fact_whose_neighbour_cannot_be_asked_fails_before_it_is_edited(
+    tiny: TinyFactory, tmp_path: Path
+) -> None:
+    study = study_of(tiny("llama"))
+    long = replace(NUMBERED[1], neighbours=("The " * 500,))
+    facts = (NUMBERED[0], long, NUMBERED[2])
+    each = EditSequence(name="long", facts=facts, editor=ROME)
+    (run,) = run_sequences(tmp_path, study, [each]).values()
+    assert [row.status for row in run.steps] == ["done", "failed", "done"]
+    assert "reads at most" in run.steps[1].reason
+    assert not (tmp_path / "long" / "edits" / "0002.safetensors").exists()
+    assert same_runs(run_sequences(tmp_path, study, [each]), {"long": run})
+
+
+def test_a_report_that_would_hide_a_column_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+
+    class Hiding:
+        name = label = "hiding"
+
+        def edit(self, model: Model, facts: Any) -> Edit:
+            site = model.site(2)
+            left, right = torch.zeros(site.d_mlp), torch.ones(site.d_model)
+            return Edit.of(model, 2, left, right, facts=facts, components={"guard": 1.0})
+
+    each = EditSequence(name="hiding", facts=NUMBERED[:1], editor=Hiding())
+    with pytest.raises(
+        BadInputError, match="'hiding' reports 'guard', which is a column of 'a step'"
+    ):
+        run_sequences(tmp_path, study_of(model), [each])

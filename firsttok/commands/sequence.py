@@ -1,7 +1,6 @@
 """``firsttok sequence``: edit after edit into a run folder."""
 
 import argparse
-import re
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -17,9 +16,9 @@ from firsttok.sequences import (
     Guard,
     SequencePlan,
     SequenceRun,
+    check_order,
     order_facts,
     run_sequences,
-    unknown_order,
 )
 from firsttok.sweep.runner import Share
 
@@ -46,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     orders = dict.fromkeys(args.order)
     for order in orders:
         # Before the minutes in which the model is prepared.
-        if order not in ("given", "hard-first") and not re.fullmatch(r"seed:\d+", order):
-            raise unknown_order(order)
+        check_order(order)
     count = len(orders) * len(methods)
     if share.of > count:
         raise BadInputError(
@@ -98,12 +96,5 @@ def _tell(folder: Path, found: Mapping[str, SequenceRun]) -> None:
         failed = sum(row.status == FAILED for row in each.steps)
         if gone or failed:
             show(f"{name}: the guard left {gone} facts out, {failed} failed")
-        row = each.disabling_edit
-        if row is not None:
-            denominator = (
-                "" if row.get("denominator") is None else f", denominator {row.denominator:.3g}"
-            )
-            show(
-                f"{name}: step {row.step} disables the model: {row.prompt} {row.target_new} "
-                f"(perplexity {row.perplexity:.4g}, |delta| {row.delta_norm:.3g}{denominator})"
-            )
+        if each.verdict is not None:
+            show(f"{name}: {each.verdict}")

@@ -14,7 +14,7 @@ from firsttok.data.catalog import DATA_SETS, DataSet
 from firsttok.data.fact_files import SKIP_HINT, check_facts
 from firsttok.data.texts import load_texts
 from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
-from firsttok.storage import cache_folder, file_sha256, locked, read_json, write_record
+from firsttok.storage import cache_folder, file_sha256, locked, make_folder, read_json, write_record
 
 __all__ = ["is_pulled_data", "pull_data", "resolve_data"]
 
@@ -52,12 +52,7 @@ def pull_data(
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise BadInputError(f"sha256 {sha256!r} is no SHA-256; give its 64 hexadecimal digits")
     folder = cache_folder("data") if out is None else Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"the folder {folder} cannot be made ({error.strerror}); choose another one"
-        ) from None
+    make_folder(folder)
     path = folder / data_set.file_name
     # The web's library takes its time, and a name is found without it.
     from firsttok.data.downloads import discard, download

@@ -368,7 +368,7 @@ def _side_by_side(turns: Sequence[Turn], on_step: Callable[[int], None] | None) 
 
 def _rome(editor: Editor) -> RomeEditor:
     if not isinstance(editor, RomeEditor):
-        raise TypeError(f"{editor.name} is no editor of the ROME family")
+        raise TypeError(f"{editor.name} is not of the ROME family")
     return editor
 
 

@@ -89,12 +89,17 @@ class Tail:
 
         Args:
             tails: Tails of batches of the same width, cut at the same column.
+
+        Raises:
+            ValueError: If one is run with an argument that another is run without.
         """
         first = tails[0]
         counts = [each.residual.shape[0] for each in tails]
 
         def join(values: Sequence[Any]) -> Any:
             example = values[0]
+            if len({type(value) for value in values}) > 1:
+                raise ValueError("the parts of a batch are run with arguments of other kinds")
             if isinstance(example, Tensor) and example.ndim:
                 if all(v.shape[0] == n for v, n in zip(values, counts, strict=True)):
                     return torch.cat([*values])

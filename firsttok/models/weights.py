@@ -215,6 +215,9 @@ class Weights:
             known.look()
             start, rest = site.weight.data, edits[len(standing) :]
             made_from = [self._before_edits(known.name), known.digest, *_hashes(standing, place)]
+            if not standing:
+                # As it is told below, while edits of other views stand in the weights.
+                made_from = made_from[:1]
             if not same_edits(edits[: len(standing)], standing):
                 if known.digest is not None and len(made_from) > 2:
                     raise EditMismatchError(
@@ -229,7 +232,7 @@ class Weights:
             if place in cache:
                 (known, stamp), kept = cache[place]
                 if known == key[: len(known)] and stamp == _stamp(kept):
-                    # A view of a view goes on from what the first one holds.
+                    # A view of a view begins with what the first one holds.
                     content, rest = kept, rest[len(known) - 1 :]
             if not rest:
                 return content

@@ -22,9 +22,11 @@ __all__ = [
     "accuracy_line",
     "collapsed_of",
     "edit_cells",
+    "matching",
     "pick",
     "printed",
     "publish",
+    "share",
 ]
 
 MEASURES = ("efficacy", "generalization", "locality")
@@ -79,7 +81,7 @@ def publish(
 
 def pick(rows: Sequence[Mapping[str, Any]], column: str, **match: Any) -> list[float]:
     """One column of the rows whose other columns have the given values."""
-    return [float(row[column]) for row in _matching(rows, match)]
+    return [float(row[column]) for row in matching(rows, **match)]
 
 
 def collapsed_of(rows: Sequence[Mapping[str, Any]], **match: Any) -> str:
@@ -104,13 +106,19 @@ def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
 
 def accuracy_line(name: str, rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
     """One line of Table 4 or 5: name, number of cases, and three means in percent."""
-    chosen = _matching(rows, match)
-    columns = [[row[column] for row in chosen if row[column] is not None] for column in MEASURES]
-    means = [100.0 * sum(values) / len(values) if values else None for values in columns]
-    return [name, len(chosen), *means]
+    chosen = matching(rows, **match)
+    return [name, len(chosen), *(share(chosen, column) for column in MEASURES)]
 
 
-def _matching(
-    rows: Sequence[Mapping[str, Any]], match: Mapping[str, Any]
-) -> list[Mapping[str, Any]]:
+def share(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
+    """Mean of a column in percent, over rows in which there was something to measure."""
+    known = [row[column] for row in rows if row[column] is not None]
+    return 100.0 * sum(known) / len(known) if known else None
+
+
+def matching(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[Mapping[str, Any]]:
+    """Rows whose columns have the given values; where rows have various columns, name theirs first.
+
+    So a row of another kind is passed over before a column that it lacks is asked for.
+    """
     return [row for row in rows if all(row[name] == wanted for name, wanted in match.items())]

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-from firsttok.errors import BadInputError, CacheError
+from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.options import folder_name
-from firsttok.storage import locked, read_json, write_record
+from firsttok.storage import locked, make_folder, read_json, write_record
 
 if TYPE_CHECKING:
     from firsttok.data import LeftOut
@@ -106,12 +106,7 @@ def join_run(folder: Path, entry: Mapping[str, Any], label: str, model: Mapping[
         CacheError: If the folder cannot be written to.
     """
     path = folder / _NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"the run folder {folder} cannot be made ({error.strerror}); choose another one"
-        ) from None
+    make_folder(folder, "run folder")
     with locked(path):
         check_run(folder, entry)
         manifest = read_manifest(folder) if path.exists() else {**entry, "models": {}}
