@@ -9,7 +9,7 @@ another token's. p-ROME, whose direction is the bare prompt's key, is tried ther
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import mean, median
@@ -32,7 +32,6 @@ from firsttok.data import Fact, find_corpus, spread_evenly
 from firsttok.editing import FC_ROME, P_ROME, ROME, Method
 from firsttok.errors import BadInputError
 from firsttok.evaluation import COLLAPSE_THRESHOLD, DAMAGE_RATIO
-from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import keys_at
 from firsttok.measuring import measure_facts
 from firsttok.metrics import find_metrics
@@ -86,20 +85,6 @@ class Setting:
         layer = self.layers[place]
         return self.options.study.varied(
             layer=layer, second_moment=self.moments[moment][layer], **changes
-        )
-
-    @property
-    def stretched(self) -> Hyperparameters:
-        """Settings under which a value may be as large beside the first token's residual stream.
-
-        That is, as large as it usually may be beside another token's.
-        """
-        usual = self.options.study.hyperparameters
-        return replace(
-            usual,
-            clamp=usual.clamp * self.stretch,
-            learning_rate=usual.learning_rate * self.stretch,
-            weight_decay=0.0,
         )
 
 
@@ -197,7 +182,8 @@ def measure_layers(setting: Setting) -> _Rows:
 
 def measure_cures(setting: Setting) -> _Rows:
     """Edits above the writer, by the key of the direction, by C, and by how long a value may be."""
-    changes = {"as is": setting.options.study.hyperparameters, "stretched": setting.stretched}
+    usual = setting.options.study.hyperparameters
+    changes = {"as is": usual, "stretched": usual.stretched(setting.stretch)}
     for (value, numbers), moment in product(changes.items(), MOMENTS):
         study = setting.study("above", moment, hyperparameters=numbers)
         about = {"part": "cures", "place": "above", "moment": moment, "value": value}
@@ -238,7 +224,8 @@ def measure_reasons(setting: Setting) -> _Rows:
     anchor and the value stay those of the model as it is, on which all of them are measured.
     """
     metrics = find_metrics(METRICS, seed=setting.options.seed)
-    changes = {"as is": setting.options.study.hyperparameters, "stretched": setting.stretched}
+    usual = setting.options.study.hyperparameters
+    changes = {"as is": usual, "stretched": usual.stretched(setting.stretch)}
     task = setting.progress.add_task("key or value", total=len(changes) * len(setting.few))
     for value, numbers in changes.items():
         study = setting.study("above", "I", hyperparameters=numbers)

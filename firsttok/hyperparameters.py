@@ -1,6 +1,6 @@
 """The numbers of the value optimisation, and those the papers used for each model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 
 from firsttok.arguments import take_fields
@@ -41,6 +41,18 @@ class Hyperparameters:
             if not isfinite(value) or value < 0 or (positive and value == 0):
                 bound = "greater than 0" if positive else "of at least 0"
                 raise HyperparameterError(f"{name} is {value}; give a finite number {bound}")
+
+    def stretched(self, factor: float) -> "Hyperparameters":
+        """Settings under which the value may be ``factor`` times as long beside its anchor.
+
+        Clamp and learning rate grow alike, and no weight decay draws the value back.
+        """
+        return replace(
+            self,
+            clamp=self.clamp * factor,
+            learning_rate=self.learning_rate * factor,
+            weight_decay=0.0,
+        )
 
     def as_dict(self) -> dict[str, int | float]:
         """Plain numbers for provenance records."""

@@ -47,6 +47,7 @@ COMMANDS = {
     "scan": [],
     "screen": [],
     "sweep": ["run"],
+    "sequence": ["run"],
     "inspect": [],
     "reproduce": [],
 }
