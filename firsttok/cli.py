@@ -23,6 +23,7 @@ from firsttok.sweep.query import SECONDS
 
 __all__ = ["main"]
 
+_METRICS = ("perplexity", "accuracy", "scores", "generated", "entropy", "tasks")
 _SILENT = ("models", "data", "results", "report")
 """Commands that open no model, or say themselves what they fetch."""
 
@@ -45,6 +46,9 @@ def _announce(args: argparse.Namespace) -> None:
     if args.command in _SILENT or getattr(args, "json", False) or "torch" in sys.modules:
         return
     if args.command == "sweep" and args.run[0] == "status":
+        return
+    if args.command == "tasks":
+        note("tasks: opening " + (", ".join(args.what) or DEFAULT_MODEL))
         return
     names = ("edit",) if args.command in ("show", "export") else ("before", "name", "model")
     given = (getattr(args, name, None) for name in names)
@@ -160,6 +164,24 @@ def _show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the model (default: the one the first edit names)")
 
 
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="*", metavar="MODEL|EDIT", help="a model, and files of edits, each alone"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="shipped sets, or tasks of lm-eval: NAME with --task-data, or NAME@COMMIT of the "
+        "published data (default: the shipped sets)",
+    )
+    parser.add_argument(
+        "--task-data", metavar="DIR", help="folder with the tasks' data in TASK/SPLIT.jsonl"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first items of each task")
+    add_shared(parser, "--bos", "--dtype", "--device", "--json")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "edit")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, new or empty")
@@ -272,9 +294,9 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics",
         nargs="+",
-        choices=["perplexity", "accuracy", "scores", "generated", "entropy"],
+        choices=_METRICS,
         default=["perplexity", "accuracy", "scores"],
-        help="default: all but generated and entropy, which generate text",
+        help="default: the first three; the others are slow, and tasks needs lm-eval",
     )
     group.add_argument("--chunk", type=int, default=24, help="facts edited together (default: 24)")
     group.add_argument("--shard", metavar="I/N", help="only every N-th chunk, for job arrays")
@@ -298,18 +320,17 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
         default=["given"],
         help="given, seed:N or hard-first; each is a sequence of each method (default: given)",
     )
-    metrics = ["perplexity", "accuracy", "scores", "generated", "entropy"]
     group.add_argument(
         "--metrics",
         nargs="+",
-        choices=metrics,
+        choices=_METRICS,
         default=["perplexity", "scores"],
         help="of each fact right behind its edit (default: perplexity scores)",
     )
     group.add_argument(
         "--retained",
         nargs="+",
-        choices=metrics,
+        choices=_METRICS,
         default=["scores"],
         help="of all earlier facts at a checkpoint (default: scores)",
     )
@@ -367,6 +388,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "tokens": (_tokens, "show a prompt's tokens, the looked-up one marked"),
     "edit": (_edit, "edit one fact and show before and after"),
     "show": (_show, "show saved edits, and what they do to the model"),
+    "tasks": (_tasks, "downstream tasks of a model, and of edits in it"),
     "export": (_export, "write a model with saved edits in it for transformers"),
     "audit": (_audit, "where two states of a model differ, and what it cost"),
     "scan": (_scan, "edit every fact with ROME and list the collapse cases"),

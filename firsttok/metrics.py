@@ -1,19 +1,25 @@
 """What can be measured after an edit: each metric fills columns of its own in a row."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any, Protocol, runtime_checkable
 
+from firsttok.arguments import take_fields
 from firsttok.data import Fact
 from firsttok.editing import Edit
 from firsttok.errors import BadInputError
 from firsttok.evaluation import (
+    OWN_TASKS,
+    check_tasks,
+    data_hash,
     edit_accuracies,
     edit_counterfact_scores,
     generated_match,
     generation_entropy,
     sample_continuations,
     score_edits,
+    score_tasks,
 )
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.rows import FACT, METRIC_COLUMNS, REPORT
@@ -27,11 +33,12 @@ __all__ = [
     "Metric",
     "PerplexityMetric",
     "ScoresMetric",
+    "TasksMetric",
     "find_metrics",
 ]
 
 METRICS = tuple(METRIC_COLUMNS)
-"""Names of the built-in metrics; the last two generate text and are slow."""
+"""Names of the built-in metrics; those that generate text, and the tasks, are slow."""
 
 
 @runtime_checkable
@@ -157,6 +164,49 @@ class EntropyMetric:
         return rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class TasksMetric:
+    """Downstream tasks, see :func:`~firsttok.evaluation.score_tasks`; a column for each.
+
+    It holds the first metric of a task: accuracy, exact match or F1.
+
+    Raises:
+        BadInputError: If lm-eval is not installed, or a task's data are not there.
+    """
+
+    tasks: tuple[str, ...] = OWN_TASKS
+    folder: str | None = None
+    limit: int | None = None
+    # What rows are kept by: other data, or prompts of another version, give other numbers.
+    data: str = field(init=False, default="")
+    harness: str = field(init=False, default="")
+    name = "tasks"
+
+    def __post_init__(self) -> None:
+        """Check the tasks, and note what decides their numbers."""
+        take_fields(self)
+        check_tasks(self.tasks, self.folder)
+        object.__setattr__(self, "data", data_hash(self.tasks, self.folder))
+        object.__setattr__(self, "harness", version("lm-eval"))
+
+    @property
+    def columns(self) -> Mapping[str, type]:
+        """A column for each task."""
+        return {f"task_{each.partition('@')[0]}": float for each in self.tasks}
+
+    def measure(
+        self,
+        study: Study,
+        fact: Fact,  # noqa: ARG002
+        edits: Sequence[Edit],
+    ) -> list[dict[str, Any]]:
+        """As :meth:`Metric.measure`."""
+        found = score_tasks(study.model, edits, self.tasks, folder=self.folder, limit=self.limit)
+        return [
+            {f"task_{name}": scores.main for name, scores in each.items()} for each in found[1:]
+        ]
+
+
 def find_metrics(given: Iterable[Metric | str], *, seed: int = 0) -> tuple[Metric, ...]:
     """Return the metrics that are meant, in order, each once.
 
@@ -168,12 +218,13 @@ def find_metrics(given: Iterable[Metric | str], *, seed: int = 0) -> tuple[Metri
         BadInputError: If no metric goes by a name, or a column is filled twice or of a kind that
             no file of rows takes.
     """
-    builtin: dict[str, Metric] = {
-        "perplexity": PerplexityMetric(),
-        "accuracy": AccuracyMetric(seed=seed),
-        "scores": ScoresMetric(),
-        "generated": GeneratedMetric(),
-        "entropy": EntropyMetric(seed=seed),
+    builtin: dict[str, tuple[Callable[..., Metric], dict[str, int]]] = {
+        "perplexity": (PerplexityMetric, {}),
+        "accuracy": (AccuracyMetric, {"seed": seed}),
+        "scores": (ScoresMetric, {}),
+        "generated": (GeneratedMetric, {}),
+        "entropy": (EntropyMetric, {"seed": seed}),
+        "tasks": (TasksMetric, {}),
     }
     owners = dict.fromkeys([*FACT, *REPORT], "every row")
     owners |= {column: name for name in METRICS for column in METRIC_COLUMNS[name]}
@@ -182,20 +233,23 @@ def find_metrics(given: Iterable[Metric | str], *, seed: int = 0) -> tuple[Metri
         if isinstance(each, str):
             if each not in builtin:
                 raise BadInputError(f"no metric is called {each!r}; take {', '.join(METRICS)}")
-            found.setdefault(each, builtin[each])
+            make, settings = builtin[each]
+            if each not in found:
+                found[each] = make(**settings)
             continue
-        known = found.get(each.name, builtin.get(each.name, each))
-        if type(known) is not type(each):
+        known = found[each.name].__class__ if each.name in found else None
+        kind, _ = builtin.get(each.name, (type(each), {}))
+        if type(each) is not (known or kind):
             raise BadInputError(f"two metrics are called {each.name!r}; give each its own name")
-        for column, kind in each.columns.items():
+        for column, filled in each.columns.items():
             if owners.setdefault(column, each.name) != each.name:
                 raise BadInputError(
                     f"the metric {each.name!r} has a column {column!r}, which {owners[column]!r} "
                     "has already; give it another name"
                 )
-            if kind not in (str, int, float, bool):
+            if filled not in (str, int, float, bool):
                 raise BadInputError(
-                    f"the column {column!r} of the metric {each.name!r} is a {kind!r}; take str, "
+                    f"the column {column!r} of the metric {each.name!r} is a {filled!r}; take str, "
                     "int, float or bool"
                 )
         found[each.name] = each

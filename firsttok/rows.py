@@ -78,6 +78,9 @@ METRIC_COLUMNS: Mapping[str, Mapping[str, type]] = {
     "scores": dict.fromkeys(("es", "ps", "ns", "em", "pm", "nm", "score"), float),
     "generated": {"generated": str, "generated_exact": bool, "generated_first_words": bool},
     "entropy": {"entropy": float},
+    "tasks": dict.fromkeys(
+        ("task_own_piqa", "task_own_hellaswag", "task_own_lambada", "task_own_sst2"), float
+    ),
 }
 """Columns of the built-in metrics by the metric's name, see :mod:`firsttok.metrics`."""
 COLUMNS: Mapping[str, type] = {

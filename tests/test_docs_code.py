@@ -48,6 +48,7 @@ PARSED = {
     "scan": "edits every fact; tests/test_cli.py runs it on a tiny model",
     "screen": "reads every fact; tests/test_screening.py runs it on a tiny model",
     "sweep": "edits whole data sets; tests/test_sweep.py runs it on tiny models",
+    "tasks": "takes minutes; tests/test_tasks.py runs tasks on tiny models",
 }
 """Why a command of firsttok is parsed and not run."""
 NOT_HERE = {

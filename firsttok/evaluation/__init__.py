@@ -33,10 +33,18 @@ from firsttok.evaluation.targets import (
     score_targets,
     target_probabilities,
 )
+from firsttok.evaluation.tasks import (
+    OWN_TASKS,
+    TaskScores,
+    check_tasks,
+    data_hash,
+    score_tasks,
+)
 
 __all__ = [
     "COLLAPSE_THRESHOLD",
     "DAMAGE_RATIO",
+    "OWN_TASKS",
     "Accuracy",
     "CounterfactScores",
     "Damage",
@@ -44,9 +52,12 @@ __all__ = [
     "Perplexity",
     "PreparedTexts",
     "TargetScore",
+    "TaskScores",
+    "check_tasks",
     "continuation",
     "counterfact_scores",
     "damage",
+    "data_hash",
     "distinct_ngrams",
     "edit_accuracies",
     "edit_accuracy",
@@ -60,6 +71,7 @@ __all__ = [
     "sample_documents",
     "score_edits",
     "score_targets",
+    "score_tasks",
     "target_probabilities",
     "top_predictions",
 ]

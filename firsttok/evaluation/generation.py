@@ -26,6 +26,7 @@ __all__ = [
     "distinct_ngrams",
     "generated_match",
     "generation_entropy",
+    "greedy_text",
     "sample_continuations",
     "sample_documents",
     "top_predictions",
@@ -124,6 +125,37 @@ def _greedy(model: Model, prompt: Prompt) -> Iterator[int]:
         token = int(logits(model, batch)[0, -1].argmax())
         ids = (*ids, token)
         yield token
+
+
+@taken
+@torch.no_grad()
+def greedy_text(model: Model, prompt: Prompt, *, tokens: int, stops: Sequence[str] = ()) -> str:
+    """Continue a prompt greedily up to a token that ends texts, or to the first of some texts.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        tokens: Most tokens that are written.
+        stops: Texts that end the answer; they are not part of it.
+
+    Returns:
+        The new text, without special tokens.
+    """
+    from transformers import DynamicCache
+
+    tokenizer: Any = model.tokenizer
+    rows, cache = torch.tensor([prompt.token_ids]), DynamicCache()
+    ends, ids = set(_end_ids(model)), list[int]()
+    for _ in range(tokens):
+        token = _last_logits(model, rows, cache).argmax(-1)
+        if int(token) in ends:
+            break
+        ids.append(int(token))
+        rows = torch.cat([rows, token[:, None].to(rows.device)], dim=1)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            return text[: min(text.find(stop) for stop in stops if stop in text)]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _end_ids(model: Model) -> list[int]:
