@@ -10,6 +10,7 @@ from pass_cases import keys, perplexity_of_edits, second_moment
 from precision_cases import bfloat16
 from process_cases import processes, reproduce
 from setting import Setting
+from state_cases import downstream_tasks, sequences
 
 __all__ = ["CASES", "Case"]
 
@@ -44,6 +45,8 @@ CASES: dict[str, Case] = {
         plan=second_moment,
         memory=("fast", "naive"),
     ),
+    "sequences": Case(title="Sequences of edits side by side", plan=sequences),
+    "tasks": Case(title="Downstream tasks under many edits", plan=downstream_tasks),
     "bfloat16": Case(title="bfloat16 instead of float32", plan=bfloat16, deaf_to="dtype"),
     "processes": Case(title="Start, help, load", plan=processes),
     "growth-facts": Case(title="Growth with the number of facts", plan=growth_in_facts),

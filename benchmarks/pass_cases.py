@@ -26,7 +26,7 @@ from firsttok.keys import FactKeys, Keys, capture_keys, fact_keys
 from firsttok.prompts import fact_prompt, positions
 from firsttok.second_moment import SecondMoment, _Pass, _stream, default_corpus
 
-__all__ = ["keys", "perplexity_of_edits", "second_moment"]
+__all__ = ["keys", "perplexity_of_edits", "random_edits", "second_moment"]
 
 FACTS_IN_CONTEXTS = 8
 
@@ -39,7 +39,7 @@ def perplexity_of_edits(setting: Setting) -> Plan:
         setting.layer,
         builtin_sentences()[: setting.amounts.sentences],
     )
-    edits = _random_edits(setting, setting.amounts.edits)
+    edits = random_edits(setting, setting.amounts.edits)
     slow = edits[: setting.amounts.naive_edits]
 
     @cache
@@ -206,7 +206,7 @@ def second_moment(setting: Setting) -> Plan:
     )
 
 
-def _random_edits(setting: Setting, count: int) -> list[Edit]:
+def random_edits(setting: Setting, count: int) -> list[Edit]:
     """Edits of random vectors that move the perplexity and leave it finite."""
     site = setting.model.site(setting.layer)
     generator = torch.Generator().manual_seed(0)

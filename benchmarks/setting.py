@@ -52,6 +52,12 @@ class Amounts:
     """Random models between which the time grows."""
     memory_sides: int = 3
     """Sides of each benchmark whose peak memory is measured."""
+    sequence_steps: int = 3
+    """Steps of each sequence."""
+    items: int = 16
+    """Items of each downstream task."""
+    task_edits: int = 20
+    """Edits under which the fast side runs the tasks."""
     steps: int | None = None
     """Most losses of each fact; None for the model's own settings."""
 
@@ -72,6 +78,9 @@ class Amounts:
             precision_cases=1,
             sizes=2,
             memory_sides=1,
+            sequence_steps=1,
+            items=2,
+            task_edits=2,
             steps=3,
         )
 

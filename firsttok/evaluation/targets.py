@@ -1,11 +1,11 @@
 """How a model scores given targets behind given prompts, teacher-forced."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from firsttok.arguments import taken
@@ -53,11 +53,9 @@ class TargetScore:
 def score_targets(model: Model, prompts: Sequence[Prompt]) -> list[TargetScore]:
     """Score prompts that end in a target (see :func:`firsttok.prompts.with_target`)."""
     scores: dict[int, TargetScore] = {}
-    for group in batches(prompts, max_tokens=_MAX_TOKENS):
-        chosen = [prompts[i] for i in group]
-        batch = pad(model, chosen)
-        found = _scores(model, chosen, logits(model, batch)[_places(batch, chosen)])
-        scores |= dict(zip(group, found, strict=True))
+    for part in _batches(model, prompts, most=_MAX_TOKENS, shared=False):
+        found = logits(model, part.batch)[part.where]
+        scores.update(zip(part.numbers, _scores(model, part, found), strict=True))
     return [scores[index] for index in range(len(prompts))]
 
 
@@ -107,41 +105,121 @@ def _score_by_tail(
     """Without any edit, then under each of some that change one layer's output alone."""
     count = 1 + len(edits)
     scores: list[dict[int, TargetScore]] = [{} for _ in range(count)]
-    for group in batches(prompts, max_tokens=_MAX_TOKENS // count):
-        chosen = [prompts[i] for i in group]
-        batch = pad(model, chosen)
-        tail = capture_tail(model, batch, layer=layer)
+    shared = model.runs_packed and not model.interventions
+    for part in _batches(model, prompts, most=_MAX_TOKENS // count, shared=shared):
+        tail = capture_tail(model, part.batch, layer=layer)
         changes = [torch.zeros_like(tail.residual)]
         changes += [edit.delta.change(tail.keys) for edit in edits]
-        rows = torch.arange(len(chosen), device=model.device).repeat(count)
-        where = _places(batch, chosen).repeat(count, 1)
+        rows = torch.arange(len(part.where), device=model.device).repeat(count)
+        where = part.where.repeat(count, 1)
         with model.running() as bridge:
             there = tail.rows(rows).logits(bridge, where, torch.cat(changes))
-        found = _scores(model, chosen * count, there)
-        for number, each in enumerate(scores):
-            start = number * len(chosen)
-            each |= dict(zip(group, found[start : start + len(chosen)], strict=True))
+        for each, own in zip(scores, there.chunk(count), strict=True):
+            each.update(zip(part.numbers, _scores(model, part, own), strict=True))
     return [[each[index] for index in range(len(prompts))] for each in scores]
 
 
-def _places(batch: TokenBatch, prompts: Sequence[Prompt]) -> TokenMask:
-    """Where a right-padded batch predicts the tokens of its prompts' targets."""
-    where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        end = len(prompt.token_ids) - 1
-        where[row, end - prompt.target_length : end] = True
-    return where
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """Some prompts in one batch; a row holds those that are equal up to their targets."""
+
+    numbers: tuple[int, ...]
+    """Which prompts these are."""
+    prompts: tuple[Prompt, ...]
+    batch: TokenBatch
+    where: TokenMask
+    """Columns that predict a token of a target."""
+    places: Int[Tensor, "target"]
+    """Of every target's every token, which of these columns it is predicted in."""
+
+
+def _batches(
+    model: Model, prompts: Sequence[Prompt], *, most: int, shared: bool
+) -> Iterator[_Part]:
+    """Batches of prompts; a target's last token, behind which nothing is read, is not run.
+
+    Args:
+        model: The model.
+        prompts: Prompts that end in a target.
+        most: Most tokens of a batch of several rows.
+        shared: Run what stands before several targets once. Each target then sees that and its own
+            tokens, at the places that they have alone.
+    """
+    rows: list[list[int]] = []
+    longest = min(model.max_tokens, model.attention_window or model.max_tokens)
+    last: dict[tuple[int, ...], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        context = prompt.token_ids[: len(prompt.token_ids) - prompt.target_length]
+        row = last.get(context)
+        together = sum(prompts[i].target_length - 1 for i in (*(row or ()), number))
+        if row is None or not shared or len(context) + together > longest:
+            rows.append([])
+            last[context] = row = rows[-1]
+        row.append(number)
+    # A mask that is given takes the place of the model's own, with its window.
+    for alone in (True, False):
+        chosen = [row for row in rows if (len(row) == 1) is alone]
+        joined = [_joined([prompts[number] for number in row]) for row in chosen]
+        for group in batches(joined, max_tokens=most):
+            yield _part(model, prompts, [chosen[i] for i in group], [joined[i] for i in group])
+
+
+def _joined(prompts: Sequence[Prompt]) -> Prompt:
+    first = prompts[0]
+    context = first.token_ids[: len(first.token_ids) - first.target_length]
+    targets = (token for prompt in prompts for token in prompt.target_ids[:-1])
+    return Prompt(text=first.text, token_ids=(*context, *targets))
+
+
+def _part(
+    model: Model, prompts: Sequence[Prompt], rows: Sequence[Sequence[int]], joined: Sequence[Prompt]
+) -> _Part:
+    batch = pad(model, joined)
+    position_ids = batch.position_ids.clone()
+    # Which target a column is of; 0 before all of them.
+    owner = torch.zeros_like(batch.tokens)
+    where = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    columns: list[tuple[int, int]] = []
+    for row, numbers in enumerate(rows):
+        length = prompts[numbers[0]].target_length
+        context = len(prompts[numbers[0]].token_ids) - length
+        start = context
+        for count, number in enumerate(numbers, 1):
+            own = prompts[number].target_length - 1
+            columns += [(row, context - 1), *((row, start + i) for i in range(own))]
+            owner[row, start : start + own] = count
+            position_ids[row, start : start + own] = batch.position_ids[
+                row, context : context + own
+            ]
+            start += own
+        where[row, context - 1 : start] = True
+    if any(len(numbers) > 1 for numbers in rows):
+        own_or_before = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
+        visible = batch.causally_visible() & own_or_before
+        batch = replace(batch, position_ids=position_ids, visible=visible)
+    numbered = where.flatten().cumsum(0).view_as(where) - 1
+    flat = [number for numbers in rows for number in numbers]
+    return _Part(
+        numbers=tuple(flat),
+        prompts=tuple(prompts[number] for number in flat),
+        batch=batch,
+        where=where,
+        places=torch.stack([numbered[row, column] for row, column in columns]),
+    )
 
 
 def _scores(
-    model: Model, prompts: Sequence[Prompt], logits_there: Float[Tensor, "place vocab"]
+    model: Model, part: _Part, logits_there: Float[Tensor, "place vocab"]
 ) -> list[TargetScore]:
-    """Score prompts by the logits at their targets' places, in row-major order."""
+    """Score prompts by the logits at the places that predict their targets."""
     chosen = logits_there.to(model.wide_dtype)
-    labels = torch.tensor([i for prompt in prompts for i in prompt.target_ids])
-    nll = torch.nn.functional.cross_entropy(chosen, labels.to(chosen.device), reduction="none")
-    lengths = [prompt.target_length for prompt in prompts]
-    pieces = zip(prompts, nll.split(lengths), chosen.argmax(-1).split(lengths), strict=True)
+    labels = torch.tensor([i for prompt in part.prompts for i in prompt.target_ids])
+    labels = labels.to(chosen.device)
+    said = chosen[part.places, labels]
+    nll = chosen.logsumexp(-1)[part.places] - said
+    lengths = [prompt.target_length for prompt in part.prompts]
+    best = chosen.argmax(-1)[part.places]
+    pieces = zip(part.prompts, nll.split(lengths), best.split(lengths), strict=True)
     return [
         TargetScore(
             nll=float(loss.double().mean()),

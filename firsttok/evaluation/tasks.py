@@ -15,7 +15,7 @@ from firsttok.editing import Edit
 from firsttok.errors import BadInputError
 from firsttok.models import Model
 
-__all__ = ["OWN_TASKS", "TaskScores", "check_tasks", "data_hash", "score_tasks"]
+__all__ = ["OWN_TASKS", "TaskScores", "check_tasks", "data_hash", "load_tasks", "score_tasks"]
 
 _OWN: Mapping[str, tuple[str, float]] = {
     "own_piqa": ("piqa", 0.5),
@@ -92,23 +92,13 @@ def score_tasks(
         BadInputError: If lm-eval is not installed, a task is unknown, or its data are not there.
         EditMismatchError: If an edit was made for another model.
     """
-    check_tasks(tasks, folder)
     if limit is not None:
         whole_number(limit, "limit", least=1)
-    from firsttok.evaluation.harness import load_task, run_tasks
-
+    loaded = load_tasks(tasks, folder=folder)
     for edit in edits:
         edit.check(model)
-    loaded: dict[str, Any] = {}
-    for each in tasks:
-        name, _, revision = each.partition("@")
-        loaded[name] = load_task(
-            name,
-            _files(name, folder),
-            revision or None,
-            registered=_OWN[name][0] if name in _OWN else name,
-            changes=_CHANGED.get(name, {}),
-        )
+    from firsttok.evaluation.harness import run_tasks
+
     progress = progress or Progress(disable=True)
     task = progress.add_task("tasks", total=1.0)
     found = run_tasks(
@@ -119,6 +109,28 @@ def score_tasks(
         advance=lambda share: progress.advance(task, share),
     )
     return [{name: _scores(name, each[name]) for name in loaded} for each in found]
+
+
+def load_tasks(tasks: Sequence[str], *, folder: str | Path | None = None) -> dict[str, Any]:
+    """Load tasks for lm-eval's own ``evaluate``, by the name that each goes by.
+
+    Raises:
+        BadInputError: As for :func:`score_tasks`.
+    """
+    check_tasks(tasks, folder)
+    from firsttok.evaluation.harness import load_task
+
+    loaded: dict[str, Any] = {}
+    for each in tasks:
+        name, _, revision = each.partition("@")
+        loaded[name] = load_task(
+            name,
+            _files(name, folder),
+            revision or None,
+            registered=_OWN[name][0] if name in _OWN else name,
+            changes=_CHANGED.get(name, {}),
+        )
+    return loaded
 
 
 def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> None:
