@@ -335,6 +335,13 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
         help="of all earlier facts at a checkpoint (default: scores)",
     )
     group.add_argument(
+        "--checkpoint",
+        nargs="+",
+        choices=_METRICS,
+        default=[],
+        help="of the model at a checkpoint, such as tasks (default: none)",
+    )
+    group.add_argument(
         "--every", type=int, default=10, help="steps between checkpoints (default: 10)"
     )
     group.add_argument(
@@ -369,6 +376,12 @@ def _results(parser: argparse.ArgumentParser) -> None:
 def _reproduce(parser: argparse.ArgumentParser) -> None:
     add_config_option(parser)
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument(
+        "--paper",
+        choices=["fall", "rebuilding"],
+        default="fall",
+        help="The Fall of ROME, with what goes beyond it, or Rebuilding ROME (default: fall)",
+    )
     parser.add_argument("--profile", choices=["quick", "full"], default="quick")
     parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")
     parser.add_argument("--out", metavar="DIR", help="folder for results")

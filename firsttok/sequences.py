@@ -126,6 +126,8 @@ class SequencePlan:
     """Measured behind every edit, of the fact that it wrote, against the model before the first."""
     retained: tuple[Metric | str, ...] = ("scores",)
     """Measured at every checkpoint, of all facts that were written so far."""
+    checkpoint: tuple[Metric | str, ...] = ()
+    """Measured at every checkpoint, of the model as a whole, such as ``tasks``."""
     every: int = 10
     """Steps from one checkpoint to the next; the last step is one as well."""
     guard: Guard = Guard.NONE
@@ -141,13 +143,20 @@ class SequencePlan:
         if not self.jump > 1:
             raise BadInputError(f"jump is {self.jump:g}; give a number above 1")
         names = {metric.name for metric in self.behind_each}
-        for metric in (*self.behind_each, *self.at_checkpoints):
+        behind = {column for metric in self.behind_each for column in metric.columns}
+        for metric in (*self.behind_each, *self.at_checkpoints, *self.of_the_model):
             for column in metric.columns:
                 if column in _OWN:
                     raise BadInputError(
                         f"the metric {metric.name!r} has a column {column!r}, which a row of a "
                         "sequence has already; give it another name"
                     )
+        for metric in self.of_the_model:
+            if not behind.isdisjoint(metric.columns):
+                raise BadInputError(
+                    f"{metric.name!r} is measured behind every edit, and so at every checkpoint; "
+                    "name it once"
+                )
         if self.guard is Guard.ROLLBACK and "perplexity" not in names:
             raise BadInputError(
                 "the guard rollback needs the perplexity; let it be among the metrics"
@@ -163,6 +172,11 @@ class SequencePlan:
         """The metrics of earlier facts."""
         return find_metrics(self.retained, seed=self.seed)
 
+    @cached_property
+    def of_the_model(self) -> tuple[Metric, ...]:
+        """The metrics of the model at checkpoints."""
+        return find_metrics(self.checkpoint, seed=self.seed)
+
     def described(self) -> dict[str, Any]:
         """All of it as JSON.
 
@@ -172,6 +186,7 @@ class SequencePlan:
         return {
             "metrics": {each.name: hash_of(each) for each in self.behind_each},
             "retained": {each.name: hash_of(each) for each in self.at_checkpoints},
+            "checkpoint": {each.name: hash_of(each) for each in self.of_the_model},
             "every": self.every,
             "guard": self.guard.value,
             "jump": self.jump,
@@ -523,9 +538,14 @@ class _Lane:
 
     def is_complete(self, step: int) -> bool:
         """Whether all that is measured at a step is there."""
-        return step in self.steps and (
-            not self.is_checkpoint(step)
-            or all((step, fact.case_id) in self.retained for fact in self.facts_until(step))
+        if step not in self.steps:
+            return False
+        if not self.is_checkpoint(step):
+            return True
+        facts, row = self.facts_until(step), self.steps[step]
+        columns = [name for metric in self.plan.of_the_model for name in metric.columns]
+        return all((step, fact.case_id) in self.retained for fact in facts) and (
+            not facts or all(row.get(name) is not None for name in columns)
         )
 
     def is_checkpoint(self, step: int) -> bool:
@@ -628,7 +648,8 @@ def _step(
     made = _saved(study, turning, edits, saved, step)
     asked = [(lane.fact(step), in_all) for lane, _, in_all in made]
     measured = _by_fact(study, asked, plan.behind_each)
-    taken_by = columns_of(plan.behind_each) | dict.fromkeys(_OWN, "a step")
+    taken_by = columns_of((*plan.behind_each, *plan.of_the_model))
+    taken_by |= dict.fromkeys(_OWN, "a step")
     for (lane, edit, in_all), found in zip(made, measured, strict=True):
         row = edit_columns(study, lane.fact(step), lane.editor, edit, taken_by=taken_by) | found
         drift = in_all.report
@@ -645,7 +666,20 @@ def _step(
             row |= _health(lane.model.edited(edit) if _is_written(row) else lane.model, edit)
         lane.keep(row)
         lane.take(step, edit)
-    _look_back(study, [lane for lane in lanes if lane.is_checkpoint(step)], step, plan)
+    at_checkpoint = [lane for lane in lanes if lane.is_checkpoint(step)]
+    _measure_models(study, at_checkpoint, step, plan)
+    _look_back(study, at_checkpoint, step, plan)
+
+
+def _measure_models(study: Study, lanes: Sequence[_Lane], step: int, plan: SequencePlan) -> None:
+    """Measure the edited models of all sequences that are at a checkpoint, in one go."""
+    lanes = [lane for lane in lanes if lane.facts_until(step)]
+    if not lanes or not plan.of_the_model:
+        return
+    edits = [_in_all(study.model, lane.model) for lane in lanes]
+    found = metric_columns(study, lanes[0].fact(step), edits, plan.of_the_model)
+    for lane, columns in zip(lanes, found, strict=True):
+        lane.keep({**lane.steps[step], **columns})
 
 
 def _saved(

@@ -151,6 +151,23 @@ def test_scores_are_right_behind_an_edit_and_retained_at_checkpoints(
     assert run.mean("entropy") is None
 
 
+def test_a_model_is_measured_at_checkpoints_alone(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    study = study_of(model)
+    plan = SequencePlan(
+        metrics=("scores",), retained=("scores",), checkpoint=("perplexity",), every=2
+    )
+    runs = run_sequences(tmp_path, study, sequences_of(ROME, C_ROME), plan=plan)
+    for run in runs.values():
+        for row in run.steps:
+            found = row.get("perplexity")
+            if row.step % 2 == 0 or row.step == len(NUMBERED):
+                whole = perplexity(run.edited(model, until=row.step), study.texts).mean
+                assert found == pytest.approx(whole, rel=1e-4)
+            else:
+                assert found is None
+
+
 def test_locality_is_against_the_model_before_the_first_edit(
     tiny: TinyFactory, tmp_path: Path
 ) -> None:
@@ -461,6 +478,7 @@ def test_orders(tiny: TinyFactory) -> None:
         ({"jump": 1.0}, "jump is 1; give a number above 1"),
         ({"guard": Guard.ROLLBACK, "metrics": ("scores",)}, "needs the perplexity"),
         ({"metrics": ("none",)}, "no metric is called 'none'"),
+        ({"checkpoint": ("perplexity",)}, "behind every edit, and so at every checkpoint"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, Any], sentence: str) -> None:

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     plan = SequencePlan(
         metrics=tuple(args.metrics),
         retained=tuple(args.retained),
+        checkpoint=tuple(args.checkpoint),
         every=args.every,
         guard=Guard(args.guard),
         jump=args.jump,

@@ -326,12 +326,14 @@ def measure_selection(
     selection: CaseSelection,
     methods: Sequence[Method],
     *,
+    metrics: Sequence[str] = ("perplexity",),
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the chosen cases, and verify again that ROME collapses the model on the listed ones.
 
     A listed case that does not collapse now is kept out, with a warning that names it; a list made
-    on another model is kept whole. ROME must be among the methods.
+    on another model is kept whole. ROME must be among the methods, and the perplexity among the
+    metrics.
 
     Returns:
         One record per case and method, with ``cases`` being ``collapse`` or ``normal``.
@@ -344,7 +346,7 @@ def measure_selection(
             "there is no normal case to compare with; give facts that are not listed"
         )
     facts = [*selection.collapse, *selection.normal]
-    rows = measure_facts(study, facts, methods, progress=progress)
+    rows = measure_facts(study, facts, methods, metrics=metrics, progress=progress)
     listed = {fact.case_id for fact in selection.collapse}
     kept = _verified(selection, rows)
     return [

@@ -1,9 +1,13 @@
-"""The experiments of ``analyses/``, in the order of the paper; our own come last."""
+"""The experiments of ``analyses/``, paper by paper; our own come last."""
 
 import re
 from dataclasses import dataclass
 
-__all__ = ["EXPERIMENTS", "SCRIPTS", "Experiment", "in_lanes"]
+__all__ = ["EXPERIMENTS", "PAPERS", "SCRIPTS", "Experiment", "in_lanes"]
+
+PAPERS = {"fall": "The Fall of ROME", "rebuilding": "Rebuilding ROME"}
+"""Papers by the name that ``firsttok reproduce --paper`` takes."""
+_BEYOND = "Beyond the paper"
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,22 @@ class Experiment:
     """Those that leave values which this one reads: side by side, both would compute them."""
     alone: bool = False
     """Whether it takes as long as all others together, and is run by itself."""
+    paper: str = "fall"
+    """The paper with which it is run, one of :data:`PAPERS`."""
 
     @property
     def table(self) -> str | None:
         """The table or equation of the paper that the heading names; the report shows it, too."""
+        if self.paper != "fall":
+            # Its own table has the paper's lines in it.
+            return None
         found = re.search(r"(Table|Equation) \d+", self.heading)
         return found and found[0]
+
+    @property
+    def part(self) -> str:
+        """The part of the report that it is in."""
+        return _BEYOND if self.heading.startswith(_BEYOND) else PAPERS[self.paper]
 
 
 _TABLE1, _TABLE2 = "table1_update_components", "table2_perplexity"
@@ -51,6 +65,18 @@ EXPERIMENTS = (
     Experiment(
         "figure8_concentration", "Figure 8 and Equation 4: how concentrated first tokens are", 7
     ),
+    Experiment(
+        "rebuilding_single_edits",
+        "Single edits: Tables 1 and 4, Figures 1, 2 and 5",
+        300,
+        paper="rebuilding",
+    ),
+    Experiment(
+        "rebuilding_sequences",
+        "Edit after edit: Table 2, Figures 3, 4 and 6 to 9",
+        400,
+        paper="rebuilding",
+    ),
     Experiment("extra_attention_mask", "Beyond the paper: the attention mask", 270, (_TABLE1,)),
     Experiment(
         "extra_token_identity", "Beyond the paper: the place or the token?", 250, (_TABLE1,)
@@ -69,15 +95,15 @@ EXPERIMENTS = (
     ),
 )
 """All of them; a new one is a file and a line here."""
-SCRIPTS = tuple(each.name for each in EXPERIMENTS if not each.alone)
-"""Names of those that ``firsttok reproduce`` runs, in order."""
+SCRIPTS = tuple(each.name for each in EXPERIMENTS if not each.alone and each.paper == "fall")
+"""Names of those that ``firsttok reproduce`` runs for "The Fall of ROME", in order."""
 
 
-def in_lanes() -> tuple[Experiment, ...]:
-    """Those of :data:`SCRIPTS` as several lanes take them up.
+def in_lanes(paper: str = "fall") -> tuple[Experiment, ...]:
+    """Those that are run for a paper, as several lanes take them up.
 
     What others wait for comes first, and then what takes longest.
     """
-    together = [each for each in EXPERIMENTS if not each.alone]
+    together = [each for each in EXPERIMENTS if not each.alone and each.paper == paper]
     awaited = {name for each in together for name in each.after}
     return tuple(sorted(together, key=lambda each: (each.name not in awaited, -each.seconds)))

@@ -40,6 +40,8 @@ class Section:
     script: str
     """Name of the script, without suffix."""
     heading: str
+    part: str
+    """The part of the report that it is in; empty for sweeps and a user's own."""
     result: Result | None
     """What the script left, verdicts included; None if it has not been run."""
     again: str
@@ -136,9 +138,9 @@ def build_report(folder: Path, others: Sequence[Path] = ()) -> ModelReport:
             f"{folder} holds no result of a script; run: firsttok reproduce --model {folder.name}"
         )
     facts, mixed = _common_facts(ran)
-    # What was not run has a section, too, but for what is run by itself.
-    shown = {each.name: each.heading for each in EXPERIMENTS if not each.alone}
-    shown |= _left_in(folder)
+    # What was not run has a section, too, but for what is run by itself or for another paper.
+    left = _left_in(folder)
+    shown = {e.name: e.heading for e in EXPERIMENTS if e.name in left or e.name in SCRIPTS} | left
     return ModelReport(
         model=folder.name,
         sections=tuple(
@@ -223,11 +225,13 @@ def _section(
     facts: Sequence[tuple[str, str]],
 ) -> Section:
     picture = folder / f"{name}.png"
-    table = next((each.table for each in EXPERIMENTS if each.name == name), None)
+    known = next((each for each in EXPERIMENTS if each.name == name), None)
+    table = known and known.table
     given = result.provenance.get("command") if result else None
     return Section(
         script=name,
         heading=heading or (result and result.title) or name,
+        part=known.part if known else "",
         result=result,
         again=str(given or f"python analyses/{name}.py --model {folder.name}"),
         picture=picture if result is not None and picture.is_file() else None,
@@ -238,7 +242,8 @@ def _section(
 
 def _compared(results: Sequence[Mapping[str, Result]]) -> tuple[Compared, ...]:
     """Claims by model, the papers' before our own, in the order of the scripts."""
-    scripts = dict.fromkeys((*SCRIPTS, *chain.from_iterable(results)))
+    every = (each.name for each in EXPERIMENTS)
+    scripts = dict.fromkeys((*every, *chain.from_iterable(results)))
     first: dict[str, Judged] = {}
     for name, found in product(scripts, results):
         for judged in (name in found and found[name].claims) or ():

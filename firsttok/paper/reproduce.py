@@ -26,7 +26,7 @@ from firsttok.config import configured
 from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.errors import BadInputError, WorkerError
 from firsttok.options import PASSED_ON, add_script_options, folder_name
-from firsttok.paper.registry import EXPERIMENTS, SCRIPTS, in_lanes
+from firsttok.paper.registry import EXPERIMENTS, in_lanes
 
 __all__ = ["Ended", "Job", "cores", "run", "run_in_lanes"]
 
@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     jobs = _jobs(args, out)
     lanes = _lanes(args)
     refused: list[str] = []
-    with closing(_in_turn(jobs) if lanes == 1 else _side_by_side(jobs, lanes)) as ended:
+    side_by_side = _side_by_side(jobs, lanes, args.paper)
+    with closing(_in_turn(jobs) if lanes == 1 else side_by_side) as ended:
         for name, code in ended:
             if code == BAD_INPUT:
                 # The script has said why it does not apply to this model; the others may.
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     for path in write_reports(out, folder_name(args.model)):
         show(f"\nfigures, numbers and verdicts: {path}")
     if refused:
-        names = ", ".join(sorted(refused, key=SCRIPTS.index))
+        names = ", ".join(job.name for job in jobs if job.name in refused)
         raise BadInputError(f"these scripts did not apply, and said why: {names}")
 
 
@@ -126,7 +127,7 @@ def _jobs(args: argparse.Namespace, out: Path) -> list[Job]:
     jobs: list[Job] = []
     for each in EXPERIMENTS:
         script = folder / f"{each.name}.py"
-        if each.alone:
+        if each.alone or each.paper != args.paper:
             continue
         if not script.is_file():
             raise BadInputError(f"no script {script}; the checkout is incomplete")
@@ -148,7 +149,9 @@ def _in_turn(jobs: list[Job]) -> Generator[tuple[str, int], None, None]:
         yield job.name, _run_alone(run_script, job.command)
 
 
-def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], None, None]:
+def _side_by_side(
+    jobs: list[Job], lanes: int, paper: str
+) -> Generator[tuple[str, int], None, None]:
     """Several scripts at a time; what one says is shown when it has ended."""
     # All of them need it, so it is made before with every core. What is wrong, the scripts say.
     code = _run_alone(prepare, jobs[0].command[1:])
@@ -156,7 +159,7 @@ def _side_by_side(jobs: list[Job], lanes: int) -> Generator[tuple[str, int], Non
         _stop("the preparation", code)
     with progress_bar(estimate_over=3600.0) as progress:
         task = progress.add_task(f"{len(jobs)} scripts, {lanes} at a time", total=len(jobs))
-        order = [each.name for each in in_lanes()]
+        order = [each.name for each in in_lanes(paper)]
         ordered = sorted(jobs, key=lambda job: order.index(job.name))
         for ended in run_in_lanes(ordered, lanes=lanes):
             progress.advance(task)

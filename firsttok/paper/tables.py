@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import harmonic_mean, mean
 from typing import TYPE_CHECKING, Any
 
 from firsttok.console import print_table, show
-from firsttok.data import paper_values
+from firsttok.data.paper import FALL_OF_ROME, paper_values
 from firsttok.paper.claims import Claim, Result, judge
 from firsttok.storage import save_result
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MEASURES",
+    "SCORES",
     "Found",
     "accuracy_line",
     "collapsed_of",
@@ -26,11 +27,15 @@ __all__ = [
     "pick",
     "printed",
     "publish",
+    "score_cells",
     "share",
 ]
 
 MEASURES = ("efficacy", "generalization", "locality")
 """Columns of Tables 4 and 5."""
+
+SCORES = ("ES", "EM", "PS", "PM", "NS", "NM")
+"""Columns of the tables of "Rebuilding ROME", before their Score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +102,11 @@ def edit_cells(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[object]:
     return [mean(denominators), highest, collapsed_of(rows, **match)]
 
 
-def printed(table: str) -> tuple[list[str], dict[tuple[str, str], float]]:
-    """Models of a table of the paper, in its order, and its numbers by row and model."""
-    values = paper_values(table)
+def printed(
+    table: str, *, paper: str = FALL_OF_ROME
+) -> tuple[list[str], dict[tuple[str, str], float]]:
+    """Models of a table of a paper, in its order, and its numbers by row and model."""
+    values = paper_values(table, paper=paper)
     models = list(dict.fromkeys(value.model for value in values))
     return models, {(value.row, value.model): value.value for value in values}
 
@@ -114,6 +121,13 @@ def share(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
     """Mean of a column in percent, over rows in which there was something to measure."""
     known = [row[column] for row in rows if row[column] is not None]
     return 100.0 * sum(known) / len(known) if known else None
+
+
+def score_cells(rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Means of COUNTERFACT's scores in percent, and the harmonic mean of those of ES, PS and NS."""
+    means = [share(rows, name.lower()) for name in SCORES]
+    parts = [mean for mean in means[::2] if mean is not None]
+    return [*means, float(harmonic_mean(parts)) if len(parts) == 3 else None]
 
 
 def matching(rows: Sequence[Mapping[str, Any]], **match: Any) -> list[Mapping[str, Any]]:
