@@ -23,7 +23,7 @@ from firsttok.editing import C_ROME, FC_ROME, P_ROME, ROME, Method
 from firsttok.evaluation import COLLAPSE_THRESHOLD, OWN_TASKS
 from firsttok.metrics import Metric, TasksMetric
 from firsttok.paper.cases import choose_cases
-from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade, require
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import figure, perplexity_axis
 from firsttok.paper.tables import SCORES, Found, matching, printed, score_cells
@@ -111,7 +111,9 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
     notes: list[str] = []
-    for guard in Guard:
+    # A model that counts as destroyed already would have every edit taken back.
+    sound = options.study.original_perplexity.mean <= COLLAPSE_THRESHOLD
+    for guard in Guard if sound else (Guard.NONE, Guard.SCREEN):
         # A guard is there for the sequence that dies without.
         methods = METHODS if guard is Guard.NONE else (ROME,)
         asked = sequences_of(options, facts, methods)
@@ -273,8 +275,8 @@ def steps_of(result: Result, method: str, guard: str = "none") -> list[list[Mapp
         [row for row in rows if row["order"] == order and row["perplexity"] is not None]
         for order in dict.fromkeys(row["order"] for row in rows)
     ]
-    if not found or not all(found):
-        raise GapError(f"{result.script} has no step of {method}.")
+    fewest = min(map(len, found), default=0)
+    require(fewest, f"a sequence of {method} has {fewest} measured steps")
     return found
 
 

@@ -18,7 +18,7 @@ from firsttok.data.paper import REBUILDING
 from firsttok.editing import METHODS, ROME, find_method
 from firsttok.evaluation import COLLAPSE_THRESHOLD, continuation
 from firsttok.paper.cases import choose_cases, measure_selection
-from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade, spread
+from firsttok.paper.claims import Claim, GapError, Result, Verdict, fixed, grade, require, spread
 from firsttok.paper.experiment import ScriptOptions, run
 from firsttok.paper.figures import PALETTE, figure
 from firsttok.paper.tables import SCORES, Found, matching, pick, printed, score_cells
@@ -152,6 +152,7 @@ def entropy_tells(result: Result) -> Verdict:
 def means(result: Result, method: str) -> dict[str, float]:
     """The scores of a method on normal cases, of which nearly all of COUNTERFACT consists."""
     rows = result.chosen(method=method, cases="normal")
+    require(len(rows), f"{result.script} has {len(rows)} normal cases of {method}")
     cells = dict(zip((*SCORES, "Score"), score_cells(rows), strict=True))
     found = {name: value for name, value in cells.items() if value is not None}
     if len(found) < len(cells):

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from running import in_a_process, in_this_process
-from synthetic import CLAIMS_OF
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build
 
 from firsttok.cli import main
@@ -122,7 +121,7 @@ def test_every_script_is_known_to_reproduce() -> None:
     assert {path.stem for path in ANALYSES.glob("*.py")} == {each.name for each in EXPERIMENTS}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [each.name for each in EXPERIMENTS if not each.alone])
 def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Path) -> None:
     script = str(ANALYSES / f"{name}.py")
     own = [word for option in OPTIONS.get(name, []) for word in (f"--{option}", setting[option])]
@@ -146,7 +145,7 @@ def test_script_leaves_its_files(name: str, setting: dict[str, Path], cases: Pat
     assert len(lines) == len(record["rows"]) + 1
     assert record["title"] in " ".join(result.stdout.split())
     assert all(len(line) == len(record["columns"]) for line in record["lines"])
-    for claim in CLAIMS_OF[name]:
+    for claim in import_module(f"analyses.{name}").CLAIMS:
         # A verdict may lack cases here, but never a field that the script should have written.
         reason = reason_of(claim, name, stem.parent)
         assert "has no number for" not in reason
@@ -169,7 +168,7 @@ def numbers(row: dict[str, Any]) -> list[float]:
     return [value for value in row.values() if isinstance(value, float)]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [each.name for each in EXPERIMENTS])
 def test_script_has_help(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
