@@ -301,6 +301,10 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chunk", type=int, default=24, help="facts edited together (default: 24)")
     group.add_argument("--shard", metavar="I/N", help="only every N-th chunk, for job arrays")
     group.add_argument("--retry-failed", action="store_true", help="do the cases again that failed")
+    _add_engine(group)
+
+
+def _add_engine(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--engine", choices=["local", "ray"], default="local", help="who edits")
     group.add_argument("--address", help="Ray cluster: auto or HOST:PORT (default: a local one)")
     group.add_argument("--actors", type=int, help="Ray workers (default: one per GPU or CPU share)")
@@ -358,6 +362,7 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
         help="an edit disables a model that multiplies the perplexity by so much (default: 10)",
     )
     group.add_argument("--shard", metavar="I/N", help="only every N-th sequence, for job arrays")
+    _add_engine(group)
 
 
 def _results(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -531,9 +532,26 @@ def test_the_command_tells_what_became_of_each(
     assert {path.name for path in shards.iterdir()} >= {"rome-given", "fc-rome-seed1"}
 
 
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+@pytest.mark.slow
+def test_workers_of_a_cluster_find_what_one_process_finds(
+    command: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    words, _ = command
+    more = [*words, "--every", "3", "--limit", "3"]
+    # Each worker has one method in both orders.
+    for number in (1, 2):
+        assert main(["sequence", str(tmp_path / "here"), *more, "--shard", f"{number}/2"]) == 0
+    assert main(["sequence", str(tmp_path / "ray"), *more, "--engine", "ray", "--actors", "2"]) == 0
+    for name in ("rome-given", "fc-rome-seed1"):
+        here, there = (contents(tmp_path / run / name) for run in ("here", "ray"))
+        assert here == there
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--actors", "2"], "--actors is for --engine ray"),
         (["--every", "0"], "every is 0"),
         (["--jump", "1"], "jump is 1"),
         (["--shard", "3/2"], "--shard is 3/2"),

@@ -1,13 +1,15 @@
 """``firsttok sequence``: edit after edit into a run folder."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from firsttok.commands.sweep import check_engine, worker_size
 from firsttok.console import print_table, progress_bar, show
 from firsttok.editing import find_methods
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, WorkerError
 from firsttok.inputs import fact_file, open_study_of
 from firsttok.options import folder_name
 from firsttok.rows import FAILED
@@ -20,7 +22,11 @@ from firsttok.sequences import (
     order_facts,
     run_sequences,
 )
+from firsttok.study import Study
 from firsttok.sweep.runner import Share
+
+if TYPE_CHECKING:
+    from firsttok.sweep.cluster import Recipe
 
 __all__ = ["run"]
 
@@ -52,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadInputError(
             f"--shard is {args.shard}, and there are {count} sequences; give at most {count} shares"
         )
+    check_engine(args)
     facts = fact_file(args)
     own = folder / "models" / folder_name(args.model)
     with progress_bar() as progress:
@@ -66,8 +73,60 @@ def run(args: argparse.Namespace) -> None:
             for (order, chosen), method in product(ordered.items(), methods)
         ]
         own_share = sequences[share.number - 1 :: share.of]
-        found = run_sequences(folder, study, own_share, plan=plan, progress=progress)
+        if args.engine == "ray":
+            found = _on_ray(args, folder, study, own_share, plan)
+        else:
+            found = run_sequences(folder, study, own_share, plan=plan, progress=progress)
     _tell(folder, found)
+
+
+def _on_ray(
+    args: argparse.Namespace,
+    folder: Path,
+    study: Study,
+    sequences: Sequence[EditSequence],
+    plan: SequencePlan,
+) -> dict[str, SequenceRun]:
+    """Run the sequences on workers, as many of them side by side on each as there are too many.
+
+    The folder has to be the same on all nodes.
+    """
+    from firsttok.sweep.cluster import Recipe, connected
+
+    with connected(args.address) as ray:
+        size = worker_size(args, ray)
+        recipe = ray.put(Recipe.of(study, source=args.model, device=size.device))
+        options = {"num_cpus": args.cpus_per_actor, "num_gpus": size.gpus, "max_retries": 0}
+        remote = ray.remote(_run_part).options(**options)
+        parts = [sequences[number :: size.actors] for number in range(size.actors)]
+        waiting = [
+            remote.remote(recipe, folder.absolute(), part, plan, args.cpus_per_actor)
+            for part in parts
+            if part
+        ]
+        try:
+            found = [each for part in ray.get(waiting) for each in part.items()]
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().rpartition("\n")[2].strip()
+            raise WorkerError(
+                f"a worker ended before its sequences ({last}); run the same command again to "
+                "resume"
+            ) from None
+    return dict(sorted(found, key=lambda each: [one.name for one in sequences].index(each[0])))
+
+
+def _run_part(
+    recipe: "Recipe",
+    folder: Path,
+    sequences: Sequence[EditSequence],
+    plan: SequencePlan,
+    threads: int,
+) -> dict[str, SequenceRun]:
+    """What one worker does."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return run_sequences(folder, recipe.study(), sequences, plan=plan)
 
 
 def _tell(folder: Path, found: Mapping[str, SequenceRun]) -> None:

@@ -5,6 +5,7 @@ import gc
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from firsttok.sweep.engine import Engine, LocalEngine
 from firsttok.sweep.manifest import check_run, join_run, model_entry, read_manifest, run_entry
 from firsttok.sweep.runner import Share, model_folder, sweep
 
-__all__ = ["run"]
+__all__ = ["WorkerSize", "check_engine", "run", "worker_size"]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,15 +54,7 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
         metrics=tuple(args.metrics),
         seed=args.seed,
     )
-    if args.engine == "ray":
-        # Before the hours in which the first model would be prepared.
-        from firsttok.sweep.cluster import check_cluster
-
-        check_cluster(args.address)
-    else:
-        for name in ("address", "actors"):
-            if getattr(args, name) is not None:
-                raise BadInputError(f"--{name} is for --engine ray; leave it out, or add that")
+    check_engine(args)
     names: dict[str, str] = {}
     for name in args.model:
         # On some file systems names that differ in case alone are one.
@@ -135,21 +128,54 @@ def _sweep_model(
         )
 
 
+def check_engine(args: argparse.Namespace) -> None:
+    """See that a cluster answers, before the hours in which a model would be prepared.
+
+    Raises:
+        BadInputError: If none does, or options of a cluster are given without one.
+    """
+    if args.engine == "ray":
+        from firsttok.sweep.cluster import check_cluster
+
+        check_cluster(args.address)
+        return
+    for name in ("address", "actors"):
+        if getattr(args, name) is not None:
+            raise BadInputError(f"--{name} is for --engine ray; leave it out, or add that")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSize:
+    """How many workers there are on a cluster, and where each loads its model."""
+
+    actors: int
+    gpus: int
+    device: str
+
+
+def worker_size(args: argparse.Namespace, ray: Any) -> WorkerSize:
+    """As many workers as are asked for; otherwise one per GPU, or per share of the CPUs."""
+    held: dict[str, Any] = ray.cluster_resources()
+    gpus = int(args.device.startswith("cuda"))
+    most = held.get("GPU", 0) if gpus else held.get("CPU", 1) // args.cpus_per_actor
+    return WorkerSize(
+        actors=args.actors or max(1, int(most)), gpus=gpus, device="cuda" if gpus else args.device
+    )
+
+
 def _ray_engine(stack: ExitStack, args: argparse.Namespace, study: Study, plan: Plan) -> Engine:
     from firsttok.sweep.cluster import RayEngine, Recipe, connected
 
     ray = stack.enter_context(connected(args.address))
-    held: dict[str, Any] = ray.cluster_resources()
-    gpus = int(args.device.startswith("cuda"))
-    most = held.get("GPU", 0) if gpus else held.get("CPU", 1) // args.cpus_per_actor
+    size = worker_size(args, ray)
     return RayEngine(
         ray=ray,
-        recipe=Recipe.of(study, source=args.model, device="cuda" if gpus else args.device),
+        recipe=Recipe.of(study, source=args.model, device=size.device),
         plan=plan,
         label=study.model.label,
-        actors=args.actors or max(1, int(most)),
+        actors=size.actors,
         cpus=args.cpus_per_actor,
-        gpus=gpus,
+        gpus=size.gpus,
     )
 
 
