@@ -16,7 +16,7 @@ from firsttok.data import Fact
 from firsttok.editing.methods import Slot
 from firsttok.engine.batching import BATCH_COST, cheapest_split
 from firsttok.engine.tail import Replay, Tail
-from firsttok.errors import BadInputError, NonFiniteError
+from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model, capture_tail
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, subject_prompt, with_target
@@ -41,7 +41,7 @@ class Value:
     target: ValueVector
     """v* = anchor + delta."""
     anchor: ValueVector
-    """The MLP's output that delta is added to."""
+    """What delta is added to: the MLP's output, or for MEMIT the residual stream."""
     slot: Slot
     """Which key's output the anchor is."""
     losses: tuple[float, ...]
@@ -127,6 +127,7 @@ def optimise_values(
     layer: int,
     hyperparameters: Hyperparameters,
     views: Sequence[Model] | None = None,
+    stream: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_value: Callable[[int, Value], None] | None = None,
 ) -> list[Value]:
@@ -151,13 +152,21 @@ def optimise_values(
         views: For each fact the view of the model that it is optimised on, where they are several;
             they may differ from the model, and from each other, in the MLP's output weight at the
             layer alone, so that they share what is above it.
+        stream: Add delta to the residual stream behind the layer, as MEMIT does, and not to the
+            MLP's output; the anchors are states of that stream.
         on_step: Called with the number of loss evaluations just made.
         on_value: Called with the index of a fact and its value when its batch is done.
 
     Raises:
         NonFiniteError: If a loss is NaN or infinite.
         BadInputError: If facts and anchors differ in number.
+        UnsupportedModelError: If the model runs whole, and delta is to be added to the stream.
     """
+    if stream and model.replay is Replay.WHOLE:
+        raise UnsupportedModelError(
+            f"{model.name} is no plain stack of blocks, so that nothing can be added to its "
+            "residual stream alone; take an editor of the ROME family"
+        )
     if len(facts) != len(anchors):
         raise BadInputError(f"{len(facts)} facts need as many anchors, not {len(anchors)}")
     anchors = anchors.to(torch.promote_types(anchors.dtype, model.wide_dtype))
@@ -170,7 +179,13 @@ def optimise_values(
         with shared.standing():
             computed = _optimise(
                 shared,
-                _problem(shared, [rows[i] for i in group], layer, [own[i] for i in group]),
+                _problem(
+                    shared,
+                    [rows[i] for i in group],
+                    layer,
+                    [own[i] for i in group],
+                    replay=Replay.ABOVE if stream else shared.replay,
+                ),
                 anchors[group],
                 [facts[i].prompt for i in group],
                 slot=slot,
@@ -291,7 +306,12 @@ def _cuts(model: Model) -> bool:
 
 
 def _problem(
-    model: Model, facts: Sequence[_FactRows], layer: int, views: Sequence[Model]
+    model: Model,
+    facts: Sequence[_FactRows],
+    layer: int,
+    views: Sequence[Model],
+    *,
+    replay: Replay,
 ) -> _Problem:
     rows = [row for fact in facts for row in fact.prompts]
     targets = [target for fact in facts for target in fact.targets]
@@ -318,7 +338,7 @@ def _problem(
         place_owner += [owner] * max(len(target), 1)
     device = model.device
     return _Problem(
-        tail=_tail(batch, layer, cut, [views[owner] for owner in owners]),
+        tail=_tail(batch, layer, cut, [views[owner] for owner in owners], replay),
         subject=column - cut,
         where=where.to(device),
         labels=torch.tensor(labels, device=device),
@@ -328,19 +348,20 @@ def _problem(
     )
 
 
-def _tail(batch: TokenBatch, layer: int, cut: int, views: Sequence[Model]) -> Tail:
+def _tail(batch: TokenBatch, layer: int, cut: int, views: Sequence[Model], replay: Replay) -> Tail:
     """The tail of a batch, each row of it as its own view runs it."""
     parts: dict[int, list[int]] = {}
     for row, view in enumerate(views):
         parts.setdefault(id(view), []).append(row)
     if len(parts) == 1:
-        return capture_tail(views[0], batch, layer=layer, cut=cut)
+        return capture_tail(views[0], batch, layer=layer, cut=cut, replay=replay)
     tails = [
         capture_tail(
             views[part[0]],
             batch.rows(torch.tensor(part, device=batch.device)),
             layer=layer,
             cut=cut,
+            replay=replay,
         )
         for part in parts.values()
     ]

@@ -1,0 +1,189 @@
+"""MEMIT on the embedded model, against what the released code computed on it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import relative
+
+from firsttok.contexts import ContextSet
+from firsttok.data import Fact, load_texts
+from firsttok.editing import Edit
+from firsttok.editing.memit import MemitEditor, MemitRule
+from firsttok.engine.traits import KEY
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import BosPolicy, Model, capture
+from firsttok.prompts import batches, pad, text_prompt
+from firsttok.second_moment import SecondMoment
+
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
+
+LAYERS = (13, 14, 15)
+HYPERPARAMETERS = Hyperparameters(
+    steps=25, learning_rate=0.5, weight_decay=1e-3, clamp=4.0, kl=0.0625
+)
+RUNS = {"batch": ("France", "Arthur", "England", "Danielle Darrieux"), "single": ("Arthur",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    content: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    edits: Mapping[str, Edit]
+
+
+def fact(record: Mapping[str, str]) -> Fact:
+    return Fact(
+        subject=record["subject"],
+        template=record["prompt"],
+        target_new=record["target_new"],
+        target_true=record["target_true"],
+    )
+
+
+@pytest.fixture(scope="module")
+def model(real_model: Model) -> Model:
+    return real_model.with_bos(BosPolicy.WITHOUT)
+
+
+@pytest.fixture(scope="module")
+def moments(shared: Path, model: Model) -> Mapping[int, SecondMoment]:
+    """C of each layer as the released code takes it: no text is cut, however long it is."""
+    texts = load_texts(shared / "data/me-ppl/ME-PPL_1k.json")
+    prompts = [text_prompt(model, text) for text in texts]
+    hooks = {layer: KEY.format(layer) for layer in LAYERS}
+    sums = {
+        layer: torch.zeros(model.site(layer).d_mlp, model.site(layer).d_mlp, dtype=torch.float64)
+        for layer in LAYERS
+    }
+    tokens = 0
+    for group in batches(prompts, max_tokens=4096):
+        batch = pad(model, [prompts[i] for i in group])
+        found = capture(model, batch, [*hooks.values()], stop_at_layer=LAYERS[-1] + 1)
+        real = batch.attention_mask.bool()
+        tokens += int(real.sum())
+        for layer, hook in hooks.items():
+            keys = found[hook][real].double()
+            sums[layer] += keys.T @ keys
+    return {
+        layer: SecondMoment(
+            # Stored in float32 there.
+            matrix=(total / tokens).float().double(),
+            tokens=tokens,
+            corpus="ME-PPL_1k",
+            corpus_hash="",
+            layer=layer,
+            model_fingerprint=model.fingerprint,
+        )
+        for layer, total in sums.items()
+    }
+
+
+def editor(moments: Mapping[int, SecondMoment], content: Mapping[str, Any]) -> MemitEditor:
+    types = content.get("context_types", TYPES)
+    return MemitEditor(
+        contexts=ContextSet(templates=tuple(text for group in types for text in group)),
+        second_moments=moments,
+        layers=LAYERS,
+        rule=MemitRule(weight=content["mom2_update_weight"]),
+        hyperparameters=HYPERPARAMETERS,
+    )
+
+
+TYPES = (
+    ("{}",),
+    (
+        "The long road north. {}",
+        "Therefore, we kept looking. {}",
+        "Because of the storm. {}",
+        "I remember the summer well. {}",
+        "You should read this slowly. {}",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def golden(shared: Path, model: Model, moments: Mapping[int, SecondMoment]) -> Golden:
+    folder = shared / "golden2"
+    content: dict[str, Any] = json.loads((folder / "memit_a.json").read_text("utf-8"))
+    assert tuple(content["layers"]) == LAYERS
+    memit = editor(moments, content)
+    edits = {
+        run["run"]: memit.edit(model, [fact(each) for each in run["facts"]])
+        for run in content["runs"]
+    }
+    return Golden(content=content, tensors=load_file(folder / "memit_a.safetensors"), edits=edits)
+
+
+def test_the_second_moments_are_the_released_ones(
+    shared: Path, moments: Mapping[int, SecondMoment]
+) -> None:
+    known = json.loads((shared / "golden2/moments.json").read_text("utf-8"))
+    for layer, moment in moments.items():
+        expected = known[f"layer{layer}"]
+        assert moment.tokens == 28462
+        assert float(moment.matrix.trace()) == pytest.approx(expected["trace"], rel=1e-5)
+        corner = torch.tensor(expected["corner"], dtype=torch.float64)
+        assert relative(moment.matrix[:3, :3], corner) < 1e-4
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("number", range(len(LAYERS)))
+def test_each_layers_update_is_the_released_one(golden: Golden, run: str, number: int) -> None:
+    layer, delta = LAYERS[number], golden.edits[run].deltas[number]
+    assert delta.place.layer == layer
+    assert delta.right is not None
+    left = golden.tensors[f"{run}.layer{layer}.adj_k"]
+    right = golden.tensors[f"{run}.layer{layer}.resid"].T
+    assert relative(delta.left, left) < 1e-2
+    assert relative(delta.right, right) < 1e-2
+    assert relative(delta.left @ delta.right, left @ right) < 1e-2
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_z_and_keys_are_the_released_ones(
+    golden: Golden, run: str, model: Model, moments: Mapping[int, SecondMoment]
+) -> None:
+    memit = editor(moments, golden.content)
+    edit, facts = golden.edits[run], golden.edits[run].facts
+    # z = the last layer's residual stream before its own update, and all that it was given.
+    view = model.edited(memit._edit(model, facts, edit.deltas[:-1]))
+    last = edit.deltas[-1].right
+    assert last is not None
+    z = memit._states(view, facts, memit.residual) + last
+    assert relative(z, golden.tensors[f"{run}.z"]) < 1e-2
+    keys, _ = memit._keys(model, facts, LAYERS[0])
+    assert relative(keys.T, golden.tensors[f"{run}.layer{LAYERS[0]}.keys"]) < 1e-4
+    current = memit._states(view, facts, memit.residual)
+    assert relative(current, golden.tensors[f"{run}.layer{LAYERS[-1]}.current"]) < 1e-3
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_a_step_of_a_sequence_is_the_released_one(
+    shared: Path, model: Model, moments: Mapping[int, SecondMoment], step: int
+) -> None:
+    folder = shared / "golden2"
+    content: dict[str, Any] = json.loads((folder / "memit_sequence_a.json").read_text("utf-8"))
+    tensors = load_file(folder / "memit_sequence_a.safetensors")
+    memit = editor(moments, content)
+    view = model
+    for earlier in range(1, step):
+        for layer in LAYERS:
+            view = view.edited(Edit.of(view, layer, *factors(tensors, earlier, layer)))
+    edit = memit.edit(view, [fact(content["steps"][step - 1])])
+    for layer, delta in zip(LAYERS, edit.deltas, strict=True):
+        assert delta.right is not None
+        left, right = factors(tensors, step, layer)
+        assert relative(delta.left @ delta.right, left[:, None] @ right[None]) < 1e-2
+
+
+def factors(
+    tensors: Mapping[str, torch.Tensor], step: int, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    left, right = (tensors[f"step{step}.layer{layer}.{name}"] for name in ("adj_k", "resid"))
+    return left.flatten(), right.flatten()
