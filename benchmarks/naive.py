@@ -206,8 +206,12 @@ def naive_value(
     *,
     contexts: ContextSet,
     hyperparameters: Hyperparameters,
+    at: torch.nn.Module | None = None,
 ) -> NaiveValue:
-    """Optimise v* from one anchor, with a whole pass over all prompts in every step."""
+    """Optimise v* from one anchor, with a whole pass over all prompts in every step.
+
+    Delta is added to what ``at`` puts out: the MLP (None), or for MEMIT's z the whole block.
+    """
     settings = hyperparameters
     batch, columns, labels = _rewriting(naive.model, fact, contexts)
     anchor = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
@@ -216,17 +220,18 @@ def naive_value(
     delta = torch.zeros_like(anchor, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
 
-    def shift(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        shifted = output.clone()
-        shifted[rows, columns] += delta.to(output.dtype)
-        return shifted
+    def shift(_module: Any, _args: Any, output: Any) -> Any:
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        shifted = first.clone()
+        shifted[rows, columns] += delta.to(first.dtype)
+        return (shifted, *output[1:]) if isinstance(output, tuple) else shifted
 
     before: Tensor | None = None
     losses: list[float] = []
     for step in range(settings.steps):
         adam.zero_grad()
         with torch.enable_grad():
-            with _hook(naive.mlp, shift):
+            with _hook(naive.mlp if at is None else at, shift):
                 log_probs = naive.logits(batch).log_softmax(-1)
             after = log_probs[-1, columns[-1]]
             if before is None:

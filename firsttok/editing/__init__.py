@@ -1,9 +1,16 @@
-"""ROME-family edits: which key goes into which slot, the value, the closed form, the patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, the value, the patch."""
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
 from firsttok.editing.edits import RomeEditor, Turn, compute_edit, edit_each, edit_in_step
 from firsttok.editing.exports import check_export, export_model
+from firsttok.editing.memit import (
+    AlphaEditRule,
+    EmmetRule,
+    MemitEditor,
+    MemitRule,
+    SpreadRule,
+)
 from firsttok.editing.methods import (
     C_ROME,
     FC_ROME,
@@ -29,14 +36,19 @@ __all__ = [
     "P_ROME",
     "ROME",
     "SLOTS",
+    "AlphaEditRule",
     "AppliedEdit",
     "Delta",
     "Edit",
     "EditRecord",
     "Editor",
+    "EmmetRule",
+    "MemitEditor",
+    "MemitRule",
     "Method",
     "RomeEditor",
     "Slot",
+    "SpreadRule",
     "Turn",
     "Value",
     "ValueStore",

@@ -1,0 +1,263 @@
+"""MEMIT, EMMET and AlphaEdit: what their closed forms promise, and a plain writing of them."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONTEXTS, DECODERS, FACTS, TinyFactory, relative, same_weights, weights
+
+from benchmarks.naive import NaiveModel, naive_keys, naive_model, naive_value
+from firsttok.data import Fact
+from firsttok.editing import (
+    AlphaEditRule,
+    EmmetRule,
+    MemitEditor,
+    MemitRule,
+    SpreadRule,
+    load_edit,
+)
+from firsttok.editing.methods import Slot
+from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.hyperparameters import Hyperparameters
+from firsttok.models import Model
+from firsttok.prompts import Prompt, fact_prompt, pad, positions
+from firsttok.second_moment import SecondMoment
+
+LAYERS = (1, 2)
+QUICK = Hyperparameters(steps=4, learning_rate=0.5)
+RULES = (MemitRule(weight=3.0), EmmetRule(), AlphaEditRule(threshold=0.9, ridge=0.5))
+PREFIXED = tuple(text for text in CONTEXTS.templates if text != "{}")
+
+
+def moment_of(size: int, *, rank: int | None = None, seed: int = 0) -> SecondMoment:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(rank or 2 * size, size, generator=generator, dtype=torch.float64)
+    return SecondMoment(
+        matrix=keys.T @ keys / len(keys),
+        tokens=len(keys),
+        corpus="random",
+        corpus_hash="",
+        layer=None,
+        model_fingerprint=None,
+    )
+
+
+def editor(model: Model, **changes: Any) -> MemitEditor:
+    given: dict[str, Any] = {
+        "contexts": CONTEXTS,
+        "second_moments": {layer: moment_of(model.site(layer).d_mlp) for layer in LAYERS},
+        "layers": LAYERS,
+        "hyperparameters": QUICK,
+    }
+    return MemitEditor(**given | changes)
+
+
+shapes = st.tuples(st.integers(2, 12), st.integers(1, 4), st.integers(0, 1000)).filter(
+    lambda shape: shape[1] <= shape[0]
+)
+
+
+def drawn(shape: tuple[int, int, int]) -> tuple[torch.Tensor, SecondMoment]:
+    size, facts, seed = shape
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(size, facts, generator=generator, dtype=torch.float64)
+    return keys, moment_of(size, seed=seed)
+
+
+@given(shapes)
+@settings(deadline=None, max_examples=60)
+def test_emmet_maps_every_key_to_its_value(shape: tuple[int, int, int]) -> None:
+    keys, moment = drawn(shape)
+    left = EmmetRule().left(keys, moment, None)
+    # (W + R left^T) K = W K + R for every R.
+    torch.testing.assert_close(left.T @ keys, torch.eye(shape[1]).double(), rtol=0, atol=1e-6)
+
+
+@given(shapes)
+@settings(deadline=None, max_examples=60)
+def test_memit_is_between_emmet_and_nothing(shape: tuple[int, int, int]) -> None:
+    keys, moment = drawn(shape)
+    exact = EmmetRule().left(keys, moment, None)
+    small = MemitRule(weight=1e-9).left(keys, moment, None)
+    assert relative(small, exact) < 1e-3
+    assert float(MemitRule(weight=1e12).left(keys, moment, None).norm()) < 1e-6 * float(
+        exact.norm()
+    )
+
+
+@given(st.integers(4, 12), st.integers(1, 3), st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_alphaedit_leaves_preserved_keys_alone(size: int, facts: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.randn(size // 2, size, generator=generator, dtype=torch.float64)
+    moment = replace(moment_of(size), matrix=kept.T @ kept / len(kept))
+    keys = torch.randn(size, facts, generator=generator, dtype=torch.float64)
+    left = AlphaEditRule(threshold=1e-9, ridge=0.1).left(keys, moment, None)
+    assert float((left.T @ kept.T).abs().max()) < 1e-6
+    assert float(left.norm()) > 0
+
+
+@given(shapes)
+@settings(deadline=None, max_examples=30)
+def test_remembered_keys_weigh_like_those_of_c(shape: tuple[int, int, int]) -> None:
+    keys, moment = drawn(shape)
+    more = moment_of(shape[0], seed=7).matrix
+    both = replace(moment, matrix=moment.matrix + more)
+    for rule in (MemitRule(weight=1.0), EmmetRule()):
+        expected = rule.left(keys, both, None)
+        assert relative(rule.left(keys, moment, more), expected) < 1e-8
+
+
+def naive_states(naive: NaiveModel, prompts: list[Prompt], layer: int) -> torch.Tensor:
+    """What leaves a block at each subject's last token."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = naive.blocks[layer].register_forward_hook(keep)
+    with torch.no_grad():
+        naive.logits(pad(naive.model, prompts))
+    handle.remove()
+    return seen[0][torch.arange(len(prompts)), positions(prompts)]
+
+
+def naive_left(rule: SpreadRule, keys: torch.Tensor, moment: SecondMoment) -> torch.Tensor:
+    """The closed forms by explicit inverses."""
+    c = moment.matrix
+    if isinstance(rule, MemitRule):
+        return torch.linalg.inv(rule.weight * c + keys @ keys.T) @ keys
+    if isinstance(rule, EmmetRule):
+        inverse = torch.linalg.inv(c)
+        return inverse @ keys @ torch.linalg.inv(keys.T @ inverse @ keys)
+    assert isinstance(rule, AlphaEditRule)
+    u, values, _ = torch.linalg.svd(c)
+    null = u[:, values < rule.threshold]
+    p = null @ null.T
+    return torch.linalg.inv(p @ keys @ keys.T + rule.ridge * torch.eye(len(c))) @ p @ keys
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("arch", DECODERS)
+@pytest.mark.usefixtures("softmax_in_float64")
+def test_an_edit_is_a_plain_writing_on_a_copy(
+    tiny: TinyFactory, arch: str, rule: SpreadRule
+) -> None:
+    model = tiny(arch, "float64")
+    before = weights(model)
+    facts, last = list(FACTS[:3]), LAYERS[-1]
+    memit = editor(model, rule=rule)
+    edit = memit.edit(model, facts)
+    naives = {layer: naive_model(model, layer) for layer in LAYERS}
+    bare = [fact_prompt(model, fact) for fact in facts]
+    states = naive_states(naives[last], bare, last)
+    z = torch.stack(
+        [
+            naive_value(
+                naives[last],
+                fact,
+                anchor,
+                contexts=CONTEXTS,
+                hyperparameters=QUICK,
+                at=naives[last].blocks[last],
+            ).target
+            for fact, anchor in zip(facts, states, strict=True)
+        ]
+    )
+    with ExitStack() as standing:
+        for number, layer in enumerate(LAYERS):
+            naive = naives[layer]
+            right = (z - naive_states(naives[last], bare, last)) / (len(LAYERS) - number)
+            columns: list[torch.Tensor] = []
+            for fact in facts:
+                prompts = [fact_prompt(model, fact, text) for text in ("{}", *PREFIXED)]
+                keys, _ = naive_keys(naive, prompts, positions(prompts).tolist())
+                columns.append((keys[0] + keys[1:].mean(0)) / 2)
+            keys = torch.stack(columns, dim=1)
+            left = naive_left(rule, keys, memit.second_moments[layer])
+            found = edit.deltas[number]
+            assert found.place.layer == layer
+            assert found.right is not None
+            assert relative(found.left @ found.right, left @ right) < 1e-8
+            for column, row in zip(left.T, right, strict=True):
+                standing.enter_context(naive.edited(column, row))
+    assert same_weights(before, weights(model))
+
+
+def test_slots_say_which_prompts_are_meant(tiny: TinyFactory) -> None:
+    model = tiny("llama", "float64")
+    fact = FACTS[1]
+    bare = editor(model, keys=Slot.UNPREFIXED).edit(model, [fact])
+    assert bare.report["denominator_1"] == pytest.approx(1.0)
+    assert bare.report["key_cosine_1"] == pytest.approx(1.0)
+    released = editor(model).edit(model, [fact])
+    prefixed = editor(model, keys=Slot.PREFIXED_MEAN).edit(model, [fact])
+    assert released.report["key_cosine_1"] > prefixed.report["key_cosine_1"]
+    moved = editor(model, anchor=Slot.PREFIXED_MEAN, residual=Slot.PREFIXED_MEAN)
+    assert relative(moved.edit(model, [fact]).deltas[0].left, released.deltas[0].left) < 1e-12
+    found = moved.edit(model, [fact]).deltas[0].right
+    assert found is not None
+    assert released.deltas[0].right is not None
+    assert relative(found, released.deltas[0].right) > 1e-5
+
+
+def test_an_editor_that_remembers_keeps_the_keys_of_earlier_facts(tiny: TinyFactory) -> None:
+    model = tiny("gpt2", "float64")
+    plain = editor(model, layers=(1,))
+    keeping = replace(plain, remembers=True)
+    first = keeping.edit(model, [FACTS[0]])
+    assert relative(first.deltas[0].left, plain.edit(model, [FACTS[0]]).deltas[0].left) < 1e-12
+    view = model.edited(first)
+    keys, _ = plain._keys(view, [FACTS[0]], 1)
+    own, _ = plain._keys(view, [FACTS[1]], 1)
+    expected = plain.rule.left(own, plain.second_moments[1], keys @ keys.T)
+    second = keeping.edit(view, [FACTS[1]])
+    assert relative(second.deltas[0].left, expected) < 1e-10
+    assert relative(plain.edit(view, [FACTS[1]]).deltas[0].left, expected) > 1e-3
+
+
+def test_an_edit_of_several_layers_is_saved_and_read(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("mistral")
+    edit = editor(model).edit(model, list(FACTS[:2]))
+    edit.save(tmp_path / "edit.safetensors")
+    again = load_edit(tmp_path / "edit.safetensors")
+    assert again.content_hash == edit.content_hash
+    assert again.layers == LAYERS
+    assert [fact.prompt for fact in again.facts] == [fact.prompt for fact in FACTS[:2]]
+    assert again.report == edit.report
+    assert again.provenance["editor"]["rule"] == {"weight": 15_000.0, "name": "memit"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": (2, 1)}, "from the lowest on"),
+        ({"layers": ()}, "from the lowest on"),
+        ({"layers": (1, 3)}, "layer 3 has no second moment"),
+        ({"contexts": replace(CONTEXTS, templates=PREFIXED)}, "lack the bare prompt"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    tiny: TinyFactory, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(BadInputError, match=sentence):
+        editor(tiny("gpt2"), **changes)
+
+
+def test_no_fact_is_refused(tiny: TinyFactory) -> None:
+    none: list[Fact] = []
+    with pytest.raises(BadInputError, match="was given no fact"):
+        editor(tiny("gpt2")).edit(tiny("gpt2"), none)
+
+
+def test_a_model_that_runs_whole_is_refused(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRSTTOK_PLAIN", "1")
+    with pytest.raises(UnsupportedModelError, match="no plain stack of blocks"):
+        editor(tiny("gpt2")).edit(tiny("gpt2"), [FACTS[0]])
