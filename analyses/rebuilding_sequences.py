@@ -50,7 +50,7 @@ STEP = (
     *("singular_1", "guard", "status"),
 )
 LATE = tuple(f"task_{name}" for name in OWN_TASKS)
-ITEMS = 40
+ITEMS = {"quick": 20, "full": 40}
 """Items of each shipped task at a checkpoint."""
 JUMP, SMALL, LOST = 3.0, 0.1, 10.0
 """Factor of |delta| of a disabling edit over the median before it; share of ROME's largest |delta|
@@ -61,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="all facts in three orders, which takes hours (default: the chosen cases in one)",
+        help="all facts in three orders, which takes hours (default: half the cases in one)",
     )
     parser.add_argument("--without-tasks", action="store_true", help="leave out downstream tasks")
 
@@ -75,7 +75,7 @@ def facts_of(options: ScriptOptions) -> tuple[Fact, ...]:
             f for f in options.facts if reason_against(study.model, f, templates=templates) is None
         ]
     else:
-        selection = choose_cases(options)
+        selection = choose_cases(options.halved())
         facts = [*selection.collapse, *selection.normal]
     return tuple(sorted(facts, key=lambda fact: fact.case_id))
 
@@ -83,7 +83,7 @@ def facts_of(options: ScriptOptions) -> tuple[Fact, ...]:
 def plan_of(options: ScriptOptions, count: int, *, guard: Guard) -> SequencePlan:
     tasks: tuple[Metric, ...] = ()
     if guard is Guard.NONE and not options.args.without_tasks and find_spec("lm_eval"):
-        tasks = (TasksMetric(limit=ITEMS),)
+        tasks = (TasksMetric(limit=ITEMS[options.args.profile]),)
     return SequencePlan(
         metrics=("perplexity", "scores"),
         retained=("scores",),

@@ -25,6 +25,7 @@ FIRST_NOTEBOOKS = (
     "collapse_in_ten_minutes",
     "hooks_and_keys",
     "who_writes_it",
+    "edit_after_edit",
     "your_own_model",
     "your_own_method",
 )
