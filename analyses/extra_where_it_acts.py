@@ -105,10 +105,12 @@ def _target_by_place(study: Study, edit: Edit) -> dict[str, float]:
     """Probability of the new target at the bare prompt, with the update at some tokens alone."""
     model, fact = study.model, edit.facts[0]
     prompt = with_target(model, fact_prompt(model, fact), fact.target_new, join=fact.join)
+    # The target's last token is never run.
+    run_over = range(len(prompt.token_ids) - 1)
     places = {
-        "all": range(len(prompt.token_ids)),
+        "all": run_over,
         "subject": [prompt.subject_position or 0],
-        "elsewhere": [i for i in range(len(prompt.token_ids)) if i != prompt.subject_position],
+        "elsewhere": [i for i in run_over if i != prompt.subject_position],
     }
     found: dict[str, float] = {}
     for name, which in places.items():

@@ -168,7 +168,7 @@ class EntropyMetric:
 class TasksMetric:
     """Downstream tasks, see :func:`~firsttok.evaluation.score_tasks`; a column for each.
 
-    It holds the first metric of a task: accuracy, exact match or F1.
+    It holds accuracy where there is one, or else the task's first metric.
 
     Raises:
         BadInputError: If lm-eval is not installed, or a task's data are not there.

@@ -37,6 +37,7 @@ __all__ = [
     "join_prompts",
     "joined_target",
     "pad",
+    "plain_ids",
     "positions",
     "subject_prompt",
     "text_prompt",
@@ -81,6 +82,20 @@ def text_prompt(model: Model, text: str) -> Prompt:
         SpecialTokenError: If it holds a special token that begins or ends whole texts.
     """
     return Prompt(text=text, token_ids=encode(model, text).ids)
+
+
+def plain_ids(model: Model, text: str, *, leading: bool = True) -> list[int]:
+    """Tokenise text as it stands, where a special token that is written in it is one.
+
+    Args:
+        model: The model, whose BOS policy holds.
+        text: The text; it may be empty.
+        leading: Put BOS before it where the policy wants one, unless it begins with BOS already.
+    """
+    tokenizer: Any = model.tokenizer
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    first = list(model.leading_ids) if leading else []
+    return ids if first and ids[: len(first)] == first else [*first, *ids]
 
 
 def subject_prompt(

@@ -63,6 +63,7 @@ firsttok.data.fact_files.builtin_facts = cache(firsttok.data.builtin_facts)
 firsttok.data.builtin_facts = firsttok.data.fact_files.builtin_facts
 
 from tiny import TinyFactory, build, load_tiny  # noqa: E402
+from transformers.models.gptj import modeling_gptj  # noqa: E402
 
 from firsttok.models import Model, load  # noqa: E402
 
@@ -161,3 +162,12 @@ def softmax_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(scores, dim=dim, dtype=wanted)
 
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax)
+    # GPT-J's scores are of float32, too, and its module asks for them by that name.
+    monkeypatch.setattr(modeling_gptj, "torch", _Wide())
+
+
+class _Wide:
+    """PyTorch, whose float32 is float64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name == "float32" else getattr(torch, name)

@@ -30,7 +30,7 @@ from firsttok.evaluation.generation import greedy_text
 from firsttok.evaluation.protocols import PROTOCOL, answer_scores, protocol_task
 from firsttok.evaluation.targets import score_edits
 from firsttok.models import Model
-from firsttok.prompts import Prompt
+from firsttok.prompts import Prompt, plain_ids
 
 __all__ = ["Answers", "load_task", "run_tasks"]
 
@@ -306,13 +306,8 @@ class _OurLM(TemplateLM):
     def eot_token_id(self) -> int:
         return _start_of(self.model)
 
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> list[int]:
-        return _ids(self.model, string, leading=add_special_tokens is not False)
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:  # noqa: ARG002
+        return plain_ids(self.model, string)
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[Any]:
         raise NotImplementedError
@@ -342,14 +337,6 @@ def _key(request: Instance) -> tuple[str, str]:
     return request.request_type, json.dumps(request.args, sort_keys=True, default=str)
 
 
-def _ids(model: Model, text: str, *, leading: bool = True) -> list[int]:
-    tokenizer: Any = model.tokenizer
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    first = list(model.leading_ids) if leading else []
-    # A text that begins with BOS has it already.
-    return ids if first and ids[: len(first)] == first else [*first, *ids]
-
-
 def _start_of(model: Model) -> int:
     """What an empty context is replaced by: BOS, or what ends a text."""
     tokenizer: Any = model.tokenizer
@@ -361,7 +348,7 @@ def _prompts(model: Model, request: Instance) -> list[Prompt]:
     if request.request_type == "loglikelihood_rolling":
         text = cast("tuple[str]", request.args)[0]
         windows = get_rolling_token_windows(
-            token_list=_ids(model, text, leading=False),
+            token_list=plain_ids(model, text, leading=False),
             prefix_token=_start_of(model),
             max_seq_len=model.max_tokens - 1,
             context_len=1,
@@ -369,12 +356,12 @@ def _prompts(model: Model, request: Instance) -> list[Prompt]:
         return [_prompt(model, *make_disjoint_window(each)) for each in windows]
     context, target = cast("tuple[str, str]", request.args)
     if not context:
-        ids = _ids(model, target, leading=False)
+        ids = plain_ids(model, target, leading=False)
         start = _start_of(model)
         return [_prompt(model, *(([start], ids) if ids[0] != start else (ids[:1], ids[1:])))]
     stripped = context.rstrip()
     target = context[len(stripped) :] + target
-    head, whole = _ids(model, stripped), _ids(model, stripped + target)
+    head, whole = plain_ids(model, stripped), plain_ids(model, stripped + target)
     return [_prompt(model, head, whole[len(head) :])]
 
 
@@ -393,7 +380,7 @@ def _generated(view: Model, request: Instance) -> str:
     until = settings.get("until") or []
     most = settings.get("max_gen_toks", settings.get("max_new_tokens", _GENERATED))
     most = min(most, view.max_tokens - 1)
-    ids = _ids(view, context)[-(view.max_tokens - most) :]
+    ids = plain_ids(view, context)[-(view.max_tokens - most) :]
     prompt = Prompt(text="", token_ids=tuple(ids))
     stops: Collection[str] = [until] if isinstance(until, str) else until
     return greedy_text(view, prompt, tokens=most, stops=tuple(filter(None, stops)))

@@ -50,7 +50,7 @@ class TaskScores:
 
     @property
     def main(self) -> float:
-        """The first metric; for the papers' tasks accuracy, exact match or perplexity's ``acc``."""
+        """Accuracy where there is one, or else the task's first metric."""
         return self.metrics.get("acc", next(iter(self.metrics.values())))
 
     @property
