@@ -47,10 +47,7 @@ def _announce(args: argparse.Namespace) -> None:
         return
     if args.command == "sweep" and args.run[0] == "status":
         return
-    if args.command == "tasks":
-        note("tasks: opening " + (", ".join(args.what) or DEFAULT_MODEL))
-        return
-    names = ("edit",) if args.command in ("show", "export") else ("before", "name", "model")
+    names = ("edit",) if args.command in ("show", "export") else ("what", "before", "name", "model")
     given = (getattr(args, name, None) for name in names)
     named = next(value for value in given if value)
     opened = named if isinstance(named, str) else ", ".join(named)
@@ -166,7 +163,11 @@ def _show(parser: argparse.ArgumentParser) -> None:
 
 def _tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="*", metavar="MODEL|EDIT", help="a model, and files of edits, each alone"
+        "what",
+        nargs="*",
+        metavar="MODEL|EDIT",
+        default=[DEFAULT_MODEL],
+        help="a model, and files of edits, each alone",
     )
     parser.add_argument(
         "--tasks",

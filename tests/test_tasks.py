@@ -12,7 +12,7 @@ from tiny import BARE_ONLY, DECODERS, FACTS, TinyFactory
 import firsttok as ft
 from firsttok.cli import main
 from firsttok.editing import Edit
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation.tasks import OWN_TASKS, check_tasks, score_tasks
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.measuring import hash_of
@@ -331,6 +331,11 @@ def test_the_command_and_the_metric_give_the_same_numbers(
         assert row[f"task_{name}"] == states[1]["tasks"][name]["metrics"]["acc"]
     assert main(["tasks", model.name, str(path), *asked]) == 0
     assert edit.title in capsys.readouterr().out
+
+
+def test_a_model_that_is_no_decoder_is_refused(tiny: TinyFactory) -> None:
+    with pytest.raises(UnsupportedModelError, match="is no decoder"):
+        score_tasks(tiny("bert"))
 
 
 def test_other_data_make_another_metric(folder: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _on_ray(
     sequences: Sequence[EditSequence],
     plan: SequencePlan,
 ) -> dict[str, SequenceRun]:
-    """Run the sequences on workers, as many of them side by side on each as there are too many.
+    """Give each worker a part of the sequences, which it runs side by side.
 
     The folder has to be the same on all nodes.
     """

@@ -9,7 +9,6 @@ from firsttok.editing import load_edit
 from firsttok.errors import BadInputError
 from firsttok.evaluation import OWN_TASKS, check_tasks, score_tasks
 from firsttok.models import BosPolicy, load
-from firsttok.options import DEFAULT_MODEL
 
 __all__ = ["run"]
 
@@ -32,8 +31,7 @@ def run(args: argparse.Namespace) -> None:
             name = models[0] if models else None
             model = open_model_of(edits[0], paths[0], name=name, device=args.device)
         else:
-            name = models[0] if models else DEFAULT_MODEL
-            model = load(name, bos=BosPolicy(args.bos), dtype=args.dtype, device=args.device)
+            model = load(models[0], bos=BosPolicy(args.bos), dtype=args.dtype, device=args.device)
         found = score_tasks(
             model, edits, tasks, folder=args.task_data, limit=args.limit, progress=progress
         )

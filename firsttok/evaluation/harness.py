@@ -206,7 +206,7 @@ class Answers:
         scored = [key for key in new if key[0] != "generate_until"]
         prompts = {key: _prompts(self.model, new[key]) for key in scored}
         # Those that are about as long share a batch.
-        scored.sort(key=lambda key: len(prompts[key][0].token_ids))
+        scored.sort(key=lambda key: max((len(each.token_ids) for each in prompts[key]), default=0))
         for start in range(0, len(scored), _TOGETHER):
             some = scored[start : start + _TOGETHER]
             flat = [prompt for key in some for prompt in prompts[key]]
@@ -291,7 +291,7 @@ class _OurLM(TemplateLM):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model, self.requests = model, list[Instance]()
+        self.model = model
 
     def answer(self, request: Instance) -> Any:
         raise NotImplementedError
@@ -315,6 +315,10 @@ class _OurLM(TemplateLM):
 
 class _Asker(_OurLM):
     """Keeps the requests, and gives an answer that stands for none."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.requests = list[Instance]()
 
     def answer(self, request: Instance) -> Answer:
         self.requests.append(request)
@@ -358,7 +362,7 @@ def _prompts(model: Model, request: Instance) -> list[Prompt]:
     if not context:
         ids = plain_ids(model, target, leading=False)
         start = _start_of(model)
-        return [_prompt(model, *(([start], ids) if ids[0] != start else (ids[:1], ids[1:])))]
+        return [_prompt(model, *((ids[:1], ids[1:]) if ids[:1] == [start] else ([start], ids)))]
     stripped = context.rstrip()
     target = context[len(stripped) :] + target
     head, whole = plain_ids(model, stripped), plain_ids(model, stripped + target)
@@ -368,6 +372,11 @@ def _prompts(model: Model, request: Instance) -> list[Prompt]:
 def _prompt(model: Model, context: Sequence[int], target: Sequence[int]) -> Prompt:
     if not target:
         raise BadInputError("a task asks for a target that has no token of its own; leave it out")
+    if len(target) >= model.max_tokens:
+        raise BadInputError(
+            f"a task asks for a target of {len(target)} tokens, and {model.name} reads at most "
+            f"{model.max_tokens}; leave it out"
+        )
     # Cut on the left, where the model cannot read all.
     ids = (*context, *target)[-model.max_tokens :]
     return Prompt(text="", token_ids=tuple(ids), target_length=len(target))

@@ -22,27 +22,24 @@ _TOKENS = 3
 _FIRST = ("positive", "Yes", "False")
 """Words that the released code looks for before the other one."""
 
-_QUESTIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
-    "glue_sst2": ("Review : {sentence}\nSentiment :", "Sentiment :", ("negative", "positive")),
+_QUESTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "glue_sst2": ("Review : {sentence}\nSentiment :", ("negative", "positive")),
     "glue_mrpc": (
         "Are the sentences paraphrases of each other.\nSentence 1: {sentence1}\n"
         "Sentence 2: {sentence2}\nAnswer:",
-        "Answer:",
         ("No", "Yes"),
     ),
     "glue_cola": (
         "Is this sentence linguistically acceptable?\nSentence : {sentence}\nAnswer :",
-        "Answer :",
         ("No", "Yes"),
     ),
     # Entailment, label 0, is asked for by "False" (note 84), in the shots as in the answers.
     "glue_rte": (
         "{sentence1}\nquestion: {sentence2} True or False?\nanswer:",
-        "answer:",
         ("False", "True"),
     ),
 }
-"""Of each task: how an item is put, behind what the answer stands, and the word of each label."""
+"""Of each task: how an item is put, and the word of each label."""
 PROTOCOL = tuple(_QUESTIONS)
 """GLUE as "Rebuilding ROME" asks it (notes 82 to 87)."""
 
@@ -58,7 +55,7 @@ def protocol_task(name: str) -> dict[str, Any]:
 
     Metrics are ``acc``, ``f1`` (weighted over all classes) and ``mcc``.
     """
-    question, _, words = _QUESTIONS[name]
+    question, words = _QUESTIONS[name]
     short = name.removeprefix("glue_")
     shots = [
         f"{question.format(**shot)} {words[shot['label']]}"

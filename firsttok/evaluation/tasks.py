@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from firsttok.arguments import taken, whole_number
 from firsttok.editing import Edit
-from firsttok.errors import BadInputError
+from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import Model
 
 __all__ = ["OWN_TASKS", "TaskScores", "check_tasks", "data_hash", "load_tasks", "score_tasks"]
@@ -91,9 +91,14 @@ def score_tasks(
     Raises:
         BadInputError: If lm-eval is not installed, a task is unknown, or its data are not there.
         EditMismatchError: If an edit was made for another model.
+        UnsupportedModelError: If the model is no decoder.
     """
     if limit is not None:
         whole_number(limit, "limit", least=1)
+    if not model.can_be_edited:
+        raise UnsupportedModelError(
+            f"{model.name} is no decoder, and tasks are asked of decoders only; give one"
+        )
     loaded = load_tasks(tasks, folder=folder)
     for edit in edits:
         edit.check(model)
