@@ -15,6 +15,7 @@ from firsttok.options import (
     add_config_option,
     add_edit_options,
     add_facts_options,
+    add_method_options,
     add_model_options,
     add_prompt_options,
     add_shared,
@@ -135,14 +136,7 @@ def _edit(parser: argparse.ArgumentParser) -> None:
     _add_fact_options(parser)
     parser.add_argument("--target", required=True, help="the new answer")
     parser.add_argument("--true", default="", help="the old answer, to be shown beside it")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        default=["rome"],
-        help="rome, c-rome (= r-rome), p-rome, fc-rome; one of your own as "
-        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
-        "a TOML file of them",
-    )
+    add_method_options(parser, "rome")
     parser.add_argument("--save", metavar="FILE", help="write the edit as safetensors (one method)")
     parser.add_argument(
         "--after",
@@ -289,9 +283,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
     )
     _add_study_options(parser, several=True)
     group = parser.add_argument_group("sweep")
-    group.add_argument(
-        "--method", nargs="+", default=["rome", "c-rome"], help="as for edit (default: rome c-rome)"
-    )
+    add_method_options(group, "rome", "c-rome")
     group.add_argument(
         "--metrics",
         nargs="+",
@@ -316,9 +308,7 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, to begin or to continue")
     _add_study_options(parser)
     group = parser.add_argument_group("sequence")
-    group.add_argument(
-        "--method", nargs="+", default=["rome", "c-rome"], help="as for edit (default: rome c-rome)"
-    )
+    add_method_options(group, "rome", "c-rome")
     group.add_argument(
         "--order",
         nargs="+",

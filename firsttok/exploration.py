@@ -12,7 +12,17 @@ from firsttok.console import own_bar
 from firsttok.contexts import ContextSet, kept_contexts
 from firsttok.data import Fact, builtin_sentences
 from firsttok.display import Note, Panel, Shown, Table
-from firsttok.editing import METHODS, ROME, Edit, Editor, Method, find_editors, shown_components
+from firsttok.editing import (
+    METHODS,
+    ROME,
+    Edit,
+    Editor,
+    Method,
+    find_editors,
+    optimisations,
+    other_layers,
+    shown_components,
+)
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.evaluation import (
     COLLAPSE_THRESHOLD,
@@ -27,7 +37,7 @@ from firsttok.evaluation import (
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import KeySource
 from firsttok.models import BosPolicy, Model
-from firsttok.second_moment import SecondMoment, compute_second_moment
+from firsttok.second_moment import SecondMoment, compute_second_moments
 from firsttok.storage import cache_folder
 from firsttok.study import Study
 from firsttok.token_strips import TokenStrip, tokens
@@ -151,6 +161,7 @@ class Comparison(Shown):
 def prepare_study(
     model: Model,
     *,
+    methods: Iterable[Method | Editor | str] = (),
     layer: int | None = None,
     contexts: ContextSet | None = None,
     second_moment: SecondMoment | None = None,
@@ -167,6 +178,8 @@ def prepare_study(
 
     Args:
         model: The model, or a view of it.
+        methods: Methods it is for: the second moments of all layers that they edit are computed.
+            Those of the ROME family edit ``layer`` alone.
         layer: Layer to edit; None for the model's default.
         contexts: Contexts of Equation 1; None for those of seed 0, sampled on first use.
         second_moment: C; None for that of the default corpus, computed on first use.
@@ -187,14 +200,18 @@ def prepare_study(
         )
     site = model.site(layer)
     with own_bar(progress) as bar:
+        others = other_layers(model, site.layer, find_editors(methods))
+        wanted = others if second_moment is not None else (site.layer, *others)
+        moments = compute_second_moments(model, layers=wanted, progress=bar) if wanted else {}
         if second_moment is None:
-            second_moment = compute_second_moment(model, layer=site.layer, progress=bar)
+            second_moment = moments.pop(site.layer)
         if contexts is None:
             contexts = kept_contexts(model, progress=bar)
     return Study(
         model=model,
         contexts=contexts,
         second_moment=second_moment,
+        second_moments=moments,
         layer=site.layer,
         hyperparameters=hyperparameters or model.hyperparameters,
         texts=builtin_sentences() if texts is None else tuple(texts),
@@ -267,12 +284,11 @@ def compare_methods(
         names = ", ".join(each if isinstance(each, str) else each.name for each in given)
         raise BadInputError(f"methods need a name each, not {names or 'none at all'}")
     with own_bar(progress) as bar:
-        study = _study(model, layer, bar)
+        study = _study(model, layer, chosen, bar)
         if key_source is not None:
             study = study.varied(key_source=key_source)
         strip, origin = tokens(study.model, fact), study.origin
-        anchors = {method.anchor for method in chosen if isinstance(method, Method)}
-        steps = max(1, len(anchors) * study.hyperparameters.steps)
+        steps = max(1, optimisations(chosen) * study.hyperparameters.steps)
         task = bar.add_task("optimising the value", total=steps)
         ((_, made),) = study.edits([fact], chosen, on_step=lambda count: bar.advance(task, count))
         # An optimisation may end early, or its value be in the cache.
@@ -318,9 +334,14 @@ def observe(model: Model, fact: Fact, measured: Perplexity, *, contexts: Context
     )
 
 
-def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study:
+def _study(
+    model: Model | Study,
+    layer: int | None,
+    methods: Sequence[Method | Editor],
+    progress: Progress,
+) -> Study:
     if not isinstance(model, Study):
-        return prepare_study(model, layer=layer, progress=progress)
+        return prepare_study(model, methods=methods, layer=layer, progress=progress)
     if layer not in (None, model.layer):
         raise BadInputError(
             f"the study edits layer {model.layer}, and its second moment is that layer's; "
@@ -331,7 +352,8 @@ def _study(model: Model | Study, layer: int | None, progress: Progress) -> Study
 
 def _components(results: Sequence[WhatIf]) -> Table:
     shown = [dict(shown_components(result.edit)) for result in results]
-    lines = [[label, *(each.get(label) for each in shown)] for label in shown[0]]
+    labels = dict.fromkeys(label for each in shown for label in each)
+    lines = [[label, *(each.get(label) for each in shown)] for label in labels]
     return Table(columns=("update", *(result.method.label for result in results)), lines=lines)
 
 

@@ -6,7 +6,7 @@ from math import isfinite
 from firsttok.arguments import take_fields
 from firsttok.errors import HyperparameterError
 
-__all__ = ["Hyperparameters"]
+__all__ = ["Hyperparameters", "SpreadSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +57,36 @@ class Hyperparameters:
     def as_dict(self) -> dict[str, int | float]:
         """Plain numbers for provenance records."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadSettings:
+    """Settings of MEMIT, EMMET and AlphaEdit on a model.
+
+    Raises:
+        HyperparameterError: If a number is outside its range.
+    """
+
+    layers: tuple[int, ...]
+    """Layers to edit, in order."""
+    weight: float
+    """MEMIT's lambda: how many pretended tokens C stands for."""
+    threshold: float = 2e-2
+    """AlphaEdit keeps what C holds in eigenvectors of at least this eigenvalue."""
+    ridge: float = 10.0
+    """What AlphaEdit adds to the diagonal (``L2`` in its settings)."""
+    hyperparameters: Hyperparameters
+    """Settings of the optimisation of z."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        take_fields(self)
+        for name in ("weight", "threshold", "ridge"):
+            value: float = getattr(self, name)
+            if not isfinite(value) or value <= 0:
+                raise HyperparameterError(f"{name} is {value}; give a finite number above 0")
+
+    def ending_at(self, layer: int) -> tuple[int, ...]:
+        """As many layers as :attr:`layers`, of which this one is the last."""
+        last = self.layers[-1]
+        return tuple(each - last + layer for each in self.layers if each - last + layer >= 0)

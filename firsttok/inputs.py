@@ -1,7 +1,7 @@
 """What options name, read and opened: a model, its settings, contexts, a study."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +18,27 @@ from firsttok.data import (
     load_texts,
     resolve_data,
 )
+from firsttok.editing import (
+    AlphaEditRule,
+    Editor,
+    MemitEditor,
+    MemitRule,
+    Method,
+    find_editors,
+    other_layers,
+)
 from firsttok.errors import BadInputError, UnsupportedModelError
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.option_values import HYPERPARAMETERS
 from firsttok.options import DEFAULT_CORPUS
-from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
+from firsttok.second_moment import SecondMoment, compute_second_moments, load_second_moment
 from firsttok.sieve import usable_facts
 from firsttok.study import Study
 
 __all__ = [
     "fact_file",
     "fact_from",
+    "methods_from",
     "model_from",
     "open_study",
     "open_study_of",
@@ -59,6 +69,39 @@ def fact_from(args: argparse.Namespace, *, target: str, true: str) -> Fact:
     )
 
 
+def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
+    """The methods of ``--method``, with the settings that other options give them.
+
+    Raises:
+        BadInputError: If a method is unknown, or an option is for none of them.
+    """
+    methods = find_editors(args.method)
+    spread = [each for each in methods if isinstance(each, MemitEditor)]
+    takers = {
+        "layers": bool(spread),
+        "mom2_weight": any(isinstance(each.rule, MemitRule) for each in spread),
+        "nullspace_threshold": any(isinstance(each.rule, AlphaEditRule) for each in spread),
+        "l2": any(isinstance(each.rule, AlphaEditRule) for each in spread),
+    }
+    for name, taken in takers.items():
+        if getattr(args, name) is not None and not taken:
+            option = f"--{name.replace('_', '-')}"
+            raise BadInputError(
+                f"{option} is for none of the methods {', '.join(m.name for m in methods)}; leave "
+                "it out, or add the method that it is for (see --help)"
+            )
+    return tuple(_set(each, args) if isinstance(each, MemitEditor) else each for each in methods)
+
+
+def _set(editor: MemitEditor, args: argparse.Namespace) -> MemitEditor:
+    rule = editor.rule
+    if isinstance(rule, MemitRule):
+        rule = replace(rule, weight=args.mom2_weight)
+    if isinstance(rule, AlphaEditRule):
+        rule = replace(rule, threshold=args.nullspace_threshold, ridge=args.l2)
+    return replace(editor, rule=rule, layers=args.layers and tuple(args.layers))
+
+
 def fact_file(args: argparse.Namespace) -> FactFile:
     """Check the facts of ``--facts``, or take the built-in ones; no more than ``--limit`` if given.
 
@@ -79,6 +122,7 @@ def open_study(
     folder: Path,
     progress: Progress | None,
     *,
+    methods: Sequence[Method | Editor] = (),
     contexts_folder: Path | None = None,
     leave_in: Path | None = None,
     without_bos: bool = False,
@@ -90,6 +134,7 @@ def open_study(
         args: Parsed options of a model and of an edit.
         folder: Where finished parts are kept.
         progress: Where to show progress.
+        methods: What edits: the second moments of all its layers are needed.
         contexts_folder: Where contexts may be already, besides the cache.
         leave_in: Where to put contexts that were not there.
         without_bos: Take BOS away where the tokenizer puts one by itself and no policy is asked
@@ -119,7 +164,8 @@ def open_study(
     changed = {name: value for name, value in given.items() if value is not None}
     if on_model is not None:
         on_model(model)
-    moment = _second_moment(args, model, site, corpus, progress)
+    others = other_layers(model, site.layer, methods)
+    moments = _second_moments(args, model, site, others, corpus, progress)
     if contexts is None:
         look_in = [contexts_folder] if contexts_folder else []
         contexts = kept_contexts(
@@ -128,7 +174,8 @@ def open_study(
     return Study(
         model=model,
         contexts=contexts,
-        second_moment=moment,
+        second_moment=moments.pop(site.layer),
+        second_moments=moments,
         layer=site.layer,
         hyperparameters=replace(model.hyperparameters, **changed),
         texts=texts,
@@ -138,7 +185,12 @@ def open_study(
 
 
 def open_study_of(
-    args: argparse.Namespace, facts: FactFile, folder: Path, progress: Progress | None
+    args: argparse.Namespace,
+    facts: FactFile,
+    folder: Path,
+    progress: Progress | None,
+    *,
+    methods: Sequence[Method | Editor] = (),
 ) -> tuple[Study, FactFile]:
     """As :func:`open_study`, with the tokens of all facts looked at before anything is computed.
 
@@ -153,30 +205,38 @@ def open_study_of(
     def look(model: Model) -> None:
         usable.append(usable_facts(model, facts, skip_bad=args.skip_bad, progress=progress))
 
-    study = open_study(args, folder, progress, leave_in=folder, on_model=look)
+    study = open_study(args, folder, progress, methods=methods, leave_in=folder, on_model=look)
     return study, usable[0]
 
 
-def _second_moment(
+def _second_moments(
     args: argparse.Namespace,
     model: Model,
     site: EditSite,
+    others: Sequence[int],
     corpus: Corpus,
     progress: Progress | None,
-) -> SecondMoment:
+) -> dict[int, SecondMoment]:
+    """C of the edited layer and of the others, by layer."""
+    layers = (site.layer, *others)
     if args.second_moment == "identity":
-        return SecondMoment.identity(site.d_mlp)
+        return {layer: SecondMoment.identity(model.site(layer).d_mlp) for layer in layers}
     if args.second_moment is None:
-        return compute_second_moment(
+        return compute_second_moments(
             model,
-            layer=site.layer,
+            layers=layers,
             corpus=corpus.documents,
             corpus_name=corpus.name,
             progress=progress,
+        )
+    if others:
+        raise BadInputError(
+            f"--second-moment {args.second_moment} is of one layer, and the methods edit layers "
+            f"{', '.join(map(str, sorted(layers)))}; leave it out, give 'identity' or --corpus"
         )
     moment = load_second_moment(args.second_moment, d_mlp=site.d_mlp)
     try:
         moment.check(model, site.layer)
     except BadInputError as error:
         raise BadInputError(f"{args.second_moment}: {error}") from None
-    return moment
+    return {site.layer: moment}

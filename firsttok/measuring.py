@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
-from firsttok.editing import Edit, Editor, Method, find_editors
+from firsttok.editing import Edit, Editor, Method, find_editors, optimisations
 from firsttok.errors import BadInputError
 from firsttok.metrics import METRICS, AccuracyMetric, Metric, ScoresMetric, find_metrics
 from firsttok.prompts import fact_prompt
@@ -35,6 +35,7 @@ __all__ = [
     "measure_facts",
     "metric_columns",
     "reason_against_measuring",
+    "slots_in",
     "slots_of",
 ]
 
@@ -80,8 +81,7 @@ class Plan:
 
     def steps(self, study: Study) -> int:
         """Optimisation steps that a fact takes; measuring it takes the time of three, about."""
-        anchors = {each.anchor for each in self.methods if isinstance(each, Method)}
-        return len(anchors) * study.hyperparameters.steps + 3
+        return optimisations(self.methods) * study.hyperparameters.steps + 3
 
     def described(self) -> dict[str, Any]:
         """Methods and metrics as JSON, with all that decides what they do.
@@ -367,7 +367,7 @@ class _Kept:
         for method, metric in product(plan.methods, plan.measures):
             # What cannot be described is not kept.
             with suppress(BadInputError, TypeError):
-                parts = [self.settings, method.name, slots_of(method), described(metric)]
+                parts = [self.settings, method.name, slots_in(study, method), described(metric)]
                 path = study.work / "rows" / f"{content_hash(parts)[:24]}.parquet"
                 self.paths[method.name, metric.name] = path
                 self.held[method.name, metric.name] = _rows_by_fact(path)
@@ -471,6 +471,11 @@ def _row_settings(study: Study) -> list[Any] | None:
 def slots_of(method: Method | Editor) -> Mapping[str, str]:
     """What decides what a method does: its slots, or the hash of an editor's code and settings."""
     return method.slots if isinstance(method, Method) else {"editor": hash_of(method)}
+
+
+def slots_in(study: Study, method: Method | Editor) -> Mapping[str, str]:
+    """As :func:`slots_of`, with what an editor takes from the study."""
+    return slots_of(method if isinstance(method, Method) else study.editors([method])[0])
 
 
 def hash_of(thing: Editor | Metric) -> str:

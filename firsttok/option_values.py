@@ -33,6 +33,10 @@ _COUNTS = (
     "normal",
     "tokens",
 )
+_POSITIVE = (
+    *("sql_seconds", "temperature", "threshold"),
+    *("mom2_weight", "nullspace_threshold", "l2"),
+)
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
@@ -68,13 +72,14 @@ def check_options(args: argparse.Namespace) -> None:
             raise BadInputError(f"{_option(name)} is empty; give a value, or leave it out")
     if "seed" in given:
         seed_number(given["seed"], "--seed")
-    layers = given.get("layer", 0)
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if layer < 0:
-            raise BadInputError(
-                f"--layer is {layer}, but a model has no layer {layer}; count them from 0"
-            )
-    for name in ("sql_seconds", "temperature", "threshold"):
+    for name in ("layer", "layers"):
+        layers = given.get(name, 0)
+        for layer in layers if isinstance(layers, list) else [layers]:
+            if layer < 0:
+                raise BadInputError(
+                    f"--{name} is {layer}, but a model has no layer {layer}; count them from 0"
+                )
+    for name in _POSITIVE:
         if not 0 < given.get(name, 1.0) < math.inf:
             raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
     if not 0 < given.get("top_p", 1.0) <= 1:

@@ -14,6 +14,7 @@ __all__ = [
     "add_config_option",
     "add_edit_options",
     "add_facts_options",
+    "add_method_options",
     "add_model_options",
     "add_prompt_options",
     "add_script_options",
@@ -155,6 +156,37 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         ("kl", float, "factor of the KL divergence"),
     ):
         group.add_argument(f"--{name}", type=kind, help=f"{what} (default: the model's)")
+
+
+def add_method_options(parser: argparse._ActionsContainer, *default: str) -> None:
+    """Add ``--method``, and what methods other than ROME's take.
+
+    Args:
+        parser: The parser, or a group of it.
+        default: The methods that are taken where none is given.
+    """
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        default=list(default),
+        help="rome, c-rome (= r-rome), p-rome, fc-rome; memit, memit-seq, emmet, alphaedit, each "
+        "but memit-seq with c-, fc- or p- before it as well; one of your own as "
+        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
+        f"a TOML file of them (default: {' '.join(default)})",
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        help="memit, emmet, alphaedit: layers to edit, from the lowest on (default: the model's, "
+        "ending at --layer)",
+    )
+    for name, what in (
+        ("mom2-weight", "memit: lambda, how many tokens C stands for"),
+        ("nullspace-threshold", "alphaedit: eigenvalue of C below which a direction may change"),
+        ("l2", "alphaedit: what is added to the diagonal"),
+    ):
+        parser.add_argument(f"--{name}", type=float, help=f"{what} (default: the model's)")
 
 
 def add_facts_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> None:

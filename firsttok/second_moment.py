@@ -156,9 +156,17 @@ class SecondMoment(Shown):
 
     def solve(self, key: Float[Tensor, "d_mlp"]) -> Float[Tensor, "d_mlp"]:
         """Return ``C^-1 key`` by Cholesky, in the key's own type and place."""
+        return self.solve_all(key[:, None])[:, 0]
+
+    def solve_all(self, keys: Float[Tensor, "d_mlp fact"]) -> Float[Tensor, "d_mlp fact"]:
+        """As :meth:`solve` for several keys."""
         factor, _ = self._factor
-        solved = torch.cholesky_solve(key.detach().double().cpu()[:, None], factor)[:, 0]
-        return solved.to(key)
+        return torch.cholesky_solve(keys.detach().double().cpu(), factor).to(keys)
+
+    def below(self, threshold: float) -> Float[Tensor, "d_mlp kept"]:
+        """Eigenvectors of C whose eigenvalue is below a threshold, in float64."""
+        values, vectors = self._eigen
+        return vectors[:, values < threshold]
 
     def save(self, path: str | Path) -> None:
         """Write the matrix as safetensors, with its metadata."""
@@ -185,6 +193,11 @@ class SecondMoment(Shown):
             layer=None,
             model_fingerprint=None,
         )
+
+    @cached_property
+    def _eigen(self) -> tuple[Float[Tensor, "d_mlp"], SecondMomentMatrix]:
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values, vectors
 
     @cached_property
     def _factor(self) -> tuple[SecondMomentMatrix, float]:

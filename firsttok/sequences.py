@@ -35,7 +35,7 @@ from firsttok.measuring import (
     hash_of,
     metric_columns,
     reason_against_measuring,
-    slots_of,
+    slots_in,
 )
 from firsttok.metrics import Metric, find_metrics
 from firsttok.models import Model
@@ -398,8 +398,7 @@ def run_sequences(
     progress = progress or Progress(disable=True)
     with ExitStack() as locks:
         ordered = sorted(sequences, key=lambda each: each.name)
-        provenance = _settings(study)
-        entries = {each.name: _entry(provenance, each, names, plan) for each in ordered}
+        entries = {each.name: _entry(study, each, names, plan) for each in ordered}
         for name, entry in entries.items():
             _refuse_another(folder / name, entry)
         for name, entry in entries.items():
@@ -438,7 +437,7 @@ def _settings(study: Study) -> dict[str, Any]:
 
 
 def _entry(
-    settings: Mapping[str, Any],
+    study: Study,
     sequence: EditSequence,
     together: Sequence[str],
     plan: SequencePlan,
@@ -446,8 +445,8 @@ def _entry(
     """What decides the numbers of a sequence, as JSON."""
     entry: dict[str, Any] = {
         "format": _FORMAT,
-        **settings,
-        "editor": {"name": sequence.editor.name, **slots_of(sequence.editor)},
+        **_settings(study),
+        "editor": {"name": sequence.editor.name, **slots_in(study, sequence.editor)},
         "facts": content_hash([fact.content_hash for fact in sequence.facts]),
         "plan": plan.described(),
         "side_by_side": list(together),

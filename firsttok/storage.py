@@ -11,6 +11,7 @@ for its messages.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Generator, Mapping
@@ -18,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from firsttok.digests import content_hash, is_sealed, sealed, tensors_hash, unsealed
 from firsttok.errors import BadInputError, CacheError
@@ -43,6 +44,11 @@ __all__ = [
     "write_record",
     "write_tensors",
 ]
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 2.0
+"""Seconds that a process waits for another one without a word."""
 
 
 def cache_folder(*parts: str) -> Path:
@@ -87,12 +93,18 @@ def make_folder(folder: Path, what: str = "folder") -> None:
 def locked(path: Path) -> Generator[None, None, None]:
     """Hold a lock file beside ``path``, so that two processes never write it at once.
 
+    It says so when another process holds it for longer than :data:`_PATIENCE`.
+
     Raises:
         CacheError: If the lock file cannot be made.
     """
     lock = FileLock(str(path) + ".lock")
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=_PATIENCE)
+        except Timeout:
+            logger.warning("waiting for another process, which is at work on %s", path.name)
+            lock.acquire()
     except OSError as error:
         raise CacheError(
             f"{path.parent} cannot be written to ({error.strerror}); "

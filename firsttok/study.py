@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from firsttok.editing import (
     Edit,
     Editor,
     Method,
+    OpenEditor,
     RomeEditor,
     ValueStore,
     edit_each,
@@ -65,6 +66,8 @@ class Study(Shown):
     """Settings of the value optimisation."""
     texts: tuple[str, ...]
     """Sentences of the perplexity."""
+    second_moments: Mapping[int, SecondMoment] = field(default_factory=dict[int, SecondMoment])
+    """C of other layers, for editors of several ones."""
     work: Path | None = None
     """Folder of finished parts, from which an interrupted run goes on; None to keep none."""
     key_source: KeySource = ORDINARY_KEYS
@@ -80,6 +83,23 @@ class Study(Shown):
         """Check the settings, and that the second moment is of this model and layer."""
         take_fields(self)
         self.second_moment.check(self.model, self.layer)
+        for layer, moment in self.second_moments.items():
+            moment.check(self.model, layer)
+
+    def moment(self, layer: int) -> SecondMoment:
+        """Return C of a layer.
+
+        Raises:
+            BadInputError: If the study has none.
+        """
+        if layer == self.layer:
+            return self.second_moment
+        if layer not in self.second_moments:
+            raise BadInputError(
+                f"the study has no second moment of layer {layer}; prepare it for the method with "
+                "ft.prepare_study(model, methods=[...]), or give second_moments"
+            )
+        return self.second_moments[layer]
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -234,10 +254,13 @@ class Study(Shown):
         return edit_each(self.model, facts, self.editors(methods), on_step=on_step)
 
     def editors(self, methods: Sequence[Method | str | Editor]) -> tuple[Editor, ...]:
-        """Return an editor with the study's settings for each method; an editor stays as it is.
+        """Return an editor with the study's settings for each method.
+
+        An editor stays as it is, but for what it leaves open.
 
         Raises:
-            BadInputError: If no method goes by a name.
+            BadInputError: If no method goes by a name, or an editor needs a second moment that the
+                study does not have.
         """
         rome = RomeEditor(
             method=ROME,
@@ -248,10 +271,13 @@ class Study(Shown):
             key_source=self.key_source,
             store=self.store,
         )
-        chosen = find_editors(methods)
-        return tuple(
-            replace(rome, method=each) if isinstance(each, Method) else each for each in chosen
-        )
+
+        def bound(each: Method | Editor) -> Editor:
+            if isinstance(each, Method):
+                return replace(rome, method=each)
+            return each.completed(self) if isinstance(each, OpenEditor) else each
+
+        return tuple(map(bound, find_editors(methods)))
 
     def provenance(self) -> dict[str, Any]:
         """Everything that determines the numbers of this study."""
@@ -273,7 +299,12 @@ class Study(Shown):
             "hyperparameters": self.hyperparameters.as_dict(),
             "texts": {"hash": content_hash(list(self.texts)), "count": len(self.texts)},
             "versions": versions(),
-        } | self._stages()
+        } | (self._others() | self._stages())
+
+    def _others(self) -> dict[str, Any]:
+        """Second moments of other layers; empty where there are none."""
+        hashes = {str(layer): each.content_hash for layer, each in self.second_moments.items()}
+        return {"second_moments": hashes} if hashes else {}
 
     def _stages(self) -> dict[str, Any]:
         """What is not as usual, stage by stage; empty for an ordinary study."""

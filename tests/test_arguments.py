@@ -316,7 +316,7 @@ REFUSED: dict[str, tuple[Callable[[Given], object], str]] = {
         lambda g: g.model.with_bos("maybe"),
         "bos is 'maybe'; choose from as_tokenizer, with, without",
     ),
-    "no such method": (lambda g: edited(g, "memit"), "no method is called 'memit'"),
+    "no such method": (lambda g: edited(g, "memoir"), "no method is called 'memoir'"),
     "no method at all": (
         lambda g: ft.compare_methods(g.study, FACT, methods=[]),
         "methods need a name each, not none at all",

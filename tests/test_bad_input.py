@@ -137,7 +137,7 @@ CASES: dict[str, tuple[Callable[[Place], list[str]], str]] = {
     "layer out of range": (lambda p: p.edit("--layer", "99"), "has no layer 99"),
     "negative layer": (lambda p: p.edit("--layer", "-1"), "has no layer -1"),
     "unknown device": (lambda p: p.edit("--device", "abacus"), "device 'abacus' is not supported"),
-    "unknown method": (lambda p: p.edit("--method", "memit"), "no method is called 'memit'"),
+    "unknown method": (lambda p: p.edit("--method", "memoir"), "no method is called 'memoir'"),
     "no steps": (lambda p: p.edit("--steps", "0"), "steps is 0"),
     "rate is not a number": (lambda p: p.edit("--lr", "nan"), "learning_rate is nan"),
     "negative clamp": (lambda p: p.edit("--clamp", "-1"), "clamp is -1"),

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory
@@ -26,6 +29,7 @@ from firsttok.paper.cases import load_scan, save_scan
 from firsttok.rows import Row, read_rows, read_table, seconds_of, write_rows
 from firsttok.second_moment import SecondMoment, compute_second_moment, load_second_moment
 from firsttok.storage import (
+    locked,
     read_json,
     read_record,
     read_safetensors,
@@ -513,3 +517,22 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CacheError, match="No space left on device"):
         write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)}, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_waits_for_another_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("firsttok.storage._PATIENCE", 0.01)
+    held, freed = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(f"{tmp_path / 'kept'}.lock"):
+            held.set()
+            time.sleep(0.3)
+            freed.set()
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    with locked(tmp_path / "kept"):
+        assert freed.is_set()
+    assert "waiting for another process, which is at work on kept" in caplog.text

@@ -14,6 +14,8 @@ from tiny import CONTEXTS, DECODERS, FACTS, TinyFactory, relative, same_weights,
 from benchmarks.naive import NaiveModel, naive_keys, naive_model, naive_value
 from firsttok.data import Fact
 from firsttok.editing import (
+    MEMIT,
+    SPREAD,
     AlphaEditRule,
     EmmetRule,
     MemitEditor,
@@ -27,6 +29,7 @@ from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, pad, positions
 from firsttok.second_moment import SecondMoment
+from firsttok.study import Study
 
 LAYERS = (1, 2)
 QUICK = Hyperparameters(steps=4, learning_rate=0.5)
@@ -106,8 +109,8 @@ def test_alphaedit_leaves_preserved_keys_alone(size: int, facts: int, seed: int)
 @settings(deadline=None, max_examples=30)
 def test_remembered_keys_weigh_like_those_of_c(shape: tuple[int, int, int]) -> None:
     keys, moment = drawn(shape)
-    more = moment_of(shape[0], seed=7).matrix
-    both = replace(moment, matrix=moment.matrix + more)
+    more = drawn((shape[0], shape[1], shape[2] + 1))[0]
+    both = replace(moment, matrix=moment.matrix + more @ more.T)
     for rule in (MemitRule(weight=1.0), EmmetRule()):
         expected = rule.left(keys, both, None)
         assert relative(rule.left(keys, moment, more), expected) < 1e-8
@@ -131,12 +134,15 @@ def naive_left(rule: SpreadRule, keys: torch.Tensor, moment: SecondMoment) -> to
     """The closed forms by explicit inverses."""
     c = moment.matrix
     if isinstance(rule, MemitRule):
+        assert rule.weight is not None
         return torch.linalg.inv(rule.weight * c + keys @ keys.T) @ keys
     if isinstance(rule, EmmetRule):
         inverse = torch.linalg.inv(c)
         return inverse @ keys @ torch.linalg.inv(keys.T @ inverse @ keys)
     assert isinstance(rule, AlphaEditRule)
     u, values, _ = torch.linalg.svd(c)
+    assert rule.threshold is not None
+    assert rule.ridge is not None
     null = u[:, values < rule.threshold]
     p = null @ null.T
     return torch.linalg.inv(p @ keys @ keys.T + rule.ridge * torch.eye(len(c))) @ p @ keys
@@ -213,9 +219,9 @@ def test_an_editor_that_remembers_keeps_the_keys_of_earlier_facts(tiny: TinyFact
     first = keeping.edit(model, [FACTS[0]])
     assert relative(first.deltas[0].left, plain.edit(model, [FACTS[0]]).deltas[0].left) < 1e-12
     view = model.edited(first)
-    keys, _ = plain._keys(view, [FACTS[0]], 1)
-    own, _ = plain._keys(view, [FACTS[1]], 1)
-    expected = plain.rule.left(own, plain.second_moments[1], keys @ keys.T)
+    keys, _ = plain._writer(view)._keys(view, [FACTS[0]], 1)
+    own, _ = plain._writer(view)._keys(view, [FACTS[1]], 1)
+    expected = plain._writer(view).editor.rule.left(own, plain.second_moments[1], keys)
     second = keeping.edit(view, [FACTS[1]])
     assert relative(second.deltas[0].left, expected) < 1e-10
     assert relative(plain.edit(view, [FACTS[1]]).deltas[0].left, expected) > 1e-3
@@ -230,7 +236,54 @@ def test_an_edit_of_several_layers_is_saved_and_read(tiny: TinyFactory, tmp_path
     assert again.layers == LAYERS
     assert [fact.prompt for fact in again.facts] == [fact.prompt for fact in FACTS[:2]]
     assert again.report == edit.report
-    assert again.provenance["editor"]["rule"] == {"weight": 15_000.0, "name": "memit"}
+    weight = 1.5 * model.site(LAYERS[-1]).d_mlp
+    assert again.provenance["editor"]["rule"] == {"weight": weight, "name": "memit"}
+
+
+@pytest.mark.usefixtures("softmax_in_float64")
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_facts_edited_side_by_side_are_edited_alone(tiny: TinyFactory, rule: SpreadRule) -> None:
+    model = tiny("llama", "float64")
+    one = editor(model, rule=rule, keys=Slot.PREFIXED_MEAN, residual=Slot.PREFIXED_MEAN)
+    for fact, edit in zip(FACTS, one.edit_all(model, FACTS), strict=True):
+        for found, alone in zip(edit.deltas, one.edit(model, [fact]).deltas, strict=True):
+            assert relative(found.left, alone.left) < 1e-10
+            assert found.right is not None
+            assert alone.right is not None
+            assert relative(found.right, alone.right) < 1e-8
+
+
+def test_a_study_fills_in_what_an_editor_leaves_open(tiny: TinyFactory) -> None:
+    model = tiny("gpt2", "float64")
+    moments = {layer: moment_of(model.site(layer).d_mlp, seed=layer) for layer in LAYERS}
+    study = Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=moments[2],
+        second_moments={1: moments[1]},
+        layer=2,
+        hyperparameters=replace(model.hyperparameters, steps=4),
+        texts=("One. Two.",),
+    )
+    with pytest.raises(BadInputError, match="no second moment of layer 0"):
+        study.editors(["memit"])
+    rules = {rule.name: rule for rule in (MemitRule(), EmmetRule(), RULES[2])}
+    opened = [replace(each, layers=LAYERS, rule=rules[each.rule.name]) for each in SPREAD]
+    ((_, edits),) = study.edits([FACTS[0]], opened)
+    whole = editor(model, second_moments=moments, rule=MemitRule(), hyperparameters=None)
+    alone = replace(whole, hyperparameters=study.hyperparameters).edit(model, [FACTS[0]])
+    assert list(edits) == [each.name for each in SPREAD]
+    assert edits["memit"].content_hash == alone.content_hash
+    # Nothing was written before, so that there is nothing to remember.
+    assert edits["memit-seq"].content_hash == alone.content_hash
+    assert len({edit.content_hash for edit in edits.values()}) == len(SPREAD) - 1
+
+
+def test_without_a_study_it_says_what_is_missing(tiny: TinyFactory) -> None:
+    with pytest.raises(BadInputError, match="MEMIT has no contexts"):
+        MEMIT.edit(tiny("gpt2"), [FACTS[0]])
+    with pytest.raises(BadInputError, match="MEMIT has no second moments"):
+        replace(MEMIT, contexts=CONTEXTS).edit(tiny("gpt2"), [FACTS[0]])
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,20 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         [*EDIT, "--save", "closed/e"],
         "the folder of --save closed/e cannot be written",
     ),
-    "edit, no method": ([*EDIT, "--method", "memit"], "no method is called 'memit'"),
+    "edit, layers of no method": (
+        [*EDIT, "--layers", "1", "2"],
+        "--layers is for none of the methods rome; leave it out",
+    ),
+    "edit, layers out of order": (
+        [*EDIT, "--method", "memit", "--layers", "2", "1"],
+        "from the lowest on",
+    ),
+    "edit, lambda of another method": (
+        [*EDIT, "--method", "emmet", "--mom2-weight", "10"],
+        "--mom2-weight is for none of the methods emmet",
+    ),
+    "edit, lambda": ([*EDIT, "--method", "memit", "--mom2-weight", "0"], "a number above 0"),
+    "edit, no method": ([*EDIT, "--method", "memoir"], "no method is called 'memoir'"),
     "edit, half a method": ([*EDIT, "--method", "a=direction:bare"], "has no residual"),
     "edit, no target": (["edit", *FACT, "--target", " "], "is empty"),
     "edit, no place for the subject": (
@@ -133,7 +146,7 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         ["sweep", "run", "--model", "smollm2-135m", "gpt-9"],
         "no model is called 'gpt-9'",
     ),
-    "sweep, method": (["sweep", "run", "--method", "memit"], "no method is called"),
+    "sweep, method": (["sweep", "run", "--method", "memoir"], "no method is called"),
     "sweep, a changed run": (["sweep", "begun"], "begun with something else"),
     "data, count": (["data", "synthesize", "--count", "0", "--out", "f"], "--count is 0"),
     "data, out": ([*MADE, "--out", "folder"], "--out folder is a folder"),

@@ -90,7 +90,7 @@ def test_every_choice_of_slots_can_be_spelled_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["memit"], "no method is called 'memit'; choose from rome"),
+        (["memoir"], "no method is called 'memoir'; choose from rome"),
         (["half=direction"], "cannot be read; write NAME=direction:KEY"),
         (["half="], "cannot be read"),
         (["half=direction:bare"], "has no residual; give all of direction"),

@@ -516,7 +516,7 @@ def test_other_weights_facts_contexts_and_versions_are_another_run(
         (["--limit", "0"], "--limit is 0"),
         (["--shard", "2/1"], "--shard is 2/1"),
         (["--chunk", "0"], "--chunk is 0"),
-        (["--method", "memit"], "no method is called 'memit'"),
+        (["--method", "memoir"], "no method is called 'memoir'"),
         (["--actors", "2"], "--actors is for --engine ray"),
         (["--address", "auto"], "--address is for --engine ray"),
         (["--facts", "missing.json"], "missing.json"),

@@ -6,11 +6,11 @@ from typing import Any
 
 from firsttok.console import print_table, progress_bar, show, show_json
 from firsttok.data import Fact
-from firsttok.editing import find_methods, load_edit, shown_components
+from firsttok.editing import load_edit, shown_components
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.exploration import Comparison, Observation, WhatIf, compare_methods, state_lines
-from firsttok.inputs import fact_from, open_study
+from firsttok.inputs import fact_from, methods_from, open_study
 from firsttok.prompts import fact_prompt, with_target
 from firsttok.storage import cache_folder
 from firsttok.study import Study
@@ -20,13 +20,13 @@ __all__ = ["observation_record", "print_observations", "run"]
 
 def run(args: argparse.Namespace) -> None:
     """Edit the fact by each method, and print what the model says then."""
-    methods = find_methods(args.method)
+    methods = methods_from(args)
     if args.save and len(methods) != 1:
         raise BadInputError(f"--save takes one method, not {len(methods)}; run it for each")
     fact = fact_from(args, target=args.target, true=args.true)
     earlier = [load_edit(path) for path in args.after or ()]
     with progress_bar() as progress:
-        study = open_study(args, cache_folder("explorations"), progress)
+        study = open_study(args, cache_folder("explorations"), progress, methods=methods)
         # C and contexts are those of the model as loaded, as in released sequences of edits.
         study = study.varied(model=study.model.edited(*earlier))
         found = compare_methods(study, fact, methods=methods, progress=progress)
@@ -95,9 +95,10 @@ def _record(study: Study, found: Comparison) -> dict[str, Any]:
 
 def _components(fact: Fact, before: Observation, results: Sequence[WhatIf]) -> list[list[Any]]:
     shown = [dict(shown_components(each.edit)) for each in results]
+    labels = dict.fromkeys(label for each in shown for label in list(each)[:3])
     seen = [before, *(each.after for each in results)]
     return [
-        *([label, None, *(each.get(label) for each in shown)] for label in list(shown[0])[:3]),
+        *([label, None, *(each.get(label) for each in shown)] for label in labels),
         *state_lines(fact, seen),
         ["steps of the optimisation", None, *(len(each.edit.losses) for each in results)],
     ]

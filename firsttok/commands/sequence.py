@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from firsttok.commands.sweep import check_engine, worker_size
 from firsttok.console import print_table, progress_bar, show
-from firsttok.editing import find_methods
 from firsttok.errors import BadInputError, WorkerError
-from firsttok.inputs import fact_file, open_study_of
+from firsttok.inputs import fact_file, methods_from, open_study_of
 from firsttok.options import folder_name
 from firsttok.rows import FAILED
 from firsttok.sequences import (
@@ -38,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable.
     """
     folder = Path(args.run)
-    methods = find_methods(args.method)
+    methods = methods_from(args)
     plan = SequencePlan(
         metrics=tuple(args.metrics),
         retained=tuple(args.retained),
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     facts = fact_file(args)
     own = folder / "models" / folder_name(args.model)
     with progress_bar() as progress:
-        study, usable = open_study_of(args, facts, own, progress)
+        study, usable = open_study_of(args, facts, own, progress, methods=methods)
         study.keep_original_perplexity()
         study.warn_if_collapsed()
         ordered = {order: order_facts(study, tuple(usable), order) for order in orders}

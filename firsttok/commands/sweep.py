@@ -13,9 +13,8 @@ from rich.progress import Progress
 
 from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile
-from firsttok.editing import find_methods
 from firsttok.errors import BadInputError
-from firsttok.inputs import fact_file, open_study
+from firsttok.inputs import fact_file, methods_from, open_study
 from firsttok.measuring import Plan
 from firsttok.models.location import check_name
 from firsttok.options import folder_name
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 def _sweep(args: argparse.Namespace, folder: Path) -> None:
     share = Share.parse(args.shard, limit=args.limit)
     plan = Plan(
-        methods=find_methods(args.method),
+        methods=methods_from(args),
         metrics=tuple(args.metrics),
         seed=args.seed,
     )
@@ -99,7 +98,7 @@ def _sweep_model(
 ) -> None:
     chosen = argparse.Namespace(**{**vars(args), "model": name, "layer": layer})
     own = folder / "models" / folder_name(name)
-    study = open_study(chosen, own, progress, leave_in=own)
+    study = open_study(chosen, own, progress, methods=plan.methods, leave_in=own)
     for other in args.layer or ():
         # Before the hours that the first one takes.
         study.model.site(other)

@@ -1,10 +1,23 @@
 """Edits: the ROME family slot by slot, MEMIT and its relatives, the value, the patch."""
 
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
+from firsttok.editing.edit import (
+    AppliedEdit,
+    EachEditor,
+    Edit,
+    Editor,
+    EditSettings,
+    OpenEditor,
+    shown_components,
+)
 from firsttok.editing.edits import RomeEditor, Turn, compute_edit, edit_each, edit_in_step
 from firsttok.editing.exports import check_export, export_model
 from firsttok.editing.memit import (
+    ALPHAEDIT,
+    EMMET,
+    MEMIT,
+    MEMIT_SEQ,
+    SPREAD,
     AlphaEditRule,
     EmmetRule,
     MemitEditor,
@@ -22,7 +35,15 @@ from firsttok.editing.methods import (
     Slot,
     find_method,
 )
-from firsttok.editing.own_methods import check_methods, find_editors, find_methods, load_methods
+from firsttok.editing.own_methods import (
+    EDITORS,
+    check_methods,
+    find_editors,
+    find_methods,
+    load_methods,
+    optimisations,
+    other_layers,
+)
 from firsttok.editing.record import EditRecord
 from firsttok.editing.saved_edits import load_edit
 from firsttok.editing.store import ValueStore
@@ -30,22 +51,31 @@ from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
 
 __all__ = [
+    "ALPHAEDIT",
     "C_ROME",
+    "EDITORS",
+    "EMMET",
     "FC_ROME",
+    "MEMIT",
+    "MEMIT_SEQ",
     "METHODS",
     "P_ROME",
     "ROME",
     "SLOTS",
+    "SPREAD",
     "AlphaEditRule",
     "AppliedEdit",
     "Delta",
+    "EachEditor",
     "Edit",
     "EditRecord",
+    "EditSettings",
     "Editor",
     "EmmetRule",
     "MemitEditor",
     "MemitRule",
     "Method",
+    "OpenEditor",
     "RomeEditor",
     "Slot",
     "SpreadRule",
@@ -63,7 +93,9 @@ __all__ = [
     "find_methods",
     "load_edit",
     "load_methods",
+    "optimisations",
     "optimise_values",
+    "other_layers",
     "shown_components",
     "solve_update",
 ]

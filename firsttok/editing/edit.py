@@ -12,15 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from firsttok.arguments import take_fields, taken
+from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.data.schemas import fact_from
 from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing.delta import Delta
 from firsttok.editing.record import EditRecord, ModelRecord, checked_record, edit_record
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
+from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import hash_weights
 from firsttok.provenance import versions
+from firsttok.second_moment import SecondMoment
 from firsttok.storage import content_hash, write_tensors
 from firsttok.svg import Plot
 from firsttok.tensors import KeyVector, ValueVector
@@ -28,7 +31,15 @@ from firsttok.tensors import KeyVector, ValueVector
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AppliedEdit", "Edit", "Editor", "shown_components"]
+__all__ = [
+    "AppliedEdit",
+    "EachEditor",
+    "Edit",
+    "EditSettings",
+    "Editor",
+    "OpenEditor",
+    "shown_components",
+]
 
 _LABELS = {
     "numerator": "numerator ||v* - W k||",
@@ -598,6 +609,73 @@ def shown_components(edit: Edit) -> list[tuple[str, float]]:
     names = [name for name in _LABELS if name in report]
     names += [name for name in report if name not in _LABELS and name not in _UNSHOWN]
     return [(_LABELS.get(name, name), report[name]) for name in names]
+
+
+@runtime_checkable
+class EditSettings(Protocol):
+    """What a study gives to an editor that leaves something open."""
+
+    @property
+    def model(self) -> Model:
+        """The model before the edits."""
+        ...
+
+    @property
+    def layer(self) -> int:
+        """Layer to edit."""
+        ...
+
+    @property
+    def contexts(self) -> ContextSet:
+        """Contexts of Equation 1."""
+        ...
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Settings of the value optimisation."""
+        ...
+
+    def moment(self, layer: int) -> SecondMoment:
+        """Return C of a layer.
+
+        Raises:
+            BadInputError: If the study has none.
+        """
+        ...
+
+
+@runtime_checkable
+class OpenEditor(Protocol):
+    """An editor that takes from a study what it leaves open itself."""
+
+    def moments_of(self, model: Model, layer: int) -> tuple[int, ...]:
+        """Layers whose second moment it needs when ``layer`` is edited."""
+        ...
+
+    def completed(self, settings: EditSettings) -> "Editor":
+        """Return the editor with nothing left open."""
+        ...
+
+
+@runtime_checkable
+class EachEditor(Protocol):
+    """An editor that edits several facts, each alone, faster than one after another."""
+
+    def edit_all(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Edit]:
+        """Return what :meth:`Editor.edit` gives for each fact alone, in order.
+
+        Args:
+            model: As for :meth:`Editor.edit`.
+            facts: The facts.
+            on_step: Called with the number of facts that took one optimisation step.
+        """
+        ...
 
 
 @runtime_checkable

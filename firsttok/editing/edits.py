@@ -11,7 +11,7 @@ from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import Edit, Editor
+from firsttok.editing.edit import EachEditor, Edit, Editor
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
 from firsttok.editing.record import edit_record
@@ -186,7 +186,12 @@ def _each(
             for edits, own in zip(found, _family(model, chunk, family, on_step), strict=True):
                 edits.update(own)
         for editor in editors:
-            if not isinstance(editor, RomeEditor):
+            if isinstance(editor, EachEditor):
+                for edits, edit in zip(
+                    found, editor.edit_all(model, chunk, on_step=on_step), strict=True
+                ):
+                    edits[editor.name] = edit
+            elif not isinstance(editor, RomeEditor):
                 for edits, fact in zip(found, chunk, strict=True):
                     edits[editor.name] = editor.edit(model, [fact])
         if model.identity() != identity:

@@ -6,8 +6,9 @@ the keys K of all facts: MEMIT's (Meng et al. 2023), EMMET's (Gupta et al. 2024)
 (Fang et al. 2025).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,23 +19,35 @@ from firsttok.arguments import take_fields
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import Edit
+from firsttok.editing.edit import Edit, EditSettings
 from firsttok.editing.methods import Slot
 from firsttok.editing.record import edit_record
-from firsttok.editing.value import optimise_values
+from firsttok.editing.value import Value, optimise_values
 from firsttok.engine.traits import RESIDUAL
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
-from firsttok.hyperparameters import Hyperparameters
+from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 from firsttok.keys import keys_of_facts
 from firsttok.models import Model, capture
 from firsttok.prompts import batches, fact_prompt, pad, positions
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
 
-__all__ = ["AlphaEditRule", "EmmetRule", "MemitEditor", "MemitRule", "SpreadRule"]
+__all__ = [
+    "ALPHAEDIT",
+    "EMMET",
+    "MEMIT",
+    "MEMIT_SEQ",
+    "SPREAD",
+    "AlphaEditRule",
+    "EmmetRule",
+    "MemitEditor",
+    "MemitRule",
+    "SpreadRule",
+]
 
 _MAX_TOKENS = 4096
 KeyColumns = Float[Tensor, "d_mlp fact"]
+EarlierKeys = Float[Tensor, "d_mlp earlier"]
 
 
 @runtime_checkable
@@ -46,88 +59,120 @@ class SpreadRule(Protocol):
         """Name in records."""
         ...
 
+    def completed(self, settings: SpreadSettings) -> "SpreadRule":
+        """Return the rule with a model's numbers where it gives none itself."""
+        ...
+
     def left(
-        self, keys: KeyColumns, moment: SecondMoment, earlier: Float[Tensor, "d_mlp d_mlp"] | None
+        self, keys: KeyColumns, moment: SecondMoment, earlier: EarlierKeys | None
     ) -> KeyColumns:
         """Return the left factor.
 
         Args:
             keys: K, in float64.
             moment: C.
-            earlier: Sum of ``k k^T`` over the facts that were written before; None for none.
+            earlier: Keys of the facts that were written before; None for none.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemitRule:
-    """``(lambda C + M + K K^T)^-1 K`` (Meng et al. 2023, Equation 14).
+    """``(lambda C + M M^T + K K^T)^-1 K`` (Meng et al. 2023, Equation 14).
 
-    M is what an editor remembers of earlier facts; the released MEMIT remembers nothing.
+    M holds what an editor remembers of earlier facts; the released MEMIT remembers nothing.
     """
 
-    weight: float = 15_000.0
-    """lambda: how many pretended tokens C stands for."""
+    weight: float | None = None
+    """lambda: how many pretended tokens C stands for; None for the model's."""
     name: str = "memit"
 
     __post_init__ = take_fields
 
+    def completed(self, settings: SpreadSettings) -> "MemitRule":
+        """As :meth:`SpreadRule.completed`."""
+        return self if self.weight is not None else replace(self, weight=settings.weight)
+
     def left(
-        self, keys: KeyColumns, moment: SecondMoment, earlier: Float[Tensor, "d_mlp d_mlp"] | None
+        self, keys: KeyColumns, moment: SecondMoment, earlier: EarlierKeys | None
     ) -> KeyColumns:
         """As :meth:`SpreadRule.left`."""
-        held = self.weight * moment.matrix.to(keys)
-        held = held if earlier is None else held + earlier
-        return torch.linalg.solve(held + keys @ keys.T, keys)
+        seen = _joined(keys, earlier)
+        # (weight C + S S^T)^-1 S = C^-1 S (S^T C^-1 S + weight I)^-1, on one factor of C.
+        towards = moment.solve_all(seen)
+        gram = seen.T @ towards
+        gram.diagonal().add_(_given(self.weight, "weight of MemitRule"))
+        return torch.linalg.solve(gram, towards.T).T[:, : keys.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmmetRule:
-    """``C^-1 K (K^T C^-1 K)^-1``: every key is mapped to its value exactly (Gupta et al. 2024)."""
+    """``C^-1 K (K^T C^-1 K)^-1``: every key is mapped to its value exactly (Gupta et al. 2024).
+
+    What an editor remembers of earlier facts is added to C.
+    """
 
     name: str = "emmet"
 
-    __post_init__ = take_fields
+    def completed(self, settings: SpreadSettings) -> "EmmetRule":
+        """As :meth:`SpreadRule.completed`: there is no number."""
+        del settings
+        return self
 
     def left(
-        self, keys: KeyColumns, moment: SecondMoment, earlier: Float[Tensor, "d_mlp d_mlp"] | None
+        self, keys: KeyColumns, moment: SecondMoment, earlier: EarlierKeys | None
     ) -> KeyColumns:
         """As :meth:`SpreadRule.left`."""
-        held = moment.matrix.to(keys)
-        held = held if earlier is None else held + earlier
-        towards = torch.linalg.solve(held, keys)
+        towards = moment.solve_all(keys)
+        if earlier is not None:
+            towards = torch.linalg.solve(moment.matrix.to(keys) + earlier @ earlier.T, keys)
         return torch.linalg.solve(keys.T @ towards, towards.T).T
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaEditRule:
-    """``(P (K K^T + M) + ridge I)^-1 P K``, with P onto what C hardly holds (Fang et al. 2025).
+    """``(P (K K^T + M M^T) + ridge I)^-1 P K``, P onto what C hardly holds (Fang et al. 2025).
 
     P projects onto the eigenvectors of C whose eigenvalue is below the threshold, so that keys of
-    ordinary text are mapped as before.
+    ordinary text are mapped as before. It is computed as ``V (V^T A V + ridge I)^-1 V^T K`` with
+    ``P = V V^T`` and ``A = K K^T + M M^T``, which is the same and symmetric.
     """
 
-    threshold: float = 2e-2
-    ridge: float = 10.0
+    threshold: float | None = None
+    """Eigenvalues below it are of directions that may change; None for the model's."""
+    ridge: float | None = None
+    """``L2`` in the released settings; None for the model's."""
     name: str = "alphaedit"
 
     __post_init__ = take_fields
 
-    def projector(self, moment: SecondMoment) -> Float[Tensor, "d_mlp d_mlp"]:
-        """P of a layer, in float64."""
-        values, vectors = torch.linalg.eigh(moment.matrix)
-        kept = vectors[:, values < self.threshold]
-        return kept @ kept.T
+    def completed(self, settings: SpreadSettings) -> "AlphaEditRule":
+        """As :meth:`SpreadRule.completed`."""
+        threshold = settings.threshold if self.threshold is None else self.threshold
+        ridge = settings.ridge if self.ridge is None else self.ridge
+        return replace(self, threshold=threshold, ridge=ridge)
 
     def left(
-        self, keys: KeyColumns, moment: SecondMoment, earlier: Float[Tensor, "d_mlp d_mlp"] | None
+        self, keys: KeyColumns, moment: SecondMoment, earlier: EarlierKeys | None
     ) -> KeyColumns:
         """As :meth:`SpreadRule.left`."""
-        projector = self.projector(moment).to(keys)
-        held = keys @ keys.T
-        held = projector @ (held if earlier is None else held + earlier)
-        held.diagonal().add_(self.ridge)
-        return torch.linalg.solve(held, projector @ keys)
+        ridge = _given(self.ridge, "ridge of AlphaEditRule")
+        free = moment.below(_given(self.threshold, "threshold of AlphaEditRule")).to(keys)
+        seen = free.T @ _joined(keys, earlier)
+        # (S S^T + ridge I)^-1 S = S (S^T S + ridge I)^-1, and S has a column a fact.
+        gram = seen.T @ seen
+        gram.diagonal().add_(ridge)
+        return free @ torch.linalg.solve(gram, seen.T).T[:, : keys.shape[1]]
+
+
+def _given(value: float | None, what: str) -> float:
+    if value is None:
+        raise BadInputError(f"the {what} is not given; give it, or call completed with a model's")
+    return value
+
+
+def _joined(keys: KeyColumns, earlier: EarlierKeys | None) -> Float[Tensor, "d_mlp seen"]:
+    return keys if earlier is None else torch.cat([keys, earlier], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,18 +180,20 @@ class MemitEditor:
     """MEMIT, or another rule in its place: any number of facts, several layers.
 
     The slots are as released; with another key in them it is a consistent variant. Prefixed keys
-    and states are means over the contexts that have a prefix.
+    and states are means over the contexts that have a prefix. What is left open, a study fills in:
+    :data:`MEMIT` and its relatives leave open all that belongs to a model.
 
     Raises:
-        BadInputError: If a layer has no second moment, or the layers are not in order.
+        BadInputError: If the layers are not in order, one of them lacks its second moment, or the
+            bare prompt is not among the contexts.
     """
 
-    contexts: ContextSet
+    contexts: ContextSet | None = None
     """Contexts of z, the bare one among them; those with a prefix also make the prefixed keys."""
-    second_moments: Mapping[int, SecondMoment]
-    """C of each layer."""
-    layers: tuple[int, ...]
-    """Layers to edit, in order; z belongs to the last one."""
+    second_moments: Mapping[int, SecondMoment] = field(default_factory=dict[int, SecondMoment])
+    """C of each layer; empty for the study's."""
+    layers: tuple[int, ...] | None = None
+    """Layers to edit, in order; z belongs to the last one. None for the model's."""
     rule: SpreadRule = field(default_factory=MemitRule)
     """The closed form of each layer."""
     hyperparameters: Hyperparameters | None = None
@@ -163,16 +210,48 @@ class MemitEditor:
     """Whether facts that stand in the model, written by an editor of the same name, are kept."""
 
     def __post_init__(self) -> None:
-        """Check the layers."""
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise BadInputError(
-                f"the layers are {list(self.layers)}; give each once, from the lowest on"
-            )
-        for layer in self.layers:
-            if layer not in self.second_moments:
-                raise BadInputError(f"layer {layer} has no second moment; give one for each layer")
-        if "{}" not in self.contexts.templates:
+        """Check the layers and the contexts."""
+        layers = self.layers
+        if layers is not None:
+            if not layers or list(layers) != sorted(set(layers)):
+                raise BadInputError(
+                    f"the layers are {list(layers)}; give each once, from the lowest on"
+                )
+            for layer in layers:
+                if self.second_moments and layer not in self.second_moments:
+                    raise BadInputError(
+                        f"layer {layer} has no second moment; give one for each layer"
+                    )
+        if self.contexts is not None and "{}" not in self.contexts.templates:
             raise BadInputError("the contexts lack the bare prompt; let {} be among them")
+
+    def moments_of(self, model: Model, layer: int) -> tuple[int, ...]:
+        """As :meth:`~firsttok.editing.edit.OpenEditor.moments_of`."""
+        layers = self.layers or _settings_of(model).ending_at(layer)
+        return () if self.second_moments else layers
+
+    def completed(self, settings: EditSettings) -> "MemitEditor":
+        """Take contexts, second moments, layers and numbers from a study where they are open.
+
+        What a study changes in the model's settings of the value is changed in those of z.
+
+        Raises:
+            BadInputError: If the study has no second moment of a layer.
+        """
+        model = settings.model
+        layers = self.layers or _settings_of(model).ending_at(settings.layer)
+        usual, own = model.hyperparameters.as_dict(), settings.hyperparameters.as_dict()
+        changed: dict[str, Any] = {name: own[name] for name in own if own[name] != usual[name]}
+        return replace(
+            self,
+            contexts=self.contexts or settings.contexts,
+            second_moments=self.second_moments
+            or {layer: settings.moment(layer) for layer in layers},
+            layers=layers,
+            rule=self.rule.completed(_settings_of(model)),
+            hyperparameters=self.hyperparameters
+            or replace(_settings_of(model).hyperparameters, **changed),
+        )
 
     def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Compute one edit for all the facts; the model is left as it is.
@@ -189,67 +268,138 @@ class MemitEditor:
         """
         if not facts:
             raise BadInputError(f"{self.label} was given no fact; give at least one")
-        for layer in self.layers:
+        writer = self._writer(model)
+        return writer.checked(lambda: [writer.write(facts, writer.values(facts))])[0]
+
+    def edit_all(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Edit]:
+        """Compute an edit for each fact alone; the values are optimised side by side.
+
+        Args:
+            model: The model, or a view of it.
+            facts: The facts.
+            on_step: Called with the number of facts that took one optimisation step.
+
+        Raises:
+            FirsttokError: As :meth:`edit`.
+        """
+        writer = self._writer(model)
+
+        def each() -> list[Edit]:
+            values = writer.values(facts, on_step) if facts else []
+            return [writer.write([f], [v]) for f, v in zip(facts, values, strict=True)]
+
+        return writer.checked(each)
+
+    def _writer(self, model: Model) -> "_Writer":
+        settings = self.hyperparameters or _settings_of(model).hyperparameters
+        layers = self.layers or _settings_of(model).layers
+        if self.contexts is None or not self.second_moments:
+            raise BadInputError(
+                f"{self.label} has no {'contexts' if self.contexts is None else 'second moments'}; "
+                "give them, or let a study edit, such as ft.what_if or ft.measure_facts"
+            )
+        for layer in layers:
             self.second_moments[layer].check(model, layer)
-        identity, last = model.identity(), self.layers[-1]
-        settings = self.hyperparameters or model.hyperparameters
-        values = optimise_values(
-            model,
-            facts,
-            self._states(model, facts, self.anchor),
+        rule = self.rule.completed(_settings_of(model))
+        return _Writer(
+            editor=replace(self, rule=rule, layers=layers, hyperparameters=settings),
+            model=model,
             contexts=self.contexts,
-            slot=self.anchor,
-            layer=last,
+            layers=layers,
             hyperparameters=settings,
-            stream=True,
+            memory=self._memory,
         )
+
+    @cached_property
+    def _memory(self) -> dict[tuple[str, int], KeyColumns]:
+        """Keys of earlier facts, by the view right behind their edit and by layer."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Writer:
+    """An editor with nothing left open, at work on a model."""
+
+    editor: MemitEditor
+    model: Model
+    contexts: ContextSet
+    layers: tuple[int, ...]
+    hyperparameters: Hyperparameters
+    memory: dict[tuple[str, int], KeyColumns]
+
+    def checked(self, work: Callable[[], list[Edit]]) -> list[Edit]:
+        """Return what work gives, if the model is the same behind it."""
+        identity = self.model.identity()
+        found = work()
+        if self.model.identity() != identity:
+            raise EditMismatchError(
+                f"{self.model.name} was changed while an edit was computed on it; compute it again"
+            )
+        return found
+
+    def values(
+        self, facts: Sequence[Fact], on_step: Callable[[int], None] | None = None
+    ) -> list[Value]:
+        """Optimise z of each fact on the model as it is."""
+        return optimise_values(
+            self.model,
+            facts,
+            self._states(self.model, facts, self.editor.anchor),
+            contexts=self.contexts,
+            slot=self.editor.anchor,
+            layer=self.layers[-1],
+            hyperparameters=self.hyperparameters,
+            stream=True,
+            on_step=on_step,
+        )
+
+    def write(self, facts: Sequence[Fact], values: Sequence[Value]) -> Edit:
+        """Give each layer its share of what is missing."""
+        model, editor = self.model, self.editor
         z = torch.stack([value.target for value in values])
         deltas: list[Delta] = []
         components: dict[str, float] = {}
         for number, layer in enumerate(self.layers):
-            view = model.edited(self._edit(model, facts, deltas)) if deltas else model
-            missing = (z - self._states(view, facts, self.residual)).double()
+            view = model.edited(self._edit(facts, deltas)) if deltas else model
+            missing = (z - self._states(view, facts, editor.residual)).double()
             right = missing / (len(self.layers) - number)
             keys, bare = self._keys(view, facts, layer)
-            moment = self.second_moments[layer]
-            earlier = self._remembered(model, layer)
-            left = self.rule.left(keys, moment, earlier)
+            moment = editor.second_moments[layer]
+            left = editor.rule.left(keys, moment, self._remembered(layer))
             if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise NonFiniteError(
-                    f"the {self.label} update of layer {layer} is not finite; take other facts, "
+                    f"the {editor.label} update of layer {layer} is not finite; take other facts, "
                     "or a second moment over more text"
                 )
             components |= _components(layer, keys, bare, moment, missing)
             wide = model.wide_dtype
             place = model.site(layer).place
             deltas.append(Delta(place=place, left=left.to(wide), right=right.to(wide)))
-        if model.identity() != identity:
-            raise EditMismatchError(
-                f"{model.name} was changed while an edit was computed on it; compute it again"
-            )
         losses = values[0].losses if len(values) == 1 else ()
         components["value_norm"] = float(z.norm(dim=1).mean())
-        return self._edit(model, facts, deltas, components=components, losses=losses)
+        return self._edit(facts, deltas, components=components, losses=losses)
 
     def _edit(
         self,
-        model: Model,
         facts: Sequence[Fact],
         deltas: Sequence[Delta],
         *,
         components: Mapping[str, float] | None = None,
         losses: tuple[float, ...] = (),
     ) -> Edit:
-        names = {str(each.place): model.weights.name_of(each.place) for each in deltas}
+        model, templates = self.model, list(self.contexts.templates)
         record = edit_record(
             model.record(),
             facts,
-            editor=self.described(model),
-            contexts={
-                "hash": self.contexts.content_hash,
-                "templates": list(self.contexts.templates),
-            },
-            parameters=names,
+            editor=self._described(),
+            contexts={"hash": self.contexts.content_hash, "templates": templates},
+            parameters={str(each.place): model.weights.name_of(each.place) for each in deltas},
         )
         return Edit(
             deltas=tuple(deltas),
@@ -258,20 +408,20 @@ class MemitEditor:
             provenance=record,
         )
 
-    def described(self, model: Model) -> dict[str, Any]:
-        """Name and settings, as the record of an edit has them."""
-        rule: Any = self.rule
+    def _described(self) -> dict[str, Any]:
+        editor = self.editor
+        rule: Any = editor.rule
         return {
-            "name": self.name,
+            "name": editor.name,
             "rule": asdict(rule),
             "layers": list(self.layers),
-            "keys": "released" if self.keys is None else self.keys.value,
-            "anchor": self.anchor.value,
-            "residual": self.residual.value,
-            "remembers": self.remembers,
-            "hyperparameters": (self.hyperparameters or model.hyperparameters).as_dict(),
+            "keys": "released" if editor.keys is None else editor.keys.value,
+            "anchor": editor.anchor.value,
+            "residual": editor.residual.value,
+            "remembers": editor.remembers,
+            "hyperparameters": self.hyperparameters.as_dict(),
             "second_moments": {
-                str(layer): self.second_moments[layer].content_hash for layer in self.layers
+                str(layer): editor.second_moments[layer].content_hash for layer in self.layers
             },
         }
 
@@ -287,9 +437,9 @@ class MemitEditor:
         found = keys_of_facts(model, facts, self._prefixed, layer=layer)
         mean = torch.stack([each.prefixed_mean for each in found], dim=1).double().cpu()
         bare = torch.stack([each.unprefixed for each in found], dim=1).double().cpu()
-        if self.keys is None:
+        if self.editor.keys is None:
             return (bare + mean) / 2, bare
-        return (bare if self.keys is Slot.UNPREFIXED else mean), bare
+        return (bare if self.editor.keys is Slot.UNPREFIXED else mean), bare
 
     def _states(self, model: Model, facts: Sequence[Fact], slot: Slot) -> ValueMatrix:
         """The residual stream behind the last layer at each subject's last token."""
@@ -307,22 +457,37 @@ class MemitEditor:
         ordered = torch.stack([states[i] for i in range(len(prompts))])
         return ordered.view(len(facts), len(templates), -1).mean(1)
 
-    def _remembered(self, model: Model, layer: int) -> Float[Tensor, "d_mlp d_mlp"] | None:
-        """Sum of ``k k^T`` of the facts that an editor of this name wrote into the view.
+    def _remembered(self, layer: int) -> EarlierKeys | None:
+        """Keys of the facts that an editor of this name wrote into the view.
 
-        The keys of each are those of the model right behind its edit, as in the released code.
+        Those of each are of the model right behind its edit, as in the released code.
         """
-        if not self.remembers:
+        if not self.editor.remembers:
             return None
-        total: Tensor | None = None
+        model, found = self.model, list[KeyColumns]()
         for number, edit in enumerate(model.edits, 1):
             if not isinstance(edit, Edit) or not edit.facts:
                 continue
-            if edit.provenance.get("editor", {}).get("name") == self.name:
+            if edit.provenance.get("editor", {}).get("name") == self.editor.name:
                 view = replace(model, own_edits=model.edits[:number], contents={**model.contents})
-                keys, _ = self._keys(view, edit.facts, layer)
-                total = keys @ keys.T if total is None else total + keys @ keys.T
-        return total
+                key = (view.identity(), layer)
+                if key not in self.memory:
+                    self.memory[key] = self._keys(view, edit.facts, layer)[0]
+                found.append(self.memory[key])
+        return torch.cat(found, dim=1) if found else None
+
+
+def _settings_of(model: Model) -> SpreadSettings:
+    """The model's settings; three layers up to the default one where there are none."""
+    if model.spread is not None:
+        return model.spread
+    last = model.default_layer
+    return SpreadSettings(
+        layers=tuple(range(max(0, last - 2), last + 1)),
+        # About as much beside k^T C^-1 k as on the models that have released settings.
+        weight=1.5 * model.site(last).d_mlp,
+        hyperparameters=model.hyperparameters,
+    )
 
 
 def _components(
@@ -333,7 +498,7 @@ def _components(
     ``denominator`` is the smallest eigenvalue (real part) of ``K^T C^-1 K_bare``, over that of
     ``K^T C^-1 K``: the generalisation of ROME's denominator over C-ROME's, 1 without a mismatch.
     """
-    towards = torch.linalg.solve(moment.matrix.to(keys), keys)
+    towards = moment.solve_all(keys)
     mixed = torch.linalg.eigvals(towards.T @ bare).real.min()
     own = torch.linalg.eigvalsh(towards.T @ keys).min()
     cosines = torch.nn.functional.cosine_similarity(keys, bare, dim=0)
@@ -342,3 +507,45 @@ def _components(
         f"residual_norm_{layer}": float(missing.norm(dim=1).mean()),
         f"key_cosine_{layer}": float(cosines.mean()),
     }
+
+
+def _variants(released: MemitEditor) -> tuple[MemitEditor, ...]:
+    """An editor as released, and its consistent, fully consistent and bare variants."""
+    prefixed, bare = Slot.PREFIXED_MEAN, Slot.UNPREFIXED
+    filled = {
+        "c": (prefixed, bare, prefixed),
+        "fc": (prefixed, prefixed, prefixed),
+        "p": (bare, bare, bare),
+    }
+    return (
+        released,
+        *(
+            replace(
+                released,
+                name=f"{short}-{released.name}",
+                label=f"{short.upper() if short != 'p' else short}-{released.label}",
+                keys=keys,
+                anchor=anchor,
+                residual=residual,
+            )
+            for short, (keys, anchor, residual) in filled.items()
+        ),
+    )
+
+
+MEMIT = MemitEditor()
+"""MEMIT as released."""
+EMMET = MemitEditor(name="emmet", label="EMMET", rule=EmmetRule())
+"""EMMET as released."""
+ALPHAEDIT = MemitEditor(name="alphaedit", label="AlphaEdit", rule=AlphaEditRule(), remembers=True)
+"""AlphaEdit as released: it remembers the keys of earlier facts."""
+MEMIT_SEQ = MemitEditor(name="memit-seq", label="MEMIT_seq", remembers=True)
+"""MEMIT that remembers the keys of earlier facts, as AlphaEdit's authors run it."""
+SPREAD: tuple[MemitEditor, ...] = (
+    *_variants(MEMIT),
+    MEMIT_SEQ,
+    *_variants(EMMET),
+    *_variants(ALPHAEDIT),
+)
+"""MEMIT and its relatives: c- with prefixed keys and residuals, fc- with a prefixed anchor as well,
+p- with the bare prompt everywhere."""

@@ -1,5 +1,6 @@
 """The methods, each as the key that stands in every slot of Equation 3."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -117,8 +118,12 @@ In no paper found; a comment in the code of "A Unified Framework for Model Editi
 METHODS: tuple[Method, ...] = (ROME, C_ROME, P_ROME, FC_ROME)
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, *, others: Iterable[str] = ()) -> Method:
     """Return a method by its name; ``r-rome`` is another name of ``c-rome``.
+
+    Args:
+        name: Its name.
+        others: What else could have been named, for the message.
 
     Raises:
         BadInputError: If there is none.
@@ -128,7 +133,7 @@ def find_method(name: str) -> Method:
     for method in METHODS:
         if method.name == plain:
             return method
-    known = ", ".join(method.name for method in METHODS)
+    known = ", ".join([*(method.name for method in METHODS), *others])
     raise BadInputError(
         f"no method is called {name!r}; choose from {known}, spell one out or "
         "give a TOML file of methods"

@@ -10,12 +10,25 @@ from pathlib import Path
 from typing import Any, cast
 
 from firsttok.arguments import taken
-from firsttok.editing.edit import Editor
+from firsttok.editing.edit import EachEditor, Editor, OpenEditor
+from firsttok.editing.memit import SPREAD
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
+from firsttok.models import Model
 from firsttok.storage import read_toml
 
-__all__ = ["check_methods", "find_editors", "find_methods", "load_methods"]
+__all__ = [
+    "EDITORS",
+    "check_methods",
+    "find_editors",
+    "find_methods",
+    "load_methods",
+    "optimisations",
+    "other_layers",
+]
+
+EDITORS: tuple[Editor, ...] = SPREAD
+"""Editors that go by a name besides the methods of the ROME family."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = {
@@ -37,8 +50,12 @@ def find_methods(given: Method | str | Iterable[Method | str]) -> tuple[Method, 
     Raises:
         BadInputError: If one is unknown or malformed, or two different ones go by one name.
     """
+    return _methods((given,) if isinstance(given, Method | str) else given)
+
+
+def _methods(given: Iterable[Method | str], others: Iterable[str] = ()) -> tuple[Method, ...]:
     found: list[Method] = []
-    for text in (given,) if isinstance(given, Method | str) else given:
+    for text in given:
         if isinstance(text, Method):
             found.append(text)
         elif "=" in text:
@@ -46,25 +63,47 @@ def find_methods(given: Method | str | Iterable[Method | str]) -> tuple[Method, 
         elif text.endswith(".toml"):
             found += load_methods(text)
         else:
-            found.append(find_method(text))
+            found.append(find_method(text, others=others))
     methods = tuple(dict.fromkeys(found))
     check_methods(methods)
     return methods
+
+
+def other_layers(model: Model, layer: int, methods: Iterable[Method | Editor]) -> tuple[int, ...]:
+    """Return the layers besides the edited one whose second moment methods need.
+
+    Raises:
+        LayerOutOfRangeError: If the model lacks one of them.
+    """
+    opened = [each for each in methods if isinstance(each, OpenEditor)]
+    layers = {other for each in opened for other in each.moments_of(model, layer)}
+    return tuple(model.site(other).layer for other in sorted(layers - {layer}))
+
+
+def optimisations(methods: Iterable[Method | Editor]) -> int:
+    """Return how many optimisations a fact takes: methods that are anchored alike share one."""
+    given = tuple(methods)
+    anchors = {each.anchor for each in given if isinstance(each, Method)}
+    return len(anchors) + sum(isinstance(each, EachEditor) for each in given)
 
 
 def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Editor, ...]:
     """As :func:`find_methods`, where editors may stand among the methods.
 
     Args:
-        given: Methods, what names them, and editors.
+        given: Methods, what names them or one of :data:`EDITORS`, and editors.
 
     Raises:
         BadInputError: If a method is unknown or malformed, or two different ones go by one name.
     """
     found: dict[Any, Method | Editor] = {}
+    named = {editor.name: editor for editor in EDITORS}
     for each in given:
-        if isinstance(each, Method | str):
-            found |= {method: method for method in find_methods(each)}
+        if isinstance(each, str) and each.lower().replace("_", "-") in named:
+            editor = named[each.lower().replace("_", "-")]
+            found[id(editor)] = editor
+        elif isinstance(each, Method | str):
+            found |= {method: method for method in _methods([each], named)}
         else:
             # A user's class may have no hash.
             found[id(each)] = each

@@ -1,13 +1,27 @@
 """The models known by name: where they come from and how the papers edited them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from firsttok.hyperparameters import Hyperparameters
+from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 
 __all__ = ["CATALOG", "ModelSpec", "find_spec"]
 
 _GPT = Hyperparameters(steps=20, weight_decay=0.5)
 _LLAMA = Hyperparameters(steps=25, weight_decay=1e-3)
+_OWN_SPREAD = SpreadSettings(layers=(13, 14, 15), weight=2_000.0, hyperparameters=_LLAMA)
+_GPT2_SPREAD = SpreadSettings(
+    layers=(13, 14, 15, 16, 17), weight=20_000.0, hyperparameters=replace(_GPT, clamp=0.75)
+)
+_GPTJ_SPREAD = SpreadSettings(
+    layers=(3, 4, 5, 6, 7, 8),
+    weight=15_000.0,
+    hyperparameters=replace(_GPT, steps=25, clamp=0.75),
+)
+_LLAMA_SPREAD = SpreadSettings(layers=(4, 5, 6, 7, 8), weight=15_000.0, hyperparameters=_LLAMA)
+_LLAMA3_SPREAD = replace(
+    _LLAMA_SPREAD,
+    hyperparameters=replace(_LLAMA, learning_rate=0.1, clamp=0.75, weight_decay=0.5),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +40,8 @@ class ModelSpec:
     """Settings of the released configuration (ours, where ``note`` says so)."""
     note: str
     """What a user should know."""
+    spread: SpreadSettings | None = None
+    """Settings of MEMIT and its relatives, as released; None where there are none."""
 
 
 CATALOG: tuple[ModelSpec, ...] = (
@@ -36,6 +52,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=15,
         hyperparameters=_LLAMA,
         note="SmolLM2-135M-Instruct from the package index; layer and settings are ours",
+        spread=_OWN_SPREAD,
     ),
     ModelSpec(
         name="gemma3-270m",
@@ -62,6 +79,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=17,
         hyperparameters=_GPT,
         note="layer and settings of the released configuration",
+        spread=_GPT2_SPREAD,
     ),
     ModelSpec(
         name="gpt-j-6b",
@@ -71,6 +89,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         hyperparameters=_GPT,
         note="layer and settings of the released configuration; a commit without safetensors is "
         "refused: convert it, and load the folder",
+        spread=_GPTJ_SPREAD,
     ),
     ModelSpec(
         name="llama2-7b",
@@ -79,6 +98,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=5,
         hyperparameters=_LLAMA,
         note="layer and settings of the released configuration; the hub asks for its terms",
+        spread=_LLAMA_SPREAD,
     ),
     ModelSpec(
         name="llama3-8b",
@@ -87,6 +107,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=5,
         hyperparameters=_LLAMA,
         note="settings of llama2-7b, whose successor it is; the hub asks for its terms",
+        spread=_LLAMA3_SPREAD,
     ),
     ModelSpec(
         name="mistral-7b",
@@ -95,6 +116,7 @@ CATALOG: tuple[ModelSpec, ...] = (
         layer=5,
         hyperparameters=_LLAMA,
         note="layer and settings of the released configuration",
+        spread=_LLAMA_SPREAD,
     ),
     ModelSpec(
         name="t5-3b",

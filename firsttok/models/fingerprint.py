@@ -163,7 +163,7 @@ def _kind(tensor: Shaped[Tensor, "..."]) -> str:
 
 
 def _bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
-    plain: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8)
+    plain: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return memoryview(plain.numpy())
 
 

@@ -122,6 +122,7 @@ def load(
         bos=policy,
         default_layer=spec.layer if spec and spec.layer is not None else layers // 2,
         hyperparameters=spec.hyperparameters if spec else Hyperparameters(),
+        spread=spec.spread if spec else None,
         first_position=first_position,
         written=written or (),
     )

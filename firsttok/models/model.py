@@ -21,7 +21,7 @@ from firsttok.engine.tail import Replay
 from firsttok.engine.traits import attention_window, is_decoder, position_embedding
 from firsttok.engine.trials import Trials
 from firsttok.errors import BadInputError, LayerOutOfRangeError, UnsupportedModelError, ViewError
-from firsttok.hyperparameters import Hyperparameters
+from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import TokenizerFindings, config_hash, tokenizer_hash
@@ -62,6 +62,8 @@ class Model(Shown):
     """Layer that is edited unless another one is asked for."""
     hyperparameters: Hyperparameters
     """Settings of the value optimisation unless others are given."""
+    spread: SpreadSettings | None = None
+    """Settings of MEMIT and its relatives, as released; None if there are none."""
     interventions: tuple[Intervention, ...] = ()
     """Changes made to every batch of this view, in order."""
     first_position: int = 0

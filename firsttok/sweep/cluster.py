@@ -26,7 +26,10 @@ LIVES = 3
 """Workers that may be lost over one chunk before its cases count as failed."""
 PATIENCE = 300.0
 """Seconds without any worker before a sweep gives up."""
-_SENT = ("contexts", "second_moment", "layer", "hyperparameters", "texts", "text_bos")
+_SENT = (
+    *("contexts", "second_moment", "second_moments", "layer", "hyperparameters"),
+    *("texts", "text_bos"),
+)
 """Fields of a study that are the same for all workers."""
 
 
