@@ -12,6 +12,7 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import EachEditor, Edit, Editor
+from firsttok.editing.memit import MemitEditor, spread_each
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
 from firsttok.editing.record import edit_record
@@ -185,7 +186,14 @@ def _each(
         for family in families:
             for edits, own in zip(found, _family(model, chunk, family, on_step), strict=True):
                 edits.update(own)
+        spread = [editor for editor in editors if isinstance(editor, MemitEditor)]
+        for edits, own in zip(
+            found, spread_each(model, chunk, spread, on_step=on_step), strict=True
+        ):
+            edits.update(own)
         for editor in editors:
+            if isinstance(editor, MemitEditor):
+                continue
             if isinstance(editor, EachEditor):
                 for edits, edit in zip(
                     found, editor.edit_all(model, chunk, on_step=on_step), strict=True

@@ -43,6 +43,7 @@ __all__ = [
     "MemitEditor",
     "MemitRule",
     "SpreadRule",
+    "spread_each",
 ]
 
 _MAX_TOKENS = 4096
@@ -268,8 +269,13 @@ class MemitEditor:
         """
         if not facts:
             raise BadInputError(f"{self.label} was given no fact; give at least one")
-        writer = self._writer(model)
-        return writer.checked(lambda: [writer.write(facts, writer.values(facts))])[0]
+        writer, identity = self._writer(model), model.identity()
+        edit = writer.write(facts, writer.values(facts))
+        if model.identity() != identity:
+            raise EditMismatchError(
+                f"{model.name} was changed while an edit was computed on it; compute it again"
+            )
+        return edit
 
     def edit_all(
         self,
@@ -288,13 +294,7 @@ class MemitEditor:
         Raises:
             FirsttokError: As :meth:`edit`.
         """
-        writer = self._writer(model)
-
-        def each() -> list[Edit]:
-            values = writer.values(facts, on_step) if facts else []
-            return [writer.write([f], [v]) for f, v in zip(facts, values, strict=True)]
-
-        return writer.checked(each)
+        return [edits[self.name] for edits in spread_each(model, facts, [self], on_step=on_step)]
 
     def _writer(self, model: Model) -> "_Writer":
         settings = self.hyperparameters or _settings_of(model).hyperparameters
@@ -333,15 +333,11 @@ class _Writer:
     hyperparameters: Hyperparameters
     memory: dict[tuple[str, int], KeyColumns]
 
-    def checked(self, work: Callable[[], list[Edit]]) -> list[Edit]:
-        """Return what work gives, if the model is the same behind it."""
-        identity = self.model.identity()
-        found = work()
-        if self.model.identity() != identity:
-            raise EditMismatchError(
-                f"{self.model.name} was changed while an edit was computed on it; compute it again"
-            )
-        return found
+    @property
+    def shared(self) -> tuple[Any, ...]:
+        """What decides z."""
+        hashed = self.contexts.content_hash
+        return hashed, self.layers[-1], self.editor.anchor, self.hyperparameters
 
     def values(
         self, facts: Sequence[Fact], on_step: Callable[[int], None] | None = None
@@ -475,6 +471,43 @@ class _Writer:
                     self.memory[key] = self._keys(view, edit.facts, layer)[0]
                 found.append(self.memory[key])
         return torch.cat(found, dim=1) if found else None
+
+
+def spread_each(
+    model: Model,
+    facts: Sequence[Fact],
+    editors: Sequence[MemitEditor],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> list[dict[str, Edit]]:
+    """Edit every fact alone by each editor; those whose z is the same optimise it once.
+
+    Args:
+        model: The model, or a view of it.
+        facts: The facts.
+        editors: The editors, each with a name of its own.
+        on_step: Called with the number of facts that took one optimisation step.
+
+    Returns:
+        For each fact its edits by the editor's name.
+
+    Raises:
+        FirsttokError: As :meth:`MemitEditor.edit`.
+    """
+    identity = model.identity()
+    writers = [editor._writer(model) for editor in editors]
+    values: dict[Any, list[Value]] = {}
+    found: list[dict[str, Edit]] = [{} for _ in facts]
+    for writer in writers if facts else ():
+        if writer.shared not in values:
+            values[writer.shared] = writer.values(facts, on_step)
+        for edits, fact, value in zip(found, facts, values[writer.shared], strict=True):
+            edits[writer.editor.name] = writer.write([fact], [value])
+    if model.identity() != identity:
+        raise EditMismatchError(
+            f"{model.name} was changed while edits were computed on it; compute them again"
+        )
+    return found
 
 
 def _settings_of(model: Model) -> SpreadSettings:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from firsttok.arguments import taken
 from firsttok.editing.edit import EachEditor, Editor, OpenEditor
-from firsttok.editing.memit import SPREAD
+from firsttok.editing.memit import SPREAD, MemitEditor
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
 from firsttok.models import Model
@@ -83,8 +83,10 @@ def other_layers(model: Model, layer: int, methods: Iterable[Method | Editor]) -
 def optimisations(methods: Iterable[Method | Editor]) -> int:
     """Return how many optimisations a fact takes: methods that are anchored alike share one."""
     given = tuple(methods)
-    anchors = {each.anchor for each in given if isinstance(each, Method)}
-    return len(anchors) + sum(isinstance(each, EachEditor) for each in given)
+    shared = {(type(each), each.anchor) for each in given if isinstance(each, Method | MemitEditor)}
+    return len(shared) + sum(
+        isinstance(each, EachEditor) and not isinstance(each, MemitEditor) for each in given
+    )
 
 
 def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Editor, ...]:

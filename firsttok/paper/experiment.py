@@ -90,6 +90,7 @@ def run(
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
     without_bos: bool = False,
     own_contexts: bool = False,
+    methods: Sequence[Method | Editor] = (),
 ) -> int:
     """Run an experiment; its files lie in the folder of the model, under the name of its script.
 
@@ -101,6 +102,7 @@ def run(
         add_options: Adds options of its own.
         without_bos: As for :func:`open_study`.
         own_contexts: Whether it samples contexts of several seeds, so that none can be given.
+        methods: Methods that edit other layers than ``--layer``, whose second moments it needs.
 
     Returns:
         The exit code.
@@ -113,7 +115,11 @@ def run(
             add_options(parser)
         with progress_bar() as progress:
             options = parse_script(
-                parser, progress, without_bos=without_bos, own_contexts=own_contexts
+                parser,
+                progress,
+                without_bos=without_bos,
+                own_contexts=own_contexts,
+                methods=methods,
             )
             found = measure(options, progress)
         stem = options.out / Path(file).stem
@@ -137,6 +143,7 @@ def parse_script(
     *,
     without_bos: bool = False,
     own_contexts: bool = False,
+    methods: Sequence[Method | Editor] = (),
 ) -> ScriptOptions:
     """Parse a script's options, refuse what is unusable, and then open its study.
 
@@ -145,6 +152,7 @@ def parse_script(
         progress: Where to show progress.
         without_bos: As for :func:`run`.
         own_contexts: As for :func:`run`.
+        methods: As for :func:`run`.
 
     Raises:
         FirsttokError: If an input is unusable.
@@ -161,7 +169,13 @@ def parse_script(
         raise BadInputError(f"no list of collapse cases at {cases}; make one with: firsttok scan")
     count = 8 if args.profile == "quick" else FULL
     study = open_study(
-        args, out, progress, contexts_folder=cases.parent, leave_in=out, without_bos=without_bos
+        args,
+        out,
+        progress,
+        methods=methods,
+        contexts_folder=cases.parent,
+        leave_in=out,
+        without_bos=without_bos,
     )
     study.keep_original_perplexity()
     # Of absolute paths the names only.
