@@ -374,9 +374,10 @@ def _reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument(
         "--paper",
-        choices=["fall", "rebuilding"],
+        choices=["fall", "rebuilding", "butterfly"],
         default="fall",
-        help="The Fall of ROME, with what goes beyond it, or Rebuilding ROME (default: fall)",
+        help="The Fall of ROME, with what goes beyond it, Rebuilding ROME, or The Butterfly Effect "
+        "(default: fall)",
     )
     parser.add_argument("--profile", choices=["quick", "full"], default="quick")
     parser.add_argument("--analyses", metavar="DIR", default="analyses", help="the scripts")

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 
 __all__ = ["EXPERIMENTS", "PAPERS", "SCRIPTS", "Experiment", "in_lanes"]
 
-PAPERS = {"fall": "The Fall of ROME", "rebuilding": "Rebuilding ROME"}
+PAPERS = {
+    "fall": "The Fall of ROME",
+    "rebuilding": "Rebuilding ROME",
+    "butterfly": "The Butterfly Effect",
+}
 """Papers by the name that ``firsttok reproduce --paper`` takes."""
 _BEYOND = "Beyond the paper"
 
@@ -76,6 +80,18 @@ EXPERIMENTS = (
         "Edit after edit: Table 2, Figures 3, 4 and 6 to 9",
         400,
         paper="rebuilding",
+    ),
+    Experiment(
+        "butterfly_single_edits", "Single edits of every editor: Section 4", 500, paper="butterfly"
+    ),
+    Experiment(
+        "butterfly_surrogate", "Perplexity as a surrogate: Section 3", 200, paper="butterfly"
+    ),
+    Experiment(
+        "butterfly_sequences",
+        "Edit after edit by every editor: Sections 4 and 5",
+        500,
+        paper="butterfly",
     ),
     Experiment("extra_attention_mask", "Beyond the paper: the attention mask", 270, (_TABLE1,)),
     Experiment(
