@@ -1,9 +1,10 @@
-"""Edits: the ROME family slot by slot, MEMIT and its relatives, the value, the patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning, the value, the patch."""
 
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
+from firsttok.editing.edit import AppliedEdit, Edit, Editor, SideBySideEditor, shown_components
 from firsttok.editing.edits import RomeEditor, Turn, compute_edit, edit_each, edit_in_step
 from firsttok.editing.exports import check_export, export_model
+from firsttok.editing.fine_tuning import FineTuningEditor, FineTuningLoss
 from firsttok.editing.memit import (
     AlphaEditRule,
     EmmetRule,
@@ -43,10 +44,13 @@ __all__ = [
     "EditRecord",
     "Editor",
     "EmmetRule",
+    "FineTuningEditor",
+    "FineTuningLoss",
     "MemitEditor",
     "MemitRule",
     "Method",
     "RomeEditor",
+    "SideBySideEditor",
     "Slot",
     "SpreadRule",
     "Turn",

@@ -28,7 +28,7 @@ from firsttok.tensors import KeyVector, ValueVector
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["AppliedEdit", "Edit", "Editor", "shown_components"]
+__all__ = ["AppliedEdit", "Edit", "Editor", "SideBySideEditor", "shown_components"]
 
 _LABELS = {
     "numerator": "numerator ||v* - W k||",
@@ -616,6 +616,20 @@ class Editor(Protocol):
 
     def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Compute one edit that writes all the facts, such as with :meth:`Edit.of`.
+
+        Args:
+            model: The model, or a view of it, which is left as it is.
+            facts: The facts.
+        """
+        ...
+
+
+@runtime_checkable
+class SideBySideEditor(Editor, Protocol):
+    """An editor that edits many facts, each alone, in less time than one after another."""
+
+    def edit_all(self, model: Model, facts: Sequence[Fact]) -> list[Edit]:
+        """Compute the edit of each fact alone, in order.
 
         Args:
             model: The model, or a view of it, which is left as it is.

@@ -11,7 +11,7 @@ from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import Edit, Editor
+from firsttok.editing.edit import Edit, Editor, SideBySideEditor
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
 from firsttok.editing.record import edit_record
@@ -139,7 +139,8 @@ def edit_each(
     Editors of the ROME family that differ in nothing but the method work on a window of facts at a
     time, and share the optimisation where their values are anchored alike. With a store, values
     that are there already are read and not computed again, and new ones are kept when their batch
-    is done; not so while something disturbs the model (``Model.disturbance``).
+    is done; not so while something disturbs the model (``Model.disturbance``). Of other editors, a
+    :class:`~firsttok.editing.SideBySideEditor` is given the window as a whole.
 
     The values are optimised on ``model`` with the interventions and edits of its view; the keys
     come from ``key_source``, which may intervene otherwise.
@@ -186,9 +187,14 @@ def _each(
             for edits, own in zip(found, _family(model, chunk, family, on_step), strict=True):
                 edits.update(own)
         for editor in editors:
-            if not isinstance(editor, RomeEditor):
-                for edits, fact in zip(found, chunk, strict=True):
-                    edits[editor.name] = editor.edit(model, [fact])
+            if isinstance(editor, RomeEditor):
+                continue
+            if isinstance(editor, SideBySideEditor):
+                made = editor.edit_all(model, chunk)
+            else:
+                made = [editor.edit(model, [fact]) for fact in chunk]
+            for edits, edit in zip(found, made, strict=True):
+                edits[editor.name] = edit
         if model.identity() != identity:
             raise EditMismatchError(
                 f"{model.name} was changed while edits were computed on it; compute them again"
