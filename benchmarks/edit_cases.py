@@ -111,7 +111,7 @@ def profile(setting: Setting) -> Plan:
 
 
 def fine_tuning(setting: Setting) -> Plan:
-    """FT with its bound, a list of facts side by side, against one after another of some of them."""
+    """FT with its bound: a list of facts side by side, against some of them one by one."""
     setting.prepare()
     model, facts, slow = setting.model, setting.facts, setting.naive_facts
     editor = FineTuningEditor(layer=setting.layer, steps=setting.amounts.steps or 25, stop_at=0.0)

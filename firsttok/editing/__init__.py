@@ -1,4 +1,4 @@
-"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning, the value, the patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning; value and patch."""
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import AppliedEdit, Edit, Editor, SideBySideEditor, shown_components

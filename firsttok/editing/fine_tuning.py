@@ -144,9 +144,7 @@ class _Batch:
         pairs = zip(self.keys, changes, strict=True)
         return torch.cat([keys.to(change) @ change for keys, change in pairs])
 
-    def losses(
-        self, model: Model, gained: Float[Tensor, "place d_model"]
-    ) -> Float[Tensor, "edit"]:
+    def losses(self, model: Model, gained: Float[Tensor, "place d_model"]) -> Float[Tensor, "edit"]:
         """The loss of each edit."""
         with model.running() as bridge:
             logits = self.tail.logits(bridge, self.where, self.packing.unpack(gained))
@@ -308,8 +306,8 @@ class FineTuningEditor:
         self, model: Model, edits: Sequence[_EditRows], site: EditSite
     ) -> tuple[list[WeightInOut], list[list[float]]]:
         """The change of each edit, and its losses."""
-        shape, like = (site.d_mlp, site.d_model), {"dtype": model.wide_dtype}
-        changes = [torch.zeros(shape, **like, device=model.device) for _ in edits]
+        shape, wide, device = (site.d_mlp, site.d_model), model.wide_dtype, model.device
+        changes = [torch.zeros(shape, dtype=wide, device=device) for _ in edits]
         for change in changes:
             change.grad = torch.empty_like(change)
         adam = torch.optim.Adam(changes, lr=self.learning_rate, fused=True)
