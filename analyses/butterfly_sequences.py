@@ -102,8 +102,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         found = runs[name]
         about = {"method": method.label, "cases": kind}
         own = [
-            {"part": "step", **about}
-            | {column: row.get(column) for column in (*STEP, *LATE)}
+            {"part": "step", **about} | {column: row.get(column) for column in (*STEP, *LATE)}
             for row in found.steps
         ]
         kept = [row["efficacy"] for row in found.retained if row["efficacy"] is not None]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edit_cases import many_edits, one_edit, profile
+from edit_cases import fine_tuning, many_edits, one_edit, profile
 from growth_cases import growth_in_facts, growth_in_length, growth_in_size
 from measuring import Plan
 from pass_cases import keys, perplexity_of_edits, second_moment
@@ -34,6 +34,9 @@ class Case:
 CASES: dict[str, Case] = {
     "edits": Case(title="Edits of a list of facts", plan=many_edits, memory=("fast", "naive")),
     "single": Case(title="One edit", plan=one_edit, memory=("fast", "naive")),
+    "fine-tuning": Case(
+        title="Fine-tuning of a list of facts", plan=fine_tuning, memory=("side by side", "naive")
+    ),
     "perplexity": Case(
         title="Perplexity of edits",
         plan=perplexity_of_edits,

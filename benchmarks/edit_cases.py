@@ -8,14 +8,24 @@ from typing import Any
 import torch
 from edit_checks import agreement, both_ratios, share
 from measuring import Extras, Plan, Side, Table
-from naive import NaiveEdit, naive_edit
+from naive import NaiveEdit, naive_edit, naive_fine_tuning
 from setting import Setting
+from tolerances import ALLOWED, Difference, judge
 
 from firsttok.data import Fact
-from firsttok.editing import ROME, Edit, RomeEditor, edit_each
+from firsttok.editing import ROME, Edit, FineTuningEditor, RomeEditor, edit_each
 from firsttok.hyperparameters import Hyperparameters
 
-__all__ = ["edit_sides", "fast_edits", "fixed_steps", "many_edits", "one_edit", "profile", "warm"]
+__all__ = [
+    "edit_sides",
+    "fast_edits",
+    "fine_tuning",
+    "fixed_steps",
+    "many_edits",
+    "one_edit",
+    "profile",
+    "warm",
+]
 
 OPERATIONS = 12
 """Operations the profile names."""
@@ -98,6 +108,50 @@ def profile(setting: Setting) -> Plan:
         )
 
     return Plan(warm=lambda: warm(setting), check=check)
+
+
+def fine_tuning(setting: Setting) -> Plan:
+    """FT with its bound: a list of facts side by side, against some of them one by one."""
+    setting.prepare()
+    model, facts, slow = setting.model, setting.facts, setting.naive_facts
+    editor = FineTuningEditor(layer=setting.layer, steps=setting.amounts.steps or 25, stop_at=0.0)
+
+    def check(results: Mapping[str, Any], _seconds: Mapping[str, Sequence[float]]) -> Extras:
+        made = dict(zip([fact.case_id for fact in facts], results["side by side"], strict=True))
+        first = loss = change = 0.0
+        for fact, plain in zip(slow, results["naive"], strict=True):
+            edit = made[fact.case_id]
+            apart = [abs(a / b - 1) for a, b in zip(edit.losses, plain.losses, strict=True)]
+            first, loss = max(first, apart[0]), max(loss, *apart)
+            found, expected = edit.delta.matrix.double(), plain.change.double()
+            change = max(change, float((found - expected).norm() / expected.norm()))
+        allowed = ALLOWED[setting.dtype]
+        return judge(
+            f"Largest relative difference from the naive side (facts: {len(slow)})",
+            Difference(of="the first loss", found=first, allowed=allowed.first_loss),
+            Difference(of="a loss, any step", found=loss, allowed=allowed.loss),
+            Difference(of="the change of the weight", found=change, allowed=allowed.value),
+        )
+
+    return Plan(
+        sides=(
+            Side(
+                label="side by side",
+                run=lambda: editor.edit_all(model, facts),
+                items=len(facts),
+                unit="fact",
+            ),
+            Side(
+                label="naive",
+                run=lambda: [naive_fine_tuning(setting.naive, [fact], editor) for fact in slow],
+                items=len(slow),
+                unit="fact",
+            ),
+        ),
+        pairs=(("fine-tuning of a list of facts", "side by side", "naive"),),
+        warm=lambda: replace(editor, steps=2).edit_all(model, facts[:1]),
+        check=check,
+    )
 
 
 def fast_edits(setting: Setting, facts: Sequence[Fact], settings: Hyperparameters) -> list[Edit]:

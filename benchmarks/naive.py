@@ -20,7 +20,7 @@ from torch import Tensor
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing import Method, Slot
+from firsttok.editing import FineTuningEditor, FineTuningLoss, Method, Slot
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model
 from firsttok.prompts import (
@@ -38,11 +38,13 @@ from firsttok.tensors import TokenBatch
 __all__ = [
     "MAX_TOKENS",
     "NaiveEdit",
+    "NaiveFineTuning",
     "NaiveKeys",
     "NaiveModel",
     "NaiveValue",
     "naive_edit",
     "naive_fact_keys",
+    "naive_fine_tuning",
     "naive_inverse",
     "naive_keys",
     "naive_model",
@@ -132,6 +134,16 @@ class NaiveEdit:
     """``||v* - W k||``."""
     denominator: float
     """``u . k``."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NaiveFineTuning:
+    """What fine-tuning made of the weight."""
+
+    change: Tensor
+    """The weight behind it less the weight before, ``[d_in, d_out]``."""
+    losses: tuple[float, ...]
+    """The loss of every step, before its update."""
 
 
 def naive_model(model: Model, layer: int) -> NaiveModel:
@@ -289,6 +301,61 @@ def naive_edit(
         numerator=float(numerator.norm()),
         denominator=float(denominator),
     )
+
+
+def naive_fine_tuning(
+    naive: NaiveModel, facts: Sequence[Fact], editor: FineTuningEditor
+) -> NaiveFineTuning:
+    """Fine-tune the weight itself on a batch of facts, a whole pass in every step.
+
+    As in the released code, only that weight asks for a gradient. The model is left as it is.
+    """
+    model, forced = naive.model, editor.loss is FineTuningLoss.TEACHER_FORCED
+    tokenizer: Any = model.tokenizer
+    rows: list[Prompt] = []
+    targets: list[Sequence[int]] = []
+    for fact in facts:
+        bare = text_prompt(model, fact.prompt)
+        if forced:
+            full = with_target(model, bare, fact.target_new, join=fact.join)
+            rows.append(replace(full, token_ids=full.token_ids[:-1]))
+            targets.append(full.target_ids)
+        else:
+            own = tokenizer.encode(f" {fact.target_new}", add_special_tokens=False)
+            rows.append(bare)
+            targets.append([*model.leading_ids, *own])
+    batch = pad(model, rows)
+    ends = [len(row.token_ids) for row in rows]
+    before = naive.projection.get_parameter("weight")
+    start = before.detach().clone()
+    weight = torch.nn.Parameter(start.clone())
+    adam = torch.optim.Adam([weight], lr=editor.learning_rate)
+    losses: list[float] = []
+    vars(naive.projection)["_parameters"]["weight"] = weight
+    try:
+        for _ in range(editor.steps):
+            adam.zero_grad()
+            with torch.enable_grad():
+                logits, each = naive.logits(batch), list[Tensor]()
+                for row, (target, end) in enumerate(zip(targets, ends, strict=True)):
+                    reads = range(end - len(target), end) if forced else [end - 1] * len(target)
+                    log_probs = logits[row, list(reads)].log_softmax(-1)
+                    each.append(-log_probs[range(len(target)), list(target)].mean())
+                loss = torch.stack(each).mean()
+            losses.append(float(loss.detach()))
+            if losses[-1] < editor.stop_at:
+                break
+            loss.backward()
+            adam.step()
+            if editor.eps is not None:
+                with torch.no_grad():
+                    weight.copy_(weight.clamp(start - editor.eps, start + editor.eps))
+    finally:
+        vars(naive.projection)["_parameters"]["weight"] = before
+    change = weight.detach() - start
+    if isinstance(naive.projection, torch.nn.Linear):
+        change = change.T
+    return NaiveFineTuning(change=change, losses=tuple(losses))
 
 
 @torch.no_grad()

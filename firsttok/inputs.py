@@ -21,6 +21,7 @@ from firsttok.data import (
 from firsttok.editing import (
     AlphaEditRule,
     Editor,
+    FineTuningEditor,
     MemitEditor,
     MemitRule,
     Method,
@@ -82,6 +83,7 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
         "mom2_weight": any(isinstance(each.rule, MemitRule) for each in spread),
         "nullspace_threshold": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "l2": any(isinstance(each.rule, AlphaEditRule) for each in spread),
+        "eps": any(map(_is_bounded, methods)),
     }
     for name, taken in takers.items():
         if getattr(args, name) is not None and not taken:
@@ -90,10 +92,18 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
                 f"{option} is for none of the methods {', '.join(m.name for m in methods)}; leave "
                 "it out, or add the method that it is for (see --help)"
             )
-    return tuple(_set(each, args) if isinstance(each, MemitEditor) else each for each in methods)
+    return tuple(_set(each, args) for each in methods)
 
 
-def _set(editor: MemitEditor, args: argparse.Namespace) -> MemitEditor:
+def _is_bounded(method: Method | Editor) -> bool:
+    return isinstance(method, FineTuningEditor) and method.eps is not None
+
+
+def _set(editor: Method | Editor, args: argparse.Namespace) -> Method | Editor:
+    if isinstance(editor, FineTuningEditor) and _is_bounded(editor) and args.eps is not None:
+        return replace(editor, eps=args.eps)
+    if not isinstance(editor, MemitEditor):
+        return editor
     rule = editor.rule
     if isinstance(rule, MemitRule):
         rule = replace(rule, weight=args.mom2_weight)

@@ -35,7 +35,7 @@ _COUNTS = (
 )
 _POSITIVE = (
     *("sql_seconds", "temperature", "threshold"),
-    *("mom2_weight", "nullspace_threshold", "l2"),
+    *("mom2_weight", "nullspace_threshold", "l2", "eps"),
 )
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""

@@ -170,8 +170,8 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         nargs="+",
         default=list(default),
         help="rome, c-rome (= r-rome), p-rome, fc-rome; memit, memit-seq, emmet, alphaedit, each "
-        "but memit-seq with c-, fc- or p- before it as well; one of your own as "
-        "NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
+        "but memit-seq with c-, fc- or p- before it as well; ft, ft-unbound, ft-m; one of your own "
+        "as NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
         f"a TOML file of them (default: {' '.join(default)})",
     )
     parser.add_argument(
@@ -187,6 +187,11 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         ("l2", "alphaedit: what is added to the diagonal"),
     ):
         parser.add_argument(f"--{name}", type=float, help=f"{what} (default: the model's)")
+    parser.add_argument(
+        "--eps",
+        type=float,
+        help="ft, ft-m: how far an entry of the weight may move (default: 5e-4)",
+    )
 
 
 def add_facts_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""MEMIT on the embedded model, against what the released code computed on it."""
+"""MEMIT and FT on the embedded model, against what the released code computed on it."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from tiny import relative
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_texts
-from firsttok.editing import Edit
+from firsttok.editing import Edit, FineTuningEditor
 from firsttok.editing.memit import MemitEditor, MemitRule
 from firsttok.engine.traits import KEY
 from firsttok.hyperparameters import Hyperparameters
@@ -187,3 +187,59 @@ def factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     left, right = (tensors[f"step{step}.layer{layer}.{name}"] for name in ("adj_k", "resid"))
     return left.flatten(), right.flatten()
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(shared: Path) -> Golden:
+    folder = shared / "golden2"
+    content: dict[str, Any] = json.loads((folder / "ft_a.json").read_text("utf-8"))
+    return Golden(content=content, tensors=load_file(folder / "ft_a.safetensors"), edits={})
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_fine_tuning_is_the_released_one(fine_tuned: Golden, model: Model, number: int) -> None:
+    case, tensors = fine_tuned.content["cases"][number], fine_tuned.tensors
+    eps = case["norm_constraint"] or None
+    edit = FineTuningEditor(layer=case["layer"], eps=eps).edit(model, [fact(case)])
+    assert edit.losses == pytest.approx(case["losses"], rel=2e-3)
+    # The weight is kept as [d_out, d_in] there.
+    change, key = edit.delta.matrix.T, case["key"]
+    expected = tensors[f"{key}.delta_at_indices"]
+    apart = (change.flatten()[tensors["indices"].long()] - expected).abs()
+    # Where no bound holds them, entries keep what the fast path rounds otherwise.
+    allowed = 1e-6 if eps else 1e-3 * case["delta_max"]
+    assert float((apart <= allowed).double().mean()) >= 0.99
+    assert relative(change.norm(dim=1), tensors[f"{key}.delta_row_norms"]) < 1e-3
+    assert relative(change.norm(dim=0), tensors[f"{key}.delta_column_norms"]) < 1e-3
+    assert edit.report["largest_entry"] == pytest.approx(case["delta_max"], rel=1e-3)
+    if eps:
+        share = edit.report["share_at_bound"]
+        assert share == pytest.approx(case["share_at_bound"], abs=1e-3)
+
+
+def test_fine_tuning_without_a_bound_is_the_released_one_in_each_entry(
+    fine_tuned: Golden, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRSTTOK_PLAIN", "1")
+    case, tensors = fine_tuned.content["cases"][4], fine_tuned.tensors
+    assert not case["norm_constraint"]
+    edit = FineTuningEditor(layer=case["layer"], eps=None).edit(model, [fact(case)])
+    found = edit.delta.matrix.T.flatten()[tensors["indices"].long()]
+    apart = (found - tensors["case4.delta_at_indices"]).abs()
+    assert float((apart <= 1e-6).double().mean()) >= 0.99
+
+
+def test_fine_tuning_in_a_sequence_is_the_released_one(
+    fine_tuned: Golden, shared: Path, model: Model
+) -> None:
+    known = json.loads((shared / "golden2/memit_sequence_a.json").read_text("utf-8"))
+    facts = {each["subject"]: fact(each) for each in known["steps"]}
+    (sequence,) = fine_tuned.content["sequences"]
+    editor = FineTuningEditor(layer=sequence["layer"], eps=sequence["norm_constraint"])
+    view, drift = model, torch.zeros(())
+    for step in sequence["steps"][:4]:
+        edit = editor.edit(view, [facts[step["subject"]]])
+        assert edit.losses == pytest.approx(step["losses"], rel=2e-3)
+        view, drift = view.edited(edit), drift + edit.delta.matrix
+        assert float(drift.norm()) == pytest.approx(step["drift_frobenius"], rel=1e-3)
+        assert float(drift.abs().max()) == pytest.approx(step["drift_max"], rel=1e-3)

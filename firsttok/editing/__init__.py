@@ -1,17 +1,25 @@
-"""Edits: the ROME family slot by slot, MEMIT and its relatives, the value, the patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning; value and patch."""
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import (
     AppliedEdit,
-    EachEditor,
     Edit,
     Editor,
     EditSettings,
     OpenEditor,
+    SideBySideEditor,
     shown_components,
 )
 from firsttok.editing.edits import RomeEditor, Turn, compute_edit, edit_each, edit_in_step
 from firsttok.editing.exports import check_export, export_model
+from firsttok.editing.fine_tuning import (
+    FINE_TUNING,
+    FT,
+    FT_M,
+    FT_UNBOUND,
+    FineTuningEditor,
+    FineTuningLoss,
+)
 from firsttok.editing.memit import (
     ALPHAEDIT,
     EMMET,
@@ -56,6 +64,10 @@ __all__ = [
     "EDITORS",
     "EMMET",
     "FC_ROME",
+    "FINE_TUNING",
+    "FT",
+    "FT_M",
+    "FT_UNBOUND",
     "MEMIT",
     "MEMIT_SEQ",
     "METHODS",
@@ -66,17 +78,19 @@ __all__ = [
     "AlphaEditRule",
     "AppliedEdit",
     "Delta",
-    "EachEditor",
     "Edit",
     "EditRecord",
     "EditSettings",
     "Editor",
     "EmmetRule",
+    "FineTuningEditor",
+    "FineTuningLoss",
     "MemitEditor",
     "MemitRule",
     "Method",
     "OpenEditor",
     "RomeEditor",
+    "SideBySideEditor",
     "Slot",
     "SpreadRule",
     "Turn",

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AppliedEdit",
-    "EachEditor",
     "Edit",
     "EditSettings",
     "Editor",
     "OpenEditor",
+    "SideBySideEditor",
     "shown_components",
 ]
 
@@ -658,27 +658,6 @@ class OpenEditor(Protocol):
 
 
 @runtime_checkable
-class EachEditor(Protocol):
-    """An editor that edits several facts, each alone, faster than one after another."""
-
-    def edit_all(
-        self,
-        model: Model,
-        facts: Sequence[Fact],
-        *,
-        on_step: Callable[[int], None] | None = None,
-    ) -> list[Edit]:
-        """Return what :meth:`Editor.edit` gives for each fact alone, in order.
-
-        Args:
-            model: As for :meth:`Editor.edit`.
-            facts: The facts.
-            on_step: Called with the number of facts that took one optimisation step.
-        """
-        ...
-
-
-@runtime_checkable
 class Editor(Protocol):
     """What makes edits: a class with a name, a label and this method."""
 
@@ -698,5 +677,26 @@ class Editor(Protocol):
         Args:
             model: The model, or a view of it, which is left as it is.
             facts: The facts.
+        """
+        ...
+
+
+@runtime_checkable
+class SideBySideEditor(Editor, Protocol):
+    """An editor that edits many facts, each alone, in less time than one after another."""
+
+    def edit_all(
+        self,
+        model: Model,
+        facts: Sequence[Fact],
+        *,
+        on_step: Callable[[int], None] | None = None,
+    ) -> list[Edit]:
+        """Compute the edit of each fact alone, in order.
+
+        Args:
+            model: The model, or a view of it, which is left as it is.
+            facts: The facts.
+            on_step: Called with the number of facts that took one optimisation step.
         """
         ...

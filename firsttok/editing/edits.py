@@ -11,7 +11,7 @@ from firsttok.arguments import taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
-from firsttok.editing.edit import EachEditor, Edit, Editor
+from firsttok.editing.edit import Edit, Editor, SideBySideEditor
 from firsttok.editing.memit import MemitEditor, spread_each
 from firsttok.editing.methods import Method, Slot
 from firsttok.editing.own_methods import find_methods
@@ -140,7 +140,8 @@ def edit_each(
     Editors of the ROME family that differ in nothing but the method work on a window of facts at a
     time, and share the optimisation where their values are anchored alike. With a store, values
     that are there already are read and not computed again, and new ones are kept when their batch
-    is done; not so while something disturbs the model (``Model.disturbance``).
+    is done; not so while something disturbs the model (``Model.disturbance``). Of other editors, a
+    :class:`~firsttok.editing.SideBySideEditor` is given the window as a whole.
 
     The values are optimised on ``model`` with the interventions and edits of its view; the keys
     come from ``key_source``, which may intervene otherwise.
@@ -192,16 +193,14 @@ def _each(
         ):
             edits.update(own)
         for editor in editors:
-            if isinstance(editor, MemitEditor):
+            if isinstance(editor, RomeEditor | MemitEditor):
                 continue
-            if isinstance(editor, EachEditor):
-                for edits, edit in zip(
-                    found, editor.edit_all(model, chunk, on_step=on_step), strict=True
-                ):
-                    edits[editor.name] = edit
-            elif not isinstance(editor, RomeEditor):
-                for edits, fact in zip(found, chunk, strict=True):
-                    edits[editor.name] = editor.edit(model, [fact])
+            if isinstance(editor, SideBySideEditor):
+                made = editor.edit_all(model, chunk, on_step=on_step)
+            else:
+                made = [editor.edit(model, [fact]) for fact in chunk]
+            for edits, edit in zip(found, made, strict=True):
+                edits[editor.name] = edit
         if model.identity() != identity:
             raise EditMismatchError(
                 f"{model.name} was changed while edits were computed on it; compute them again"

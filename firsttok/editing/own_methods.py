@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from firsttok.arguments import taken
-from firsttok.editing.edit import EachEditor, Editor, OpenEditor
+from firsttok.editing.edit import Editor, OpenEditor, SideBySideEditor
+from firsttok.editing.fine_tuning import FINE_TUNING
 from firsttok.editing.memit import SPREAD, MemitEditor
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
@@ -27,7 +28,7 @@ __all__ = [
     "other_layers",
 ]
 
-EDITORS: tuple[Editor, ...] = SPREAD
+EDITORS: tuple[Editor, ...] = (*SPREAD, *FINE_TUNING)
 """Editors that go by a name besides the methods of the ROME family."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -85,7 +86,7 @@ def optimisations(methods: Iterable[Method | Editor]) -> int:
     given = tuple(methods)
     shared = {(type(each), each.anchor) for each in given if isinstance(each, Method | MemitEditor)}
     return len(shared) + sum(
-        isinstance(each, EachEditor) and not isinstance(each, MemitEditor) for each in given
+        isinstance(each, SideBySideEditor) and not isinstance(each, MemitEditor) for each in given
     )
 
 

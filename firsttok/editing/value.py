@@ -22,7 +22,7 @@ from firsttok.models import Model, capture_tail
 from firsttok.prompts import Prompt, fact_prompt, pad, positions, subject_prompt, with_target
 from firsttok.tensors import TokenBatch, ValueMatrix, ValueVector
 
-__all__ = ["Value", "optimise_values"]
+__all__ = ["Value", "memory_budget", "optimise_values"]
 
 CPU_BUDGET = 3 * 2**27
 """Bytes of activations of one batch for each thread on a CPU; on a GPU it is half of what is free.
@@ -244,7 +244,7 @@ def _groups(
 
 def _split(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: (rows[i].width, rows[i].prefix))
-    budget = _budget(model)
+    budget = memory_budget(model)
 
     def batch(start: int, end: int) -> list[_FactRows]:
         return [rows[i] for i in order[start:end]]
@@ -265,7 +265,12 @@ def _split(model: Model, rows: Sequence[_FactRows], layer: int) -> list[list[int
     return [[order[place] for place in places] for places in split]
 
 
-def _budget(model: Model) -> int:
+def memory_budget(model: Model) -> int:
+    """Bytes that one batch of an optimisation may hold.
+
+    Args:
+        model: The model that is optimised on.
+    """
     if model.device.type != "cuda":
         return CPU_BUDGET * min(torch.get_num_threads(), _MOST_THREADS)
     free = torch.cuda.mem_get_info(model.device)[0]

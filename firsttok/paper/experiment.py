@@ -19,6 +19,7 @@ from firsttok.config import configured
 from firsttok.console import exit_on_error, progress_bar, show
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, LeftOut
+from firsttok.editing import Editor, Method
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, kept_contexts, open_study
 from firsttok.options import add_script_options, folder_name
