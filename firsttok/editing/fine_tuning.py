@@ -168,8 +168,8 @@ class FineTuningEditor:
     """Fine-tuning of the MLP's last matrix at one layer, and of nothing else.
 
     The defaults are the released FT with its bound. On GPT-2-XL and GPT-J the released code also
-    trains the bias of that matrix, since it takes every parameter whose name begins alike; here the
-    bias stays as it is, so that an edit is a change of one matrix on every architecture.
+    trains the bias of that matrix, since it takes every parameter whose name contains a pattern.
+    Here the bias stays as it is, so that an edit is a change of one matrix on every architecture.
 
     Several facts in one edit are one batch: the loss is the mean over facts. The released code
     steps once for every 64 of them; here every step sees all.
