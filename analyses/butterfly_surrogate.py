@@ -47,7 +47,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     scores = score_tasks(study.model, edits, limit=ITEMS[profile], progress=progress)
     names = [("", 0.0), *((fact.subject, factor) for fact, factor, _ in states)]
     measured = [study.original_perplexity, *study.perplexities(edits)]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"part": "model", "subject": subject, "factor": factor, "perplexity": one.mean}
         | {name: own[name].main for name in OWN_TASKS}
         for (subject, factor), one, own in zip(names, measured, scores, strict=True)
@@ -86,7 +86,8 @@ def correlation(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
 
     def rho(a: Any, b: Any) -> float:
         # A resample may hold one value alone, which has no rank correlation.
-        return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0
+        ranked: Any = spearmanr(a, b)
+        return float(ranked.statistic) if np.ptp(a) and np.ptp(b) else 0.0
 
     found = bootstrap(
         (x, y),

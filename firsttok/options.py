@@ -171,8 +171,8 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         default=list(default),
         help="rome, c-rome (= r-rome), p-rome, fc-rome; memit, memit-seq, emmet, alphaedit, each "
         "but memit-seq with c-, fc- or p- before it as well; ft, ft-unbound, ft-m; one of your own "
-        "as NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; or "
-        f"a TOML file of them (default: {' '.join(default)})",
+        "as NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; "
+        f"or a TOML file of them (default: {' '.join(default)})",
     )
     parser.add_argument(
         "--layers",
