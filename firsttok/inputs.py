@@ -27,6 +27,7 @@ from firsttok.sieve import usable_facts
 from firsttok.study import Study
 
 __all__ = [
+    "excluded_subjects",
     "fact_file",
     "fact_from",
     "model_from",
@@ -57,6 +58,18 @@ def fact_from(args: argparse.Namespace, *, target: str, true: str) -> Fact:
         join=args.join or "auto",
         straddle=args.straddle or "refuse",
     )
+
+
+def excluded_subjects(args: argparse.Namespace) -> frozenset[str]:
+    """The subjects of ``--exclude``, in one case; none without it.
+
+    Raises:
+        BadInputError: If the file is unusable.
+    """
+    if args.exclude is None:
+        return frozenset()
+    facts = check_facts(resolve_data(args.exclude, "facts"), skip_bad=True)
+    return frozenset(fact.subject.casefold() for fact in facts)
 
 
 def fact_file(args: argparse.Namespace) -> FactFile:
