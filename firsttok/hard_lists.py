@@ -175,8 +175,13 @@ def _search(
 
     source = wanted()
     found: list[Fact] = []
-    size = TOGETHER if study.model.device.type == "cpu" else _TOGETHER_CUDA
-    while (count is None or len(found) < count) and (some := tuple(islice(source, size))):
+    most = TOGETHER if study.model.device.type == "cpu" else _TOGETHER_CUDA
+
+    def batch() -> tuple[Fact, ...]:
+        # Few that are predicted do not collapse, so hardly more need be edited than are wanted.
+        return tuple(islice(source, most if count is None else min(most, count - len(found))))
+
+    while some := batch():
         rows, reasons = _edited(study, some)
         for fact in some:
             row = rows.get(fact.case_id)
@@ -190,8 +195,8 @@ def _search(
             )
             if row is not None and row.collapsed == collapsing:
                 found.append(fact)
-        shown.update(confirming, completed=len(found[:count]))
-    return FactSearch(facts=tuple(found[:count]), verdicts=tuple(verdicts.values()))
+        shown.update(confirming, completed=len(found))
+    return FactSearch(facts=tuple(found), verdicts=tuple(verdicts.values()))
 
 
 def _check(study: Study, facts: Sequence[Fact], count: int | None) -> None:
