@@ -162,8 +162,10 @@ def _search(
     _check(study, facts, count)
     shown = progress or Progress(disable=True)
     kind = "hard" if collapsing else "normal"
-    screening = shown.add_task(f"screening for {kind} facts", total=len(facts))
-    confirming = shown.add_task(f"confirming {kind} facts", total=count)
+    # The first bar is what a log shows, and a search with a count does not go through all facts.
+    bars = [(f"confirming {kind} facts", count), (f"screening for {kind} facts", len(facts))]
+    added = {name: shown.add_task(name, total=total) for name, total in bars[:: 1 if count else -1]}
+    confirming, screening = (added[name] for name, _ in bars)
     verdicts: dict[int, Verdict] = {}
 
     def wanted() -> Iterator[Fact]:
@@ -182,7 +184,7 @@ def _search(
         return tuple(islice(source, most if count is None else min(most, count - len(found))))
 
     while some := batch():
-        rows, reasons = _edited(study, some)
+        rows, reasons = _edited(study, some, shown)
         for fact in some:
             row = rows.get(fact.case_id)
             before = verdicts[fact.case_id]
@@ -270,12 +272,20 @@ def _screen_window(
     return {row.case_id: row for row in rows}, reasons
 
 
-def _edited(study: Study, facts: Sequence[Fact]) -> tuple[dict[int, Row], dict[int, str]]:
+def _edited(
+    study: Study, facts: Sequence[Fact], shown: Progress
+) -> tuple[dict[int, Row], dict[int, str]]:
     """The rows of ROME's edits by case id, and why others have none."""
     failed: list[FailedFact] = []
+    before = set(shown.task_ids)
     rows = _all_that_went_well(
-        failed, facts, lambda told: measure_facts(study, facts, [ROME], on_failure=told)
+        failed,
+        facts,
+        lambda told: measure_facts(study, facts, [ROME], progress=shown, on_failure=told),
     )
+    # Each batch has a bar of its own, and there may be hundreds of batches.
+    for task in set(shown.task_ids) - before:
+        shown.remove_task(task)
     return {row.case_id: row for row in rows}, {each.case_id: each.reason for each in failed}
 
 
