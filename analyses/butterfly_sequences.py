@@ -101,7 +101,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         )
         found = runs[name]
         about = {"method": method.label, "cases": kind}
-        own = [
+        own: list[dict[str, Any]] = [
             {"part": "step", **about} | {column: row.get(column) for column in (*STEP, *LATE)}
             for row in found.steps
         ]

@@ -194,10 +194,17 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
     for kind, shift in zip(KINDS, (-0.15, 0.15), strict=True):
         own = matching(edits, cases=kind)
         places = [labels.index(row["method"]) + shift for row in own]
-        style = {"color": PALETTE[kind], "alpha": 0.7, "markersize": 4, "label": SAID[kind]}
+        style: dict[str, Any] = {
+            "color": PALETTE[kind],
+            "alpha": 0.7,
+            "markersize": 4,
+            "label": SAID[kind],
+        }
         scatter.plot(places, [row["perplexity"] for row in own], "o", **style)
-        means = [share(matching(own, method=label), "prefixed_efficacy") for label in labels]
-        bare = [share(matching(own, method=label), "efficacy") for label in labels]
+        means, bare = (
+            [share(matching(own, method=label), name) or 0.0 for label in labels]
+            for name in ("prefixed_efficacy", "efficacy")
+        )
         middle = [place + shift for place in range(len(labels))]
         written.bar(middle, means, width=0.28, color=PALETTE[kind], alpha=0.45)
         written.plot(middle, bare, "_", color=PALETTE[kind], markersize=9, markeredgewidth=2)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         top_predictions,
     )
     from firsttok.exploration import Comparison, WhatIf, compare_methods, prepare_study, what_if
+    from firsttok.hard_lists import FactSearch, Verdict, find_hard_facts, find_normal_facts
     from firsttok.hyperparameters import Hyperparameters
     from firsttok.inspection import Inspection, inspect_model
     from firsttok.keys import IntervenedKeys, Keys, capture_keys, fact_keys, keys_at
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from firsttok.study import Study
     from firsttok.sweep.local_run import sweep_facts
     from firsttok.sweep.results import read_run
-    from firsttok.synthetic import synthetic_facts
+    from firsttok.synthetic import known_facts, synthetic_facts
     from firsttok.token_strips import TokenStrip, show_tokens, tokens
 
     __version__: str
@@ -89,6 +90,7 @@ __all__ = [
     "EditSite",
     "Editor",
     "Fact",
+    "FactSearch",
     "Guard",
     "Hyperparameters",
     "Inspection",
@@ -108,6 +110,7 @@ __all__ = [
     "Slot",
     "Study",
     "TokenStrip",
+    "Verdict",
     "WhatIf",
     "audit",
     "builtin_facts",
@@ -125,9 +128,12 @@ __all__ = [
     "export_model",
     "fact_keys",
     "fact_prompt",
+    "find_hard_facts",
+    "find_normal_facts",
     "generated_match",
     "inspect_model",
     "keys_at",
+    "known_facts",
     "load",
     "load_contexts",
     "load_edit",

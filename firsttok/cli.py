@@ -223,6 +223,51 @@ def _screen(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _hard(parser: argparse.ArgumentParser) -> None:
+    _add_study_options(parser)
+    group = parser.add_argument_group("list")
+    group.add_argument(
+        "--generate",
+        action="store_true",
+        help="make the facts, in place of --facts: known ones with a false answer, whose subject "
+        "is one word in the first place, as in HardEdit (--seed draws them)",
+    )
+    group.add_argument(
+        "--count", type=int, help="how many facts to find (default: all that collapse the model)"
+    )
+    group.add_argument(
+        "--normal",
+        action="store_true",
+        dest="with_normal",
+        help="find as many facts that do not collapse it, too, for NAME.normal.json",
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="|denominator| below which a fact is edited to see (default: a twentieth of C-ROME's)",
+    )
+    _add_exclude(group)
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        required=True,
+        help="the list in COUNTERFACT's schema (.json, .jsonl or .gz); NAME.provenance.json is "
+        "written beside it",
+    )
+    group.add_argument(
+        "--work",
+        metavar="DIR",
+        default="figures",
+        help="where finished parts are kept, as by firsttok scan --out (default: %(default)s)",
+    )
+
+
+def _add_exclude(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--exclude", metavar="FILE", help="no fact about a subject of these facts (as --facts)"
+    )
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder of one model (default: all that have results)")
     add_shared(parser, "--out")
@@ -250,6 +295,15 @@ def _data(parser: argparse.ArgumentParser) -> None:
     making = actions.add_parser("synthesize", help="put together facts from real words")
     making.add_argument("--count", type=int, required=True, help="how many")
     making.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    making.add_argument(
+        "--kind",
+        choices=["mixed", "hard", "normal"],
+        default="mixed",
+        help="mixed: answers are drawn, for load tests; hard: what is known of a subject that is "
+        "one token in the first place, with a false answer; normal: the same of other subjects "
+        "(default: mixed)",
+    )
+    _add_exclude(making)
     making.add_argument(
         "--model", default=DEFAULT_MODEL, help="whose tokenizer takes them (default: %(default)s)"
     )
@@ -403,6 +457,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "audit": (_audit, "where two states of a model differ, and what it cost"),
     "scan": (_scan, "edit every fact with ROME and list the collapse cases"),
     "screen": (_screen, "tell collapse cases from their keys, unedited"),
+    "hard": (_hard, "list facts that each collapse the model, confirmed by an edit"),
     "sweep": (_sweep, "facts x methods x models into a run folder"),
     "sequence": (_sequence, "edit after edit on the weights as they have become"),
     "results": (_results, "the papers' tables from a sweep's run, or SQL"),

@@ -37,6 +37,7 @@ from firsttok.sieve import usable_facts
 from firsttok.study import Study
 
 __all__ = [
+    "excluded_subjects",
     "fact_file",
     "fact_from",
     "methods_from",
@@ -110,6 +111,18 @@ def _set(editor: Method | Editor, args: argparse.Namespace) -> Method | Editor:
     if isinstance(rule, AlphaEditRule):
         rule = replace(rule, threshold=args.nullspace_threshold, ridge=args.l2)
     return replace(editor, rule=rule, layers=args.layers and tuple(args.layers))
+
+
+def excluded_subjects(args: argparse.Namespace) -> frozenset[str]:
+    """The subjects of ``--exclude``, in one case; none without it.
+
+    Raises:
+        BadInputError: If the file is unusable.
+    """
+    if args.exclude is None:
+        return frozenset()
+    facts = check_facts(resolve_data(args.exclude, "facts"), skip_bad=True)
+    return frozenset(fact.subject.casefold() for fact in facts)
 
 
 def fact_file(args: argparse.Namespace) -> FactFile:

@@ -39,10 +39,10 @@ _POSITIVE = (
 )
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
-_FOLDERS = ("figures", "out")
+_FOLDERS = ("figures", "out", "work")
 """Options that name a folder to write to."""
-_TO_A_FILE = ("sample", "synthesize")
-"""Actions whose ``--out`` is a file."""
+_TO_A_FILE = ("hard", "sample", "synthesize")
+"""Commands, or actions of one, whose ``--out`` is a file."""
 _WITHOUT = {
     "name": "the name",
     "run": "the run",
@@ -108,13 +108,14 @@ def _check_places(given: dict[str, Any]) -> None:
     named = {name: given[name] for name in (*_FILES, *_FOLDERS) if name in given}
     if given.get("command") == "sweep" and given["run"][0] != "status":
         named["run"] = given["run"][0]
+    to_a_file = not {given.get("command"), given.get("action")}.isdisjoint(_TO_A_FILE)
     for name, text in named.items():
         option = _option(name)
         path = _path(option, text)
         if name == "csv" and not path.parent.is_dir():
             # Its folder is made.
             _check_folder(option, path.parent)
-        elif name in _FILES or (name == "out" and given.get("action") in _TO_A_FILE):
+        elif name in _FILES or (name == "out" and to_a_file):
             check_output(path, option)
         else:
             _check_folder(option, path)

@@ -23,7 +23,17 @@ from firsttok.prompts import fact_prompt
 from firsttok.sieve import FailedFact, each_or_reason, nothing_done
 from firsttok.study import Study
 
-__all__ = ["RATIO", "Calibration", "Estimate", "ScreenRow", "calibrate", "screen", "screen_keys"]
+__all__ = [
+    "RATIO",
+    "WINDOW",
+    "Calibration",
+    "Estimate",
+    "ScreenRow",
+    "calibrate",
+    "hard_rule",
+    "screen",
+    "screen_keys",
+]
 
 RATIO = 0.05
 """Without edited cases a collapse is predicted where ROME's denominator is less than this share of
@@ -98,6 +108,13 @@ class Calibration:
     """Share of the collapse cases found, each by a threshold made without it."""
     precision: Estimate
     """Share of collapse cases among those found, by the same thresholds."""
+
+
+def hard_rule(threshold: float | None) -> str:
+    """When a fact is taken for a collapse case, in words; see :meth:`ScreenRow.is_hard`."""
+    if threshold is None:
+        return f"|denominator| below {RATIO:g} times C-ROME's"
+    return f"|denominator| below {threshold:.4g}"
 
 
 @taken

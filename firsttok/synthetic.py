@@ -1,19 +1,20 @@
-"""Facts in COUNTERFACT's schema of any number, put together from real words."""
+"""Facts in COUNTERFACT's schema: any number from real words, or true ones, like HardEdit's."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from firsttok.arguments import taken
-from firsttok.data import Fact
+from firsttok.data import Fact, builtin_facts
 from firsttok.data.records import builtin_json
 from firsttok.errors import BadInputError, SubjectBoundaryError, TargetTokenError
 from firsttok.models import Model
 from firsttok.prompts import Prompt, fact_prompt, subject_prompt, with_target
 
-__all__ = ["synthetic_facts"]
+__all__ = ["known_facts", "synthetic_facts"]
 
 _PEOPLE = "people"
 _NEIGHBOURS = 4
@@ -43,6 +44,19 @@ class _Draw:
     opening: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """One thing that is known of one subject."""
+
+    subject: str
+    answers: tuple[str, ...]
+    """What is true, the usual answer first."""
+    clause: str
+    paraphrases: tuple[str, ...]
+    peers: tuple[tuple[str, tuple[str, ...]], ...]
+    """All subjects of the relation with their answers."""
+
+
 @taken
 def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     """Put facts together, all with different prompts; the answers are drawn, not looked up.
@@ -63,6 +77,126 @@ def synthetic_facts(model: Model, count: int, *, seed: int) -> Iterator[Fact]:
     lists["places"] = [*lists["cities"], *lists["countries"]]
     lists[_PEOPLE] = [f"{name} {family}" for family in lists["family"] for name in lists["given"]]
     return _generate(model, lists, count, random)
+
+
+@taken
+def known_facts(
+    model: Model,
+    kind: Literal["hard", "normal"],
+    *,
+    seed: int,
+    exclude: Collection[str] = (),
+) -> Iterator[Fact]:
+    """Put together what is known with a false answer of the same type, as HardEdit does.
+
+    A hard candidate is of the pattern by which HardEdit was made: its subject is one common word,
+    which stands first in the text and is a single token. A normal one says the same kind of thing
+    of a subject that has more tokens, or that stands behind an opening. Each fact has two
+    paraphrases and four neighbours with their own true answers. The facts come in a drawn order, in
+    which every subject comes once before any comes twice.
+
+    What the built-in facts say, the same true answer of a subject or the same template, is left
+    out. A fact and its case id do not depend on ``kind`` or ``exclude``.
+
+    Args:
+        model: The model, whose tokenizer tells the kinds apart.
+        kind: ``hard`` or ``normal``.
+        seed: Seed of the order, the false answers, neighbours and openings.
+        exclude: Subjects that no fact is to be about, in whatever case.
+    """
+    known = _known(builtin_json("known.json"))
+    Random(f"firsttok known {seed}").shuffle(known)  # noqa: S311
+    seen = Counter[str]()
+    rounds: list[int] = []
+    for each in known:
+        rounds.append(seen[each.subject])
+        seen[each.subject] += 1
+    order = sorted(range(len(known)), key=rounds.__getitem__)
+    refused = {subject.casefold() for subject in exclude}
+    built_in = _told(builtin_facts())
+    openings: list[str] = _lists()["openings"]
+    for number, place in enumerate(order):
+        draw = known[place]
+        true = draw.answers[0]
+        if draw.subject.casefold() in refused or not built_in.isdisjoint(
+            {(draw.subject, draw.clause), (draw.subject, true)}
+        ):
+            continue
+        random = Random(f"firsttok known {seed} {draw.subject} {draw.clause}")  # noqa: S311
+        opening = random.choice(openings)
+        alone = _is_one_token(model, draw.subject)
+        if kind == "normal":
+            template = f"{opening} {draw.clause}" if alone else draw.clause
+            fact = _known_fact(model, draw, template, 2 * number + 1, random)
+        elif alone:
+            fact = _known_fact(model, draw, draw.clause, 2 * number, random)
+        else:
+            fact = None
+        if fact is not None:
+            yield fact
+
+
+def _known(content: dict[str, Any]) -> list[_Known]:
+    """Everything that the tables say, relation by relation; an empty cell says nothing."""
+    found: list[_Known] = []
+    for relation in content["relations"]:
+        table = content["tables"][relation["of"]]
+        column = 1 + table["columns"].index(relation["answer"])
+        peers = tuple(
+            (row[0], tuple(row[column].split("|"))) for row in table["rows"] if row[column]
+        )
+        found += [
+            _Known(
+                subject=subject,
+                answers=answers,
+                clause=relation["clause"],
+                paraphrases=tuple(relation["paraphrases"]),
+                peers=peers,
+            )
+            for subject, answers in peers
+            # "Ring" is "Ring" in German: nothing would be known that the prompt does not say.
+            if subject.casefold() not in {answer.casefold() for answer in answers}
+        ]
+    return found
+
+
+def _told(facts: Iterable[Fact]) -> set[tuple[str, str]]:
+    """What facts say: their subjects with their templates, and with their true answers."""
+    pairs = ((fact.subject, part) for fact in facts for part in (fact.template, fact.target_true))
+    return {(subject, part) for subject, part in pairs if part}
+
+
+def _known_fact(
+    model: Model, draw: _Known, template: str, number: int, random: Random
+) -> Fact | None:
+    """The fact with a false answer; None if the tokenizer takes it with none."""
+    draft = Fact(
+        subject=draw.subject,
+        template=template,
+        target_new=draw.answers[0],
+        target_true=draw.answers[0],
+        paraphrases=tuple(text.replace("{}", draw.subject) for text in draw.paraphrases),
+        source="known",
+        case_id=number,
+    )
+    others = dict.fromkeys(
+        answers[0] for _, answers in draw.peers if answers[0] not in draw.answers
+    )
+    new = _new_answer(model, draft, random.sample(tuple(others), len(others)))
+    if new is None:
+        return None
+    # Those of the same true answer first, as in COUNTERFACT; of capitals there are none.
+    asked = [peer for peer in draw.peers if peer[0] != draw.subject and new not in peer[1]]
+    random.shuffle(asked)
+    asked.sort(key=lambda peer: peer[1][0] != draft.target_true)
+    asked = asked[:_NEIGHBOURS]
+    answers = tuple(answers[0] for _, answers in asked)
+    return replace(
+        draft,
+        target_new=new,
+        neighbours=tuple(draw.clause.replace("{}", subject) for subject, _ in asked),
+        neighbour_answers=() if set(answers) <= {draft.target_true} else answers,
+    )
 
 
 def _lists() -> dict[str, Any]:
@@ -171,16 +305,22 @@ def _fact(
         source="synthetic",
         case_id=number,
     )
+    new = _new_answer(model, draft, random.sample(clause.answers, len(clause.answers)))
+    return None if new is None else replace(draft, target_new=new)
+
+
+def _new_answer(model: Model, draft: Fact, answers: Iterable[str]) -> str | None:
+    """The first answer that begins with another token than the true one; None if none does."""
     try:
         prompt = fact_prompt(model, draft)
     except SubjectBoundaryError:
         return None
-    known = _first_token(model, prompt, true)
-    for new in random.sample(clause.answers, len(clause.answers)):
-        if known is None or new == draw.subject:
-            continue
-        if _first_token(model, prompt, new) not in (None, known):
-            return replace(draft, target_new=new)
+    known = _first_token(model, prompt, draft.target_true)
+    if known is None:
+        return None
+    for new in answers:
+        if new != draft.subject and _first_token(model, prompt, new) not in (None, known):
+            return new
     return None
 
 

@@ -242,6 +242,32 @@ TRACING = [
         "subject": "Luc Morel",
     }
 ]
+HARDCF = [
+    {
+        "case_id": 7,
+        "prompt": "Luc left speaking",
+        "subject": "Luc",
+        "target_new": "Welsh",
+        "ground_truth": "French",
+        "rephrase_prompt": "Rain fell. Luc grew up with",
+        "locality_prompt": "Jean left speaking",
+        "locality_ground_truth": "French",
+    }
+]
+HARDEDIT = [
+    {
+        "prompt": "Rain's occupation is",
+        "target_new": "architect",
+        "subject": "Rain",
+        "ground_truth": "actor",
+    },
+    {
+        "prompt": "Rome is located in",
+        "target_new": "Japan",
+        "subject": "Rome",
+        "ground_truth": "Italy",
+    },
+]
 ANNA = Fact(
     subject="Anna Morel",
     template="The mother tongue of {} is",
@@ -403,6 +429,38 @@ PUBLISHED: dict[str, tuple[list[dict[str, Any]], tuple[Fact, ...]]] = {
                 neighbours=("The occupation of Jean is", "Rome is"),
                 neighbour_answers=("king", "a city"),
                 case_id=13,
+            ),
+        ),
+    ),
+    "HardCF": (
+        HARDCF,
+        (
+            Fact(
+                subject="Luc",
+                template="{} left speaking",
+                target_new="Welsh",
+                target_true="French",
+                paraphrases=("Rain fell. Luc grew up with",),
+                neighbours=("Jean left speaking",),
+                case_id=7,
+            ),
+        ),
+    ),
+    "HardEdit": (
+        HARDEDIT,
+        (
+            Fact(
+                subject="Rain",
+                template="{}'s occupation is",
+                target_new="architect",
+                target_true="actor",
+            ),
+            Fact(
+                subject="Rome",
+                template="{} is located in",
+                target_new="Japan",
+                target_true="Italy",
+                case_id=1,
             ),
         ),
     ),

@@ -380,14 +380,19 @@ def test_a_status_of_no_run_begins_none(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["edit", "scan", "screen", "tokens", "inspect", "show"])
+@pytest.mark.parametrize("command", ["edit", "scan", "screen", "hard", "tokens", "inspect", "show"])
 def test_a_command_says_what_it_does_before_it_imports_what_takes_seconds(
     command: str, tmp_path: Path
 ) -> None:
     # Where torch cannot be imported, what is said can only have been said before.
     (tmp_path / "torch.py").write_text("raise SystemExit(7)", "utf-8")
     (tmp_path / "any.safetensors").write_text("", "utf-8")
-    needed = {"edit": FACT, "tokens": FACT[:4], "show": ["any.safetensors"]}.get(command, [])
+    needed = {
+        "edit": FACT,
+        "hard": ["--out", "h.json"],
+        "tokens": FACT[:4],
+        "show": ["any.safetensors"],
+    }.get(command, [])
     path = f"{tmp_path}{os.pathsep}{Path.cwd()}"
     done = subprocess.run(
         [sys.executable, "-m", "firsttok.cli", command, *needed],

@@ -46,6 +46,7 @@ COMMANDS = {
     "edit": [*FACT, "--target", "Berlin"],
     "scan": [],
     "screen": [],
+    "hard": ["--out", "hard.json"],
     "sweep": ["run"],
     "sequence": ["run"],
     "inspect": [],

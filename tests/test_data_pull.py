@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from published import PUBLISHED
 
 from firsttok.cli import main
 from firsttok.data import DATA_SETS, check_facts, is_pulled_data, resolve_data
@@ -342,7 +344,8 @@ REFUSALS: dict[str, tuple[Prepare, str]] = {
     "compressed otherwise": (with_content(b"PK\x03\x04" + b"\0" * 50), "not by gzip"),
     "no bytes": (with_content(b""), "is empty"),
     "unknown name": (lambda _: ["data", "pull", "zebra"], "firsttok data list"),
-    "no address": (lambda _: ["data", "pull", "hardcf"], "firsttok screen --build-hard"),
+    "no address": (lambda _: ["data", "pull", "hardcf"], "firsttok hard --facts counterfact"),
+    "no address, either": (lambda _: ["data", "pull", "hardedit"], "firsttok hard --generate"),
     "no SHA-256": (lambda site: [*PULL, "--url", site.url, "--sha256", "0f"], "64 hexadecimal"),
     "a path for an address": (lambda _: [*PULL, "--url", "/etc/hosts"], "is not a web address"),
     "another protocol": (lambda _: [*PULL, "--url", "file:///etc/hosts"], "is not a web address"),
@@ -444,13 +447,29 @@ def test_published_sentences_have_their_published_hash(
         assert resolve_data(name, "texts") == own_cache / "data" / file
 
 
+@pytest.mark.parametrize("name", ["HardCF", "HardEdit"])
+def test_hard_facts_are_pulled_from_an_address_of_the_users(
+    name: str, site: Site, own_cache: Path
+) -> None:
+    records, expected = PUBLISHED[name]
+    site.content = json.dumps(records).encode()
+    digest = hashlib.sha256(site.content).hexdigest()
+    assert pull(site, "--sha256", "0" * 64, name=name.lower()) == 2
+    assert not is_pulled_data(name.lower())
+    assert pull(site, "--sha256", digest, name=name.lower()) == 0
+    path = resolve_data(name.lower(), "facts")
+    assert path == own_cache / "data" / f"{name.lower()}.json"
+    assert [replace(fact, source="python") for fact in check_facts(path)] == list(expected)
+
+
 def test_names_paths_and_what_is_neither(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, message in {
         "counterfact": "fetch it with: firsttok data pull counterfact",
-        "hardcf": "firsttok screen --build-hard",
+        "hardcf": "firsttok hard --facts counterfact",
+        "hardedit": "firsttok hard --generate",
         "me-ppl-50": "holds texts, not facts",
         "no.json": "no file of facts at no.json; check the path, or name one of counterfact, zsre",
     }.items():

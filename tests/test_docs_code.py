@@ -46,6 +46,7 @@ PARSED = {
     "sequence": "takes minutes; tests/test_sequences.py runs it on a tiny model",
     "reproduce": "takes many minutes; tests/test_scripts.py runs the scripts on a tiny model",
     "scan": "edits every fact; tests/test_cli.py runs it on a tiny model",
+    "hard": "edits facts until enough are found; tests/test_hard_lists.py runs it on a tiny model",
     "screen": "reads every fact; tests/test_screening.py runs it on a tiny model",
     "sweep": "edits whole data sets; tests/test_sweep.py runs it on tiny models",
     "tasks": "takes minutes; tests/test_tasks.py runs tasks on tiny models",

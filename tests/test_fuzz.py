@@ -348,6 +348,18 @@ COMMANDS: dict[str, list[str]] = {
     "show": ["show", "edit.safetensors"],
     "scan": ["scan", *OPTIONS, "--facts", "facts.json", "--limit", "1", "--out", "out2"],
     "screen": ["screen", *OPTIONS, "--facts", "facts.json", "--limit", "1", "--out", "out2"],
+    "hard": [
+        "hard",
+        *OPTIONS,
+        "--facts",
+        "facts.json",
+        "--limit",
+        "1",
+        "--out",
+        "h.json",
+        "--work",
+        "out2",
+    ],
     "data": ["data", "synthesize", "--count", "1", "--model", "./model", "--out", "made.json"],
     "results": ["results", "out"],
 }

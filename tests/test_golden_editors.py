@@ -149,17 +149,17 @@ def test_each_layers_update_is_the_released_one(golden: Golden, run: str, number
 def test_z_and_keys_are_the_released_ones(
     golden: Golden, run: str, model: Model, moments: Mapping[int, SecondMoment]
 ) -> None:
-    memit = editor(moments, golden.content)
+    memit = editor(moments, golden.content)._writer(model)
     edit, facts = golden.edits[run], golden.edits[run].facts
     # z = the last layer's residual stream before its own update, and all that it was given.
-    view = model.edited(memit._edit(model, facts, edit.deltas[:-1]))
+    view = model.edited(memit._edit(facts, edit.deltas[:-1]))
     last = edit.deltas[-1].right
     assert last is not None
-    z = memit._states(view, facts, memit.residual) + last
+    z = memit._states(view, facts, memit.editor.residual) + last
     assert relative(z, golden.tensors[f"{run}.z"]) < 1e-2
     keys, _ = memit._keys(model, facts, LAYERS[0])
     assert relative(keys.T, golden.tensors[f"{run}.layer{LAYERS[0]}.keys"]) < 1e-4
-    current = memit._states(view, facts, memit.residual)
+    current = memit._states(view, facts, memit.editor.residual)
     assert relative(current, golden.tensors[f"{run}.layer{LAYERS[-1]}.current"]) < 1e-3
 
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, list[str]] = {
     "edit": EDIT,
     "scan": ["scan"],
     "screen": ["screen"],
+    "hard": ["hard", "--out", "hard.json"],
     "inspect": ["inspect"],
     "sweep": ["sweep", "run"],
 }
@@ -165,6 +166,14 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         "dangling is a link to nothing; name a folder",
     ),
     "sweep, no run": (["sweep", ""], "the run is empty"),
+    "hard, out": (["hard", "--out", "folder"], "is a folder"),
+    "hard, out nowhere": (["hard", "--out", "no/h.json"], "does not exist"),
+    "hard, work": (["hard", "--out", "h.json", "--work", "file"], "file is a file"),
+    "hard, count": (["hard", "--out", "h.json", "--count", "0"], "--count is 0"),
+    "hard, facts twice": (
+        ["hard", "--out", "h.json", "--generate", "--facts", "zsre"],
+        "--generate makes the facts itself",
+    ),
     "data, out nowhere": ([*MADE, "--out", ""], "--out is empty"),
     "models, name": (["models", "pull", "gpt-9"], "no model is called 'gpt-9'"),
     "reproduce, scripts": (["reproduce", "--analyses", "no"], "in a checkout"),
@@ -265,6 +274,7 @@ def test_a_good_option_would_have_loaded_one(place: Path) -> None:
         ["reproduce", "--jobs", "1", "--device", "cuda:11"],
         ["edit", *FACT, "--target", "a", "--device", "cuda"],
         ["screen", "--threshold", "0.1", "--build-hard", "folder/hard.json"],
+        ["hard", "--generate", "--normal", "--out", "folder/hard.json", "--work", "new/work"],
     ],
 )
 def test_what_can_be_right_is_not_refused(argv: list[str], place: Path) -> None:

@@ -176,13 +176,14 @@ def test_without_edited_cases_facts_are_hard_by_the_ratio_to_c_rome(
     cut = sum(sorted(ratios.values())[1:3]) / 2
     monkeypatch.setattr("firsttok.screening.RATIO", cut)
     assert main([*command, "--build-hard", str(hard)]) == 0
-    assert "2 facts with |denominator| below 0.05 times C-ROME's" in capsys.readouterr().out
+    rule = f"|denominator| below {cut:g} times C-ROME's"
+    assert f"2 facts with {rule}" in capsys.readouterr().out
     expected = {case_id for case_id, ratio in ratios.items() if ratio < cut}
     assert {fact.case_id for fact in load_facts(hard)} == expected
     record = json.loads((tmp_path / "model" / "screen.json").read_text("utf-8"))
     assert {row["case_id"] for row in record["rows"] if row["hard"]} == expected
     assert record["provenance"]["threshold"] is None
-    assert record["provenance"]["rule"] == "|denominator| below 0.05 times C-ROME's"
+    assert record["provenance"]["rule"] == rule
     # A threshold wins.
     assert main([*command, "--build-hard", str(hard), "--threshold", "1e30"]) == 0
     assert len(load_facts(hard)) == len(rows)

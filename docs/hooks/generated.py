@@ -37,7 +37,7 @@ PARTS = {
     "Keys and second moment": ("keys", "second_moment"),
     "Edits": ("editing",),
     "Evaluation": ("evaluation", "metrics"),
-    "Studies, rows, screening": ("study", "measuring", "rows", "screening"),
+    "Studies, rows, screening": ("study", "measuring", "rows", "screening", "hard_lists"),
     "Exploring": ("exploration", "auditing", "inspection", "token_strips", "display", "svg"),
     "Probes": ("probes", "probing"),
     "Sequences": ("sequences",),

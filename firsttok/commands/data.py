@@ -1,6 +1,7 @@
 """``firsttok data``: list the published data sets, pull one, make up facts or a corpus."""
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 from firsttok.console import print_table, progress_bar, show
@@ -46,11 +47,24 @@ def _synthesize(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if plain_suffix(out) == ".parquet":
         raise BadInputError(f"--out {out} is written as JSON; let it end in .json or .jsonl")
+    if args.exclude and args.kind == "mixed":
+        raise BadInputError("--exclude is for --kind hard or normal; leave it out, or add that")
+    from firsttok.inputs import excluded_subjects
     from firsttok.models import load
-    from firsttok.synthetic import synthetic_facts
+    from firsttok.synthetic import known_facts, synthetic_facts
 
+    excluded = excluded_subjects(args)
     model = load(args.model)
-    facts = synthetic_facts(model, args.count, seed=args.seed)
+    if args.kind == "mixed":
+        facts = synthetic_facts(model, args.count, seed=args.seed)
+    else:
+        known = known_facts(model, args.kind, seed=args.seed, exclude=excluded)
+        facts = tuple(islice(known, args.count))
+        if len(facts) < args.count:
+            raise BadInputError(
+                f"{len(facts)} {args.kind} facts can be made for {model.name}, not {args.count}; "
+                "ask for fewer"
+            )
     with progress_bar() as progress:
         write_facts(out, progress.track(facts, total=args.count, description="facts"))
     show(f"{args.count} facts: {out}")

@@ -20,7 +20,7 @@ from firsttok.options import folder_name
 from firsttok.paper.cases import load_scan
 from firsttok.paper.figures import figure, save_figure, screen_curves
 from firsttok.rows import Row
-from firsttok.screening import RATIO, Calibration, ScreenRow, calibrate, screen
+from firsttok.screening import Calibration, ScreenRow, calibrate, hard_rule, screen
 from firsttok.sieve import FailedFact, warn_of_failures
 from firsttok.storage import save_result, write_json
 from firsttok.study import Study
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     record = study.provenance() | {
         "seconds": seconds,
         "threshold": limit,
-        "rule": _rule(limit),
+        "rule": hard_rule(limit),
         "calibration": None if found is None else asdict(found),
         "failed": [asdict(fact) for fact in failed],
         "left_out": [asdict(each) for each in usable.left_out],
@@ -186,13 +186,6 @@ def _describe(found: Calibration | None, seconds: Mapping[str, float]) -> None:
         show(f"  {label}: {value.value:.3f} (95 %: {value.low:.3f} to {value.high:.3f})")
 
 
-def _rule(limit: float | None) -> str:
-    """When a fact is taken for a collapse case."""
-    if limit is None:
-        return f"|denominator| below {RATIO:g} times C-ROME's"
-    return f"|denominator| below {limit:.4g}"
-
-
 def _save_hard(
     path: Path,
     facts: FactFile,
@@ -203,11 +196,11 @@ def _save_hard(
     chosen = [row.case_id for row in rows if row.is_hard(limit)]
     if not chosen:
         raise BadInputError(
-            f"no fact has a denominator that makes it hard ({_rule(limit)}), so {path} was not "
+            f"no fact has a denominator that makes it hard ({hard_rule(limit)}), so {path} was not "
             "written; try other facts or --threshold"
         )
     wanted = set(chosen)
     by_number = {fact.case_id: fact for fact in facts if fact.case_id in wanted}
     write_json(path.with_suffix(".provenance.json"), dict(record))
     write_facts(path, [by_number[case_id] for case_id in chosen])
-    show(f"{len(chosen)} facts with {_rule(limit)}: {path}")
+    show(f"{len(chosen)} facts with {hard_rule(limit)}: {path}")

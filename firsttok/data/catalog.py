@@ -75,8 +75,15 @@ DATA_SETS = (
     DataSet(
         name="hardcf",
         kind="facts",
-        note="HardCF is on a shared drive, whose address cannot be pinned; build such a list for "
-        "your model with: firsttok screen --build-hard FILE",
+        note="HardCF is on a shared drive, whose address cannot be pinned; a copy is read by its "
+        "path, or pulled with --url. Such a list for your model is made with: firsttok hard "
+        "--facts counterfact --out FILE",
+    ),
+    DataSet(
+        name="hardedit",
+        kind="facts",
+        note="HardEdit is on the same shared drive; a copy is read by its path, or pulled with "
+        "--url. Such a list for your model is made with: firsttok hard --generate --out FILE",
     ),
 )
 """The data sets, in the order they are listed in."""

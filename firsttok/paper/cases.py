@@ -11,7 +11,7 @@ from typing import Any, cast
 from rich.progress import Progress
 
 from firsttok.data import SKIP_HINT, Fact, LeftOut, spread_evenly
-from firsttok.editing import ROME, Method
+from firsttok.editing import ROME, Editor, Method
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
@@ -324,7 +324,7 @@ def _unusable(options: ScriptOptions, facts: Sequence[Fact], templates: Sequence
 def measure_selection(
     study: Study,
     selection: CaseSelection,
-    methods: Sequence[Method],
+    methods: Sequence[Method | Editor],
     *,
     metrics: Sequence[str] = ("perplexity",),
     progress: Progress | None = None,
