@@ -1,4 +1,4 @@
-"""Edits: the ROME family slot by slot, MEMIT and its relatives, the value, the patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, MEND, the value, the patch."""
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import AppliedEdit, Edit, Editor, shown_components
@@ -11,6 +11,8 @@ from firsttok.editing.memit import (
     MemitRule,
     SpreadRule,
 )
+from firsttok.editing.mend import MendEditor, Statistics
+from firsttok.editing.mend_network import MendNetwork
 from firsttok.editing.methods import (
     C_ROME,
     FC_ROME,
@@ -45,10 +47,13 @@ __all__ = [
     "EmmetRule",
     "MemitEditor",
     "MemitRule",
+    "MendEditor",
+    "MendNetwork",
     "Method",
     "RomeEditor",
     "Slot",
     "SpreadRule",
+    "Statistics",
     "Turn",
     "Value",
     "ValueStore",
