@@ -24,21 +24,28 @@ HYPERPARAMETERS = {
 """Fields of :class:`Hyperparameters` by the option that sets them."""
 _COUNTS = (
     "actors",
+    "batch",
     "chunk",
     "collapse",
     "count",
     "cpus_per_actor",
+    "edits",
+    "every",
     "jobs",
     "limit",
     "normal",
+    "patience",
+    "rank",
     "tokens",
+    "validation",
+    "windows",
 )
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out")
 """Options that name a folder to write to."""
-_TO_A_FILE = ("sample", "synthesize")
-"""Actions whose ``--out`` is a file."""
+_TO_A_FILE = ("sample", "synthesize", "train-mend")
+"""Actions and commands whose ``--out`` is a file."""
 _WITHOUT = {
     "name": "the name",
     "run": "the run",
@@ -103,13 +110,14 @@ def _check_places(given: dict[str, Any]) -> None:
     named = {name: given[name] for name in (*_FILES, *_FOLDERS) if name in given}
     if given.get("command") == "sweep" and given["run"][0] != "status":
         named["run"] = given["run"][0]
+    to_a_file = given.get("action") in _TO_A_FILE or given.get("command") in _TO_A_FILE
     for name, text in named.items():
         option = _option(name)
         path = _path(option, text)
         if name == "csv" and not path.parent.is_dir():
             # Its folder is made.
             _check_folder(option, path.parent)
-        elif name in _FILES or (name == "out" and given.get("action") in _TO_A_FILE):
+        elif name in _FILES or (name == "out" and to_a_file):
             check_output(path, option)
         else:
             _check_folder(option, path)

@@ -15,7 +15,7 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_texts
 from firsttok.editing import Edit
 from firsttok.editing.memit import MemitEditor, MemitRule
-from firsttok.editing.mend import MendEditor, Statistics
+from firsttok.editing.mend import MendEditor, MendStatistics
 from firsttok.editing.mend_network import MendNetwork
 from firsttok.engine.traits import KEY
 from firsttok.hyperparameters import Hyperparameters
@@ -192,7 +192,7 @@ def factors(
 
 
 MEND_LAYERS = (28, 29)
-MEND_RUNS = {"released": Statistics.RESTARTED, "evaluated": Statistics.KEPT}
+MEND_RUNS = {"released": MendStatistics.RESTARTED, "evaluated": MendStatistics.KEPT}
 EIFFEL = Fact(
     subject="Eiffel Tower",
     template="The {} is located in the city of",
@@ -262,7 +262,7 @@ def test_a_sequence_of_mend_is_the_released_one(
     known: dict[str, Any] = json.loads((shared / "golden2/mend_a.json").read_text("utf-8"))
     (run,) = (each for each in known["runs"] if each["run"] == "sequence_released")
     first, second = run["edits"][:2]
-    mend = MendEditor(network=mend_network, statistics=Statistics.RESTARTED)
+    mend = MendEditor(network=mend_network, statistics=MendStatistics.RESTARTED)
     rome = replace(EIFFEL, target_new=first["target_new"])
     london = Fact(
         subject="France",

@@ -12,7 +12,7 @@ from tiny import DECODERS, FACTS, TinyFactory, relative, same_weights, weights
 from benchmarks.naive import naive_model
 from firsttok.data import Fact
 from firsttok.editing import load_edit
-from firsttok.editing.mend import MendEditor, Statistics
+from firsttok.editing.mend import MendEditor, MendStatistics
 from firsttok.editing.mend_network import MendNetwork, RowStatistics
 from firsttok.errors import BadInputError
 from firsttok.models import PORTS, BosPolicy, Model, Place
@@ -41,7 +41,7 @@ def network_of(model: Model, *, seed: int = 3) -> MendNetwork:
     return plain.with_tensors(tensors)
 
 
-def editor(model: Model, statistics: Statistics = Statistics.KEPT) -> MendEditor:
+def editor(model: Model, statistics: MendStatistics = MendStatistics.KEPT) -> MendEditor:
     return MendEditor(network=network_of(model), statistics=statistics)
 
 
@@ -129,15 +129,15 @@ class NaiveMend:
         return change
 
 
-@pytest.mark.parametrize("statistics", Statistics)
+@pytest.mark.parametrize("statistics", MendStatistics)
 @pytest.mark.parametrize("arch", DECODERS)
 @pytest.mark.usefixtures("softmax_in_float64")
 def test_a_sequence_is_plain_editing_step_by_step(
-    tiny: TinyFactory, arch: str, statistics: Statistics
+    tiny: TinyFactory, arch: str, statistics: MendStatistics
 ) -> None:
     model = tiny(arch, "float64")
     before, mend = weights(model), editor(model, statistics)
-    naive = NaiveMend(model, mend.network, restarted=statistics is Statistics.RESTARTED)
+    naive = NaiveMend(model, mend.network, restarted=statistics is MendStatistics.RESTARTED)
     view = model
     # One fact, then two at once, then one again.
     for facts in ([FACTS[1]], [FACTS[0], FACTS[2]], [FACTS[3]]):
@@ -184,7 +184,7 @@ def test_statistics_do_not_depend_on_how_the_tokens_came() -> None:
 
 def test_a_sequence_goes_on_from_saved_edits(tiny: TinyFactory, tmp_path: Path) -> None:
     model = tiny("llama", "float64")
-    mend = editor(model, Statistics.RESTARTED)
+    mend = editor(model, MendStatistics.RESTARTED)
     view, again = model, model
     for number, fact in enumerate(FACTS[:3]):
         edit = mend.edit(view, [fact])
@@ -206,7 +206,7 @@ def test_a_network_is_saved_and_read(tiny: TinyFactory, tmp_path: Path) -> None:
     assert again.places == network.places
     assert again.record.get("training") == {"seed": 3}
     one, other = (
-        MendEditor(network=each, statistics=Statistics.KEPT).edit(model, [FACTS[0]])
+        MendEditor(network=each, statistics=MendStatistics.KEPT).edit(model, [FACTS[0]])
         for each in (network, again)
     )
     assert one.content_hash == other.content_hash
@@ -253,10 +253,10 @@ def test_what_cannot_be_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
         editor(model).edit(tiny("mistral"), [FACTS[0]])
     unknown = replace(network_of(model), record={})
     with pytest.raises(BadInputError, match="changes matrices"):
-        MendEditor(network=unknown, statistics=Statistics.KEPT).edit(tiny("gpt2"), [FACTS[0]])
+        MendEditor(network=unknown, statistics=MendStatistics.KEPT).edit(tiny("gpt2"), [FACTS[0]])
     one = MendNetwork.initial(model, [Place("blocks", 3)], rank=5)
     # At the last layer only the predictions of the target have a gradient; "because" is several.
-    restarted = MendEditor(network=one, statistics=Statistics.RESTARTED)
+    restarted = MendEditor(network=one, statistics=MendStatistics.RESTARTED)
     single = replace(FACTS[0], target_new="is", template="{}'s capital city, you know,")
     with pytest.raises(BadInputError, match="a variance needs two"):
         restarted.edit(model.with_bos(BosPolicy.WITHOUT), [single])

@@ -11,7 +11,7 @@ from firsttok.editing.memit import (
     MemitRule,
     SpreadRule,
 )
-from firsttok.editing.mend import MendEditor, Statistics
+from firsttok.editing.mend import MendEditor, MendStatistics, load_mend
 from firsttok.editing.mend_network import MendNetwork
 from firsttok.editing.methods import (
     C_ROME,
@@ -49,11 +49,11 @@ __all__ = [
     "MemitRule",
     "MendEditor",
     "MendNetwork",
+    "MendStatistics",
     "Method",
     "RomeEditor",
     "Slot",
     "SpreadRule",
-    "Statistics",
     "Turn",
     "Value",
     "ValueStore",
@@ -67,6 +67,7 @@ __all__ = [
     "find_method",
     "find_methods",
     "load_edit",
+    "load_mend",
     "load_methods",
     "optimise_values",
     "shown_components",

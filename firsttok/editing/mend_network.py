@@ -331,6 +331,29 @@ class MendNetwork:
         }
         return replace(self, rates=tensors["rates"], transforms=transforms)
 
+    def rounded(self, dtype: torch.dtype = torch.float16) -> "MendNetwork":
+        """The network as :meth:`save` stores it in that type, and :meth:`load` reads it.
+
+        Args:
+            dtype: Type of the blocks.
+        """
+        tensors = {
+            name: each.to(dtype).to(each.dtype) if name.rpartition(".")[2] in _BLOCK else each
+            for name, each in self.tensors().items()
+        }
+        return self.with_tensors({name: each.detach().cpu() for name, each in tensors.items()})
+
+    def with_record(
+        self, *, model: Mapping[str, Any], training: Mapping[str, Any]
+    ) -> "MendNetwork":
+        """The same network with a record of how it was made.
+
+        Args:
+            model: The model that it was trained on, as ``Model.record`` tells it.
+            training: Command, settings, steps and what was measured.
+        """
+        return replace(self, record={"model": dict(model), "training": dict(training)})
+
     def save(self, path: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write it as safetensors, with its record as metadata.
 
