@@ -88,7 +88,7 @@ class NaiveMend:
             logits = self.hf(torch.tensor([ids]), use_cache=False).logits[0, :-1]
             log_probs = logits[-len(labels) :].log_softmax(-1)
             losses += [-log_probs[i, label] for i, label in enumerate(labels)]
-        (sum(losses) / len(losses)).backward()
+        torch.stack(losses).mean().backward()
         for handle in handles:
             handle.remove()
         changes: list[torch.Tensor] = []
@@ -186,6 +186,7 @@ def test_a_sequence_goes_on_from_saved_edits(tiny: TinyFactory, tmp_path: Path) 
     model = tiny("llama", "float64")
     mend = editor(model, MendStatistics.RESTARTED)
     view, again = model, model
+    edit = mend.edit(model, [FACTS[0]])
     for number, fact in enumerate(FACTS[:3]):
         edit = mend.edit(view, [fact])
         same = mend.edit(again, [fact])

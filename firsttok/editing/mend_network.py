@@ -32,18 +32,27 @@ Rows = Float[Tensor, "token width"]
 Shape = tuple[int, int]
 
 
-@with_config(ConfigDict(extra="allow", strict=True))
+_open = with_config(ConfigDict(extra="allow", strict=True))
+
+
+@_open
 class MendRecord(TypedDict, total=False):
+    """Where a network is from."""
+
+    model: dict[str, Any]
+    """The model that it was trained on, as ``Model.record`` tells it."""
+    training: dict[str, Any]
+    """Command, settings, steps and what was measured on the validation edits."""
+
+
+@_open
+class _SavedRecord(MendRecord):
     """What the file of a network says besides the tensors."""
 
     places: list[tuple[str, int, str]]
     """Stack, layer and port of each matrix, in the network's order."""
     shapes: list[tuple[int, int]]
     """``d_in`` and ``d_out`` of each."""
-    model: dict[str, Any]
-    """The model that it was trained on, as ``Model.record`` tells it."""
-    training: dict[str, Any]
-    """Command, settings, steps and what was measured on the validation edits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -389,7 +398,7 @@ class MendNetwork:
                 "MendNetwork.from_released, or train one with: firsttok train-mend"
             )
         try:
-            record: MendRecord = _records().validate_json(metadata["firsttok_mend"])
+            record: _SavedRecord = _records().validate_json(metadata["firsttok_mend"])
         except ValidationError as error:
             first = error.errors()[0]
             raise BadInputError(
@@ -490,7 +499,7 @@ def _transform(tensors: Mapping[str, Tensor], shape: Shape, count: int) -> MendT
     return MendTransform(blocks=tuple(blocks), statistics=statistics)
 
 
-def _from_file(tensors: Mapping[str, Tensor], record: MendRecord) -> MendNetwork:
+def _from_file(tensors: Mapping[str, Tensor], record: _SavedRecord) -> MendNetwork:
     shapes = record["shapes"]
     wide = {
         name: tensor.float() if name.rpartition(".")[2] in _BLOCK else tensor
@@ -516,4 +525,4 @@ def _from_file(tensors: Mapping[str, Tensor], record: MendRecord) -> MendNetwork
 @cache
 def _records() -> Any:
     # Made on first use, as that of edits.
-    return TypeAdapter(MendRecord)
+    return TypeAdapter(_SavedRecord)
