@@ -7,16 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DECODERS, FACTS, TinyFactory, relative, same_weights, weights
+from tiny import (
+    CONTEXTS,
+    DECODERS,
+    FACTS,
+    SENTENCES,
+    TinyFactory,
+    relative,
+    same_weights,
+    weights,
+)
 
 from benchmarks.naive import naive_model
-from firsttok.data import Fact
-from firsttok.editing import load_edit
+from firsttok.data import Fact, builtin_sentences
+from firsttok.editing import load_edit, load_mend
 from firsttok.editing.mend import MendEditor, MendStatistics
+from firsttok.editing.mend_edits import mend_edits
 from firsttok.editing.mend_network import MendNetwork, RowStatistics
 from firsttok.errors import BadInputError
+from firsttok.evaluation import perplexity, score_targets
+from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import PORTS, BosPolicy, Model, Place
-from firsttok.prompts import fact_prompt
+from firsttok.prompts import fact_prompt, with_target
+from firsttok.second_moment import SecondMoment
+from firsttok.sequences import EditSequence, SequencePlan, run_sequences
+from firsttok.study import Study
 
 LAYERS = (2, 3)
 
@@ -263,6 +278,65 @@ def test_what_cannot_be_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
         restarted.edit(model.with_bos(BosPolicy.WITHOUT), [single])
     with pytest.raises(BadInputError, match="lacks its tensor"):
         one.with_tensors({"rates": one.rates})
+    (narrow,) = MendNetwork.initial(tiny("gpt2"), one.places, rank=5).transforms.values()
+    with pytest.raises(BadInputError, match="is not of width"):
+        replace(one, transforms={one.shapes[0]: narrow})
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     with pytest.raises(BadInputError, match="not a complete safetensors file"):
         MendNetwork.load(tmp_path / "no.safetensors")
+
+
+def test_a_run_of_a_sequence_is_editing_step_by_step(tiny: TinyFactory, tmp_path: Path) -> None:
+    model = tiny("llama")
+    mend = editor(model, MendStatistics.RESTARTED)
+    facts = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS[:3]))
+    study = Study(
+        model=model,
+        contexts=CONTEXTS,
+        second_moment=SecondMoment.identity(model.site(1).d_mlp),
+        layer=1,
+        hyperparameters=Hyperparameters(steps=2),
+        texts=SENTENCES,
+    )
+    sequences = [EditSequence(name="mend", facts=facts, editor=mend)]
+    plan = SequencePlan(metrics=("accuracy",), retained=("accuracy",))
+    run_sequences(tmp_path, study, sequences, plan=plan)
+    view = model
+    for step, fact in enumerate(facts, 1):
+        expected = mend.edit(view, [fact])
+        found = load_edit(tmp_path / "mend" / "edits" / f"{step:04d}.safetensors")
+        # A file holds its tensors by name.
+        written = {delta.place: delta.matrix for delta in found.deltas}
+        assert set(written) == set(expected.places)
+        for delta in expected.deltas:
+            assert relative(written[delta.place], delta.matrix) < 1e-4
+        held = found.provenance.get("statistics", {})
+        wanted = expected.provenance.get("statistics", {})
+        assert {name: each["tokens"] for name, each in held.items()} == {
+            name: each["tokens"] for name, each in wanted.items()
+        }
+        view = view.edited(expected)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_shipped_network_writes_edits_that_it_was_not_trained_on(real_model: Model) -> None:
+    mend = load_mend(None, real_model)
+    record = mend.network.record
+    assert record.get("model", {})["fingerprint"] == real_model.fingerprint
+    made = record.get("training", {})
+    examples = mend_edits(real_model, made["plan"]["edits"], 6, seed=made["plan"]["seed"])
+    texts = builtin_sentences()[:8]
+    plain = perplexity(real_model, texts).mean
+    unedited: list[float] = []
+    written: list[float] = []
+    for fact in examples.validation:
+        view = real_model.edited(mend.edit(real_model, [fact]))
+        other = replace(fact, template=fact.paraphrases[0].replace(fact.subject, "{}"))
+        for each in (fact, other):
+            prompt = with_target(view, fact_prompt(view, each), each.target_new)
+            unedited.append(score_targets(real_model, [prompt])[0].accuracy)
+            written.append(score_targets(view, [prompt])[0].accuracy)
+        assert perplexity(view, texts).mean == pytest.approx(plain, rel=0.1)
+    assert sum(unedited) < 0.5 * len(unedited)
+    assert sum(written) > 0.9 * len(written)

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
             "best_step": found.best_step,
             "steps": found.steps,
             "validation": found.validation,
+            "curves": [dict(row) for row in found.curves],
             **provenance,
         },
     ).save(out, dtype=torch.float16)

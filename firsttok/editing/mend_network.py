@@ -194,13 +194,17 @@ class MendNetwork:
             transform = self.transforms.get(shape)
             if transform is None or not transform.blocks:
                 raise BadInputError(f"the MEND network has no part for matrices {list(shape)}")
+            held = transform.statistics
+            fits = held.mean.shape == held.squares.shape == (width,)
             for block in transform.blocks:
-                if block.scale.shape != (modes, width) or block.up.shape[0] != width:
-                    raise BadInputError(
-                        f"the MEND network's part for matrices {list(shape)} has another width or "
-                        f"number of modes than {width} and {modes}; give the one that belongs to "
-                        "these matrices"
-                    )
+                rank = len(block.down)
+                wanted = [(width, rank), (rank, width), (width,), (modes, width), (modes, width)]
+                fits &= [getattr(block, name).shape for name in _BLOCK] == wanted
+            if not fits:
+                raise BadInputError(
+                    f"the MEND network's part for matrices {list(shape)} is not of width {width} "
+                    f"with {modes} modes; give the one that belongs to these matrices"
+                )
 
     @staticmethod
     def initial(
