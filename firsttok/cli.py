@@ -388,7 +388,7 @@ def _train_mend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", type=int, help="layers to change (default: last 3)")
     parser.add_argument("--seed", type=int, default=0, help="of network, edits and text")
     for name, kind, default, what in (
-        ("steps", int, 400, "most steps of Adam"),
+        ("steps", int, 300, "most steps of Adam"),
         ("batch", int, 4, "edits of a step"),
         ("edits", int, 1000, "edits to train on"),
         ("windows", int, 500, "windows of text that is to stay as it was"),

