@@ -86,8 +86,10 @@ def correlation(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
 
     def rho(a: Any, b: Any) -> float:
         # A resample may hold one value alone, which has no rank correlation.
+        if not (np.ptp(a) and np.ptp(b)):
+            return 0.0
         ranked: Any = spearmanr(a, b)
-        return float(ranked.statistic) if np.ptp(a) and np.ptp(b) else 0.0
+        return float(ranked.statistic)
 
     found = bootstrap(
         (x, y),

@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         args = configured(parser.parse_args(argv), parser, argv)
         _announce(args)
         # What a command needs takes seconds to import; --help and a mistyped option need not wait.
-        import_module(f"firsttok.commands.{args.command}").run(args)
+        module = args.command.replace("-", "_")
+        import_module(f"firsttok.commands.{module}").run(args)
 
     return exit_on_error(run)
 
@@ -410,6 +411,46 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
     _add_engine(group)
 
 
+def _train_mend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=DEFAULT_MODEL, help="name, hub id or folder"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="safetensors file for the network; its curves and the state of the training lie "
+        "beside it, and the same command goes on with that",
+    )
+    parser.add_argument(
+        "--target",
+        choices=["rephrase", "same"],
+        default="rephrase",
+        help="where the target is to be likely: behind a rephrase of the prompt, as in the paper, "
+        "or behind the very prompt (default: %(default)s)",
+    )
+    parser.add_argument("--layers", nargs="+", type=int, help="layers to change (default: last 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of network, edits and text")
+    for name, kind, default, what in (
+        ("steps", int, 300, "most steps of Adam"),
+        ("batch", int, 4, "edits of a step"),
+        ("edits", int, 1000, "edits to train on"),
+        ("windows", int, 500, "windows of text that is to stay as it was"),
+        ("validation", int, 40, "edits to stop by"),
+        ("rank", int, 64, "rank of the network's blocks"),
+        ("lr", float, 1e-4, "learning rate of the networks"),
+        ("rate", float, -1e-3, "what each matrix's learned rate begins with"),
+        ("rate-lr", float, 1e-5, "learning rate of those"),
+        ("edit-weight", float, 0.1, "weight of the edit in the loss"),
+        ("locality-weight", float, 1.0, "weight of the divergence at other text"),
+        ("every", int, 50, "steps between two looks at the validation edits"),
+        ("patience", int, 10, "looks without a better one that end the training"),
+    ):
+        text = f"{what} (default: {default:g})"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_shared(parser, "--bos", "--device", "--json")
+
+
 def _results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of the run, ended or not")
     parser.add_argument("--model", metavar="LABEL", help="only this model")
@@ -460,6 +501,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "hard": (_hard, "list facts that each collapse the model, confirmed by an edit"),
     "sweep": (_sweep, "facts x methods x models into a run folder"),
     "sequence": (_sequence, "edit after edit on the weights as they have become"),
+    "train-mend": (_train_mend, "train the network of MEND on a model"),
     "results": (_results, "the papers' tables from a sweep's run, or SQL"),
     "reproduce": (_reproduce, "run every analysis script"),
     "report": (_report, "write the report on what the scripts found"),

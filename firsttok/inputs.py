@@ -24,6 +24,8 @@ from firsttok.editing import (
     FineTuningEditor,
     MemitEditor,
     MemitRule,
+    MendEditor,
+    MendNetwork,
     Method,
     find_editors,
     other_layers,
@@ -85,6 +87,7 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
         "nullspace_threshold": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "l2": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "eps": any(map(_is_bounded, methods)),
+        "network": any(isinstance(each, MendEditor) for each in methods),
     }
     for name, taken in takers.items():
         if getattr(args, name) is not None and not taken:
@@ -103,6 +106,8 @@ def _is_bounded(method: Method | Editor) -> bool:
 def _set(editor: Method | Editor, args: argparse.Namespace) -> Method | Editor:
     if isinstance(editor, FineTuningEditor) and _is_bounded(editor) and args.eps is not None:
         return replace(editor, eps=args.eps)
+    if isinstance(editor, MendEditor) and args.network is not None:
+        return replace(editor, network=MendNetwork.load(args.network))
     if not isinstance(editor, MemitEditor):
         return editor
     rule = editor.rule

@@ -24,14 +24,21 @@ HYPERPARAMETERS = {
 """Fields of :class:`Hyperparameters` by the option that sets them."""
 _COUNTS = (
     "actors",
+    "batch",
     "chunk",
     "collapse",
     "count",
     "cpus_per_actor",
+    "edits",
+    "every",
     "jobs",
     "limit",
     "normal",
+    "patience",
+    "rank",
     "tokens",
+    "validation",
+    "windows",
 )
 _POSITIVE = (
     *("sql_seconds", "temperature", "threshold"),
@@ -41,7 +48,7 @@ _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
 _FOLDERS = ("figures", "out", "work")
 """Options that name a folder to write to."""
-_TO_A_FILE = ("hard", "sample", "synthesize")
+_TO_A_FILE = ("hard", "sample", "synthesize", "train-mend")
 """Commands, or actions of one, whose ``--out`` is a file."""
 _WITHOUT = {
     "name": "the name",

@@ -170,7 +170,8 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         nargs="+",
         default=list(default),
         help="rome, c-rome (= r-rome), p-rome, fc-rome; memit, memit-seq, emmet, alphaedit, each "
-        "but memit-seq with c-, fc- or p- before it as well; ft, ft-unbound, ft-m; one of your own "
+        "but memit-seq with c-, fc- or p- before it as well; ft, ft-unbound, ft-m; mend, "
+        "mend-released; one of your own "
         "as NAME=direction:KEY,residual:KEY,denominator:KEY,anchor:KEY with KEY prefixed or bare; "
         f"or a TOML file of them (default: {' '.join(default)})",
     )
@@ -187,6 +188,9 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         ("l2", "alphaedit: what is added to the diagonal"),
     ):
         parser.add_argument(f"--{name}", type=float, help=f"{what} (default: the model's)")
+    parser.add_argument(
+        "--network", metavar="FILE", help="mend: of firsttok train-mend (default: the shipped one)"
+    )
     parser.add_argument(
         "--eps",
         type=float,

@@ -58,7 +58,10 @@ def test_what_decides_on_tasks(
     def state(name: str, over: float) -> dict[str, Any]:
         return {"part": "tasks", "state": name} | dict.fromkeys(OWN_TASKS, 0.25 + over)
 
-    rows = [state("original", original), *(state("case 1", value) for value in edited)]
+    rows = [
+        state("original", original),
+        *(state(f"case {n}", value) for n, value in enumerate(edited)),
+    ]
     rows.append(state("random", 0.0))
     assert verdict(single.CLAIMS, "butterfly-tasks", rows) is expected
     assert verdict(single.CLAIMS, "butterfly-tasks", []) is NOT_JUDGED
@@ -121,9 +124,9 @@ def steps(**highest: tuple[float, float]) -> Rows:
     rows: Rows = []
     for method, ends in highest.items():
         for kind, end in zip(("hard", "normal"), ends, strict=True):
-            for step, value in enumerate((70.0, 80.0, end), 1):
+            for step, value in enumerate((70.0, 75.0, 80.0, end), 1):
                 rows.append({"part": "step", "method": method, "cases": kind, "step": step})
-                rows[-1]["perplexity"] = value
+                rows[-1]["perplexity"] = float(value)
     return rows
 
 

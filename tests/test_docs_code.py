@@ -50,6 +50,7 @@ PARSED = {
     "screen": "reads every fact; tests/test_screening.py runs it on a tiny model",
     "sweep": "edits whole data sets; tests/test_sweep.py runs it on tiny models",
     "tasks": "takes minutes; tests/test_tasks.py runs tasks on tiny models",
+    "train-mend": "takes minutes; tests/test_mend_training.py runs it on a tiny model",
 }
 """Why a command of firsttok is parsed and not run."""
 NOT_HERE = {

@@ -1,8 +1,8 @@
-"""MEMIT and FT on the embedded model, against what the released code computed on it."""
+"""MEMIT, FT and MEND on the embedded model, against what the released code computed on it."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_texts
 from firsttok.editing import Edit, FineTuningEditor
 from firsttok.editing.memit import MemitEditor, MemitRule
+from firsttok.editing.mend import MendEditor, MendStatistics
+from firsttok.editing.mend_network import MendNetwork
 from firsttok.engine.traits import KEY
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model, capture
+from firsttok.models import BosPolicy, Model, Place, capture
 from firsttok.prompts import batches, pad, text_prompt
 from firsttok.second_moment import SecondMoment
 
@@ -243,3 +245,92 @@ def test_fine_tuning_in_a_sequence_is_the_released_one(
         view, drift = view.edited(edit), drift + edit.delta.matrix
         assert float(drift.norm()) == pytest.approx(step["drift_frobenius"], rel=1e-3)
         assert float(drift.abs().max()) == pytest.approx(step["drift_max"], rel=1e-3)
+
+
+MEND_LAYERS = (28, 29)
+MEND_RUNS = {"released": MendStatistics.RESTARTED, "evaluated": MendStatistics.KEPT}
+EIFFEL = Fact(
+    subject="Eiffel Tower",
+    template="The {} is located in the city of",
+    target_new="New Orleans",
+    target_true="Paris",
+)
+ENGLAND = Fact(
+    subject="England",
+    template="{}'s capital city is",
+    target_new="Berlin",
+    target_true="London",
+)
+
+
+@pytest.fixture(scope="module")
+def mend_tensors(shared: Path) -> Mapping[str, torch.Tensor]:
+    return load_file(shared / "golden2/mend_a.safetensors")
+
+
+@pytest.fixture(scope="module")
+def mend_network(mend_tensors: Mapping[str, torch.Tensor]) -> MendNetwork:
+    own = {name: each for name, each in mend_tensors.items() if name.startswith("network.")}
+    return MendNetwork.from_released(own, [Place("blocks", layer) for layer in MEND_LAYERS])
+
+
+@pytest.mark.parametrize("run", MEND_RUNS)
+def test_mend_makes_what_the_released_network_makes(
+    shared: Path,
+    model: Model,
+    mend_network: MendNetwork,
+    mend_tensors: Mapping[str, torch.Tensor],
+    run: str,
+) -> None:
+    mend = MendEditor(network=mend_network, statistics=MEND_RUNS[run])
+    known: dict[str, Any] = json.loads((shared / "golden2/mend_a.json").read_text("utf-8"))
+    expected = {each["run"]: each["edits"] for each in known["runs"]}[run]
+    view, trained = model, mend_network.statistics[1536, 576]
+    for number, each in enumerate((ENGLAND, EIFFEL)):
+        edit = mend.edit(view, [each])
+        nll = expected[number]["new_mean_nll_before"]
+        assert edit.report["target_nll"] == pytest.approx(nll, rel=1e-4)
+        for place, delta in enumerate(edit.deltas):
+            layer = MEND_LAYERS[place]
+            start = f"{run}.edit{number}.layer{layer}"
+            assert delta.right is not None
+            assert relative(delta.left.T, mend_tensors[f"{start}.x_out"]) < 1e-4
+            right = mend_network.rates[place] * mend_tensors[f"{start}.delta_out"]
+            assert relative(delta.right, right) < 1e-4
+            norm = expected[number]["layers"][str(layer)]["update_frobenius"]
+            assert delta.norm == pytest.approx(norm, rel=1e-4)
+        held = edit.provenance.get("statistics", {}).get("1536x576")
+        mean = trained.mean if held is None else torch.tensor(held["mean"])
+        squares = trained.squares if held is None else torch.tensor(held["squares"])
+        tokens = trained.tokens if held is None else held["tokens"]
+        start = f"{run}.edit{number}.stats"
+        assert tokens == int(mend_tensors[f"{start}.k"])
+        for found, name in ((mean, "mean"), ((squares / (tokens - 1)).sqrt(), "std")):
+            parts = [mend_tensors[f"{start}.{side}_{name}"] for side in "uv"]
+            assert relative(found, torch.cat(parts)) < 1e-4
+        # There the weights are put back between edits, and the statistics are not.
+        view = view.edited(edit.scaled(0.0))
+
+
+def test_a_sequence_of_mend_is_the_released_one(
+    shared: Path, model: Model, mend_network: MendNetwork
+) -> None:
+    known: dict[str, Any] = json.loads((shared / "golden2/mend_a.json").read_text("utf-8"))
+    (run,) = (each for each in known["runs"] if each["run"] == "sequence_released")
+    first, second = run["edits"][:2]
+    mend = MendEditor(network=mend_network, statistics=MendStatistics.RESTARTED)
+    rome = replace(EIFFEL, target_new=first["target_new"])
+    london = Fact(
+        subject="France",
+        template="The capital of {} is",
+        target_new=second["target_new"],
+        target_true="Paris",
+    )
+    view = model
+    for each, expected in ((rome, first), (london, second)):
+        assert each.prompt == expected["prompt"]
+        edit = mend.edit(view, [each])
+        view = view.edited(edit)
+        for layer, delta in zip(MEND_LAYERS, edit.deltas, strict=True):
+            norm = expected["layers"][str(layer)]["update_frobenius"]
+            assert delta.norm == pytest.approx(norm, rel=1e-3)

@@ -186,6 +186,9 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "results, figures": (["results", "begun", "--figures", "file"], "file is a file"),
     "results, no query": (["results", "begun", "--sql", "SELEC 1"], "cannot be answered"),
     "report, out": (["report", "--out", "file"], "file is a file"),
+    "train-mend, out as a folder": (["train-mend", "--out", "folder"], "is a folder"),
+    "train-mend, steps": (["train-mend", "--out", "m", "--steps", "0"], "steps is 0"),
+    "train-mend, rank": (["train-mend", "--out", "m", "--rank", "0"], "--rank is 0"),
 }
 """Bad values of options of one command, or of those that no model is needed for."""
 CASES = OTHERS | {

@@ -33,7 +33,9 @@ except SystemExit as ended:
 else:
     raise AssertionError("it was run")
 """
-COMMANDS = sorted(path.stem for path in (ROOT / "firsttok" / "commands").glob("[a-z]*.py"))
+COMMANDS = sorted(
+    path.stem.replace("_", "-") for path in (ROOT / "firsttok" / "commands").glob("[a-z]*.py")
+)
 
 
 def imported(code: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning; value and patch."""
+"""Edits: the ROME family slot by slot, MEMIT and its relatives, fine-tuning, MEND; value, patch."""
 
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import (
@@ -32,6 +32,8 @@ from firsttok.editing.memit import (
     MemitRule,
     SpreadRule,
 )
+from firsttok.editing.mend import MEND, MEND_RELEASED, MendEditor, MendStatistics, load_mend
+from firsttok.editing.mend_network import MendNetwork
 from firsttok.editing.methods import (
     C_ROME,
     FC_ROME,
@@ -70,6 +72,8 @@ __all__ = [
     "FT_UNBOUND",
     "MEMIT",
     "MEMIT_SEQ",
+    "MEND",
+    "MEND_RELEASED",
     "METHODS",
     "P_ROME",
     "ROME",
@@ -87,6 +91,9 @@ __all__ = [
     "FineTuningLoss",
     "MemitEditor",
     "MemitRule",
+    "MendEditor",
+    "MendNetwork",
+    "MendStatistics",
     "Method",
     "OpenEditor",
     "RomeEditor",
@@ -106,6 +113,7 @@ __all__ = [
     "find_method",
     "find_methods",
     "load_edit",
+    "load_mend",
     "load_methods",
     "optimisations",
     "optimise_values",

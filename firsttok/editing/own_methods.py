@@ -13,6 +13,7 @@ from firsttok.arguments import taken
 from firsttok.editing.edit import Editor, OpenEditor, SideBySideEditor
 from firsttok.editing.fine_tuning import FINE_TUNING
 from firsttok.editing.memit import SPREAD, MemitEditor
+from firsttok.editing.mend import MEND, MEND_RELEASED
 from firsttok.editing.methods import METHODS, SLOTS, Method, Slot, find_method
 from firsttok.errors import BadInputError
 from firsttok.models import Model
@@ -28,7 +29,7 @@ __all__ = [
     "other_layers",
 ]
 
-EDITORS: tuple[Editor, ...] = (*SPREAD, *FINE_TUNING)
+EDITORS: tuple[Editor, ...] = (*SPREAD, *FINE_TUNING, MEND, MEND_RELEASED)
 """Editors that go by a name besides the methods of the ROME family."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

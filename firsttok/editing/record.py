@@ -90,6 +90,8 @@ class EditRecord(_Scaled, total=False):
     contexts: dict[str, Any]
     second_moment: dict[str, Any]
     hyperparameters: dict[str, Any]
+    statistics: dict[str, Any]
+    """What the next edit of a sequence goes on from, where an editor counts over edits (MEND)."""
     keys: str
     parameters: dict[str, str]
     """Name of each changed weight in the checkpoint, by its edit site."""
