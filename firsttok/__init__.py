@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from firsttok.contexts import ContextSet, load_contexts, sample_contexts
     from firsttok.data import Fact, builtin_facts, builtin_sentences, load_facts, load_texts
     from firsttok.editing import (
+        ALPHAEDIT,
         C_ROME,
+        EMMET,
         FC_ROME,
+        FT,
+        FT_M,
+        MEMIT,
+        MEND,
         P_ROME,
         ROME,
         Delta,
@@ -74,8 +80,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ALPHAEDIT",
     "C_ROME",
+    "EMMET",
     "FC_ROME",
+    "FT",
+    "FT_M",
+    "MEMIT",
+    "MEND",
     "PROBES",
     "P_ROME",
     "ROME",
