@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Starter:
         return Started(self._server, int(_ask(self._server, asked)))
 
     def run(self, words: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
-        """The same to its end, with what it said, which a folder is needed for."""
+        """Run it to its end; what it says goes through files in a folder."""
         out, err = folder / "stdout", folder / "stderr"
         for path in (out, err):
             path.unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def _ask(server: "subprocess.Popen[str]", line: str) -> str:
 
 
 @contextlib.contextmanager
-def starter(command: str, environment: dict[str, str]) -> Iterator[Starter]:
+def starter(command: str, environment: dict[str, str]) -> Generator[Starter, None, None]:
     """What starts a command, as ``sweep``; whatever still runs at the end is killed."""
     server = subprocess.Popen(
         [sys.executable, "-c", _FORK.format(command=command)],
