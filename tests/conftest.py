@@ -68,9 +68,10 @@ from transformers.models.gptj import modeling_gptj  # noqa: E402
 from firsttok.models import Model, load  # noqa: E402
 
 LONGEST = (
-    *("test_golden", "test_identity", "test_notebooks", "test_scripts", "test_naive"),
-    *("test_docs_code", "test_sweep", "test_tracing", "test_inspection", "test_cli"),
-    *("test_user_types", "test_screening", "test_fuzz", "test_results", "test_packaging"),
+    *("test_golden", "test_notebooks", "test_docs_code", "test_scripts", "test_identity"),
+    *("test_golden_editors", "test_sequences", "test_naive", "test_tasks", "test_layers"),
+    *("test_sweep", "test_screening", "test_tracing", "test_inspection", "test_cli"),
+    *("test_user_types", "test_hub", "test_fuzz", "test_results", "test_packaging"),
     *("test_evaluation", "test_value", "test_keys", "test_docs", "test_trials"),
     *("test_kept_files", "test_cluster"),
 )

@@ -302,6 +302,7 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     patch(monkeypatch, TEXTS, "builtin_sentences", lambda: texts)
     shorter = partial(continuation, tokens=SCALE["continued"])
     patch(monkeypatch, ("exploration",), "continuation", shorter)
+    monkeypatch.setattr(firsttok, "continuation", shorter)
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ from tiny import edits_of, relative
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_texts
 from firsttok.editing import C_ROME, P_ROME, ROME, Edit, RomeEditor, Turn, ValueStore, edit_in_step
-from firsttok.evaluation import Perplexity, prepare_texts
+from firsttok.evaluation import prepare_texts
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model
 from firsttok.second_moment import SecondMoment, load_second_moment
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
+LAYER = 15
 METHODS = {"rome": ROME, "c_rome": C_ROME}
 CASES = [
     f"case{case}.{method}.{kind}"
@@ -29,6 +30,10 @@ CASES = [
     for kind in ("mom2", "identity")
     if kind == "mom2" or case < 2
 ]
+BEGUN = ("case1", "case2")
+"""Facts as the first one: the subject begins the text, and the loss stays where it soon is."""
+BEGINNING = 5
+"""Steps of theirs that are run. A step of the 21 contexts takes half a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +69,9 @@ def computed(
     **settings: Any,
 ) -> dict[str, Edit]:
     """firsttok's edits for some of the released code's requests."""
+    assert content["layer"] == LAYER
     model = real_model.with_bos(BosPolicy.WITHOUT)
-    layer = int(content["layer"])
-    d_mlp = model.site(layer).d_mlp
+    d_mlp = model.site(LAYER).d_mlp
     facts = {
         key.split(".")[0]: Fact(
             subject=record["subject"],
@@ -89,7 +94,7 @@ def computed(
             methods=[METHODS[name] for name in methods],
             contexts=ContextSet(templates=tuple(content["templates"])),
             second_moment=moment,
-            layer=layer,
+            layer=LAYER,
             hyperparameters=replace(setting(content), **settings),
             store=ValueStore(work),
         )
@@ -104,12 +109,12 @@ def golden(shared: Path, real_model: Model, tmp_path_factory: pytest.TempPathFac
     folder = shared / "golden"
     content: dict[str, Any] = json.loads((folder / "released_code.json").read_text("utf-8"))
     records: dict[str, dict[str, Any]] = {record["key"]: record for record in content["cases"]}
-    cases = [f"case{case}" for case in range(6)]
-    work = tmp_path_factory.mktemp("values")
+    whole = [f"case{case}" for case in range(6) if f"case{case}" not in BEGUN]
+    given = folder, content, real_model, tmp_path_factory.mktemp("values")
     return Golden(
         records=records,
         tensors=load_file(folder / "released_code.safetensors"),
-        edits=computed(folder, content, real_model, work, cases=cases),
+        edits=computed(*given, cases=whole) | computed(*given, cases=BEGUN, steps=BEGINNING),
     )
 
 
@@ -128,6 +133,8 @@ def test_left_vectors_are_the_released_ones(golden: Golden, case: str) -> None:
 def test_losses_are_the_released_ones(golden: Golden, case: str) -> None:
     losses = golden.edits[case].losses
     expected = golden.records[case]["losses"]
+    if case.startswith(BEGUN):
+        expected = expected[:BEGINNING]
     assert len(losses) == len(expected)
     assert losses == pytest.approx(expected, abs=2e-3)
 
@@ -136,10 +143,11 @@ def test_losses_are_the_released_ones(golden: Golden, case: str) -> None:
 def test_components_are_the_released_ones(golden: Golden, case: str) -> None:
     report, record = golden.edits[case].report, golden.records[case]
     assert abs(report["denominator"]) == pytest.approx(record["denominator_abs"], rel=0.01)
-    assert report["numerator"] == pytest.approx(record["numerator_norm"], rel=0.01)
+    if not case.startswith(BEGUN):
+        assert report["numerator"] == pytest.approx(record["numerator_norm"], rel=0.01)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith(BEGUN)])
 def test_right_vectors_are_the_released_ones(golden: Golden, case: str) -> None:
     assert relative(golden.edits[case].right, golden.tensors[f"{case}.right"]) < 0.01
 
@@ -170,6 +178,24 @@ def test_the_plain_paths_begin_in_the_same_way(
 
 SEQUENCES = {"rome": ROME, "c_rome": C_ROME, "p_rome": P_ROME}
 STEPS = [(method, step) for method in SEQUENCES for step in range(1, 9)]
+COMPUTED: dict[tuple[str, int], int | None] = {
+    ("rome", 2): None,
+    ("rome", 3): None,
+    ("rome", 7): 1,
+    ("c_rome", 4): None,
+    ("c_rome", 8): None,
+    ("p_rome", 3): BEGINNING,
+    ("p_rome", 5): None,
+    ("p_rome", 8): None,
+}
+"""Steps that are computed, and how many steps their optimisation takes; None for all.
+
+Other edits of a layer do not touch its keys, so left vectors and denominators are those of the
+facts above. What earlier edits decide is the optimisation: here behind one edit and behind seven,
+at the collapse, after it, and where p-ROME's denominator is small.
+"""
+MEASURED = [("rome", 2), ("rome", 3), ("rome", 7), ("c_rome", 8), ("p_rome", 8)]
+"""Steps behind which the perplexity is measured: around each jump, and behind all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +205,10 @@ class GoldenStep:
     record: dict[str, Any]
     left: torch.Tensor
     right: torch.Tensor
-    edit: Edit
-    before: Model
-    """The model with the released edits of the steps before."""
     after: Model
-    """The same with that of this step."""
+    """The model with the released edits of this step and those before."""
+    edit: Edit | None
+    """Its edit by firsttok, where that is computed."""
     was_sound: bool
     """Whether the perplexity was no collapse before the step."""
 
@@ -191,13 +216,12 @@ class GoldenStep:
 @pytest.fixture(scope="module")
 def steps(shared: Path, real_model: Model) -> dict[tuple[str, int], GoldenStep]:
     content = json.loads((shared / "golden" / "released_code.json").read_text("utf-8"))
-    model, layer = real_model.with_bos(BosPolicy.WITHOUT), int(content["layer"])
+    model = real_model.with_bos(BosPolicy.WITHOUT)
     moment = shared / "golden" / "second_moment_layer15.safetensors"
     common: dict[str, Any] = {
         "contexts": ContextSet(templates=tuple(content["templates"])),
-        "second_moment": load_second_moment(moment, d_mlp=model.site(layer).d_mlp),
-        "layer": layer,
-        "hyperparameters": setting(content),
+        "second_moment": load_second_moment(moment, d_mlp=model.site(LAYER).d_mlp),
+        "layer": LAYER,
     }
     folder = shared / "golden2"
     records = {
@@ -205,82 +229,82 @@ def steps(shared: Path, real_model: Model) -> dict[tuple[str, int], GoldenStep]:
         for name in SEQUENCES
     }
     tensors = {name: load_file(folder / f"sequence_a_{name}.safetensors") for name in SEQUENCES}
-    editors = {name: RomeEditor(method=each, **common) for name, each in SEQUENCES.items()}
     views = dict.fromkeys(SEQUENCES, model)
     found: dict[tuple[str, int], GoldenStep] = {}
     for step in range(1, 9):
-        turns: list[Turn] = []
-        for name in SEQUENCES:
-            record = records[name]["steps"][step - 1]
-            fact = Fact(
-                subject=record["subject"],
-                template=record["prompt"],
-                target_new=record["target_new"],
-                target_true=record["target_true"],
-            )
-            turns.append(Turn(model=views[name], fact=fact, editor=editors[name]))
-        for name, edit in zip(SEQUENCES, edit_in_step(turns), strict=True):
+        turns: dict[str, Turn] = {}
+        for name, each in SEQUENCES.items():
+            if (name, step) in COMPUTED:
+                record, settings = records[name]["steps"][step - 1], setting(content)
+                fact = Fact(
+                    subject=record["subject"],
+                    template=record["prompt"],
+                    target_new=record["target_new"],
+                    target_true=record["target_true"],
+                )
+                settings = replace(settings, steps=COMPUTED[name, step] or settings.steps)
+                editor = RomeEditor(method=each, hyperparameters=settings, **common)
+                turns[name] = Turn(model=views[name], fact=fact, editor=editor)
+        edits = dict(zip(turns, edit_in_step([*turns.values()]), strict=True))
+        for name, before in views.items():
             left, right = (tensors[name][f"{name}.step{step}.{side}"] for side in ("left", "right"))
-            before, so_far = views[name], records[name]["steps"][: step - 1]
-            views[name] = before.edited(Edit.of(before, layer, left, right))
+            views[name] = before.edited(Edit.of(before, LAYER, left, right))
+            so_far = records[name]["steps"][: step - 1]
             found[name, step] = GoldenStep(
                 record=records[name]["steps"][step - 1],
                 left=left,
                 right=right,
-                edit=edit,
-                before=before,
                 after=views[name],
+                edit=edits.get(name),
                 was_sound=all(each["me_ppl_50"] <= 1000 for each in so_far),
             )
     return found
 
 
-@pytest.mark.parametrize(("method", "step"), STEPS)
+@pytest.mark.parametrize(("method", "step"), COMPUTED)
 def test_steps_of_a_sequence_are_the_released_ones(
     method: str, step: int, steps: dict[tuple[str, int], GoldenStep]
 ) -> None:
     found = steps[method, step]
+    assert found.edit is not None
     record, report = found.record, found.edit.report
     assert relative(found.edit.left, found.left) < 1e-4
     assert report["denominator"] == pytest.approx(record["denominator"], rel=0.01)
     # Behind a collapse the optimisation is ill-conditioned.
     if found.was_sound:
+        losses = record["losses"][: COMPUTED[method, step]]
+        assert len(found.edit.losses) == len(losses)
+        assert found.edit.losses == pytest.approx(losses, abs=2e-3)
+    if COMPUTED[method, step] is None:
+        assert found.was_sound
         assert relative(found.edit.right, found.right) < 0.01
-        assert len(found.edit.losses) == len(record["losses"])
-        assert found.edit.losses == pytest.approx(record["losses"], abs=2e-3)
         assert report["numerator"] == pytest.approx(record["numerator_norm"], rel=0.01)
         assert report["delta_norm"] == pytest.approx(record["update_frobenius"], rel=0.01)
         assert report["mean_delta"] == pytest.approx(record["update_per_element"], rel=0.01)
 
 
-@pytest.fixture(scope="module")
-def drifts(
-    shared: Path, steps: dict[tuple[str, int], GoldenStep]
-) -> dict[tuple[str, int], tuple[float, Perplexity]]:
-    """How far the weights are from the original ones behind each step, and the perplexity then."""
-    model, layer = steps["rome", 1].before, steps["rome", 1].edit.layer
-    original = model.site(layer).matrix
-    changes = {where: found.after.site(layer).matrix - original for where, found in steps.items()}
-    texts = load_texts(shared / "data" / "me-ppl" / "ME-PPL_50.json")
-    prepared = prepare_texts(model, texts, layer=layer, bos=BosPolicy.WITHOUT)
-    edits = [Edit.of(model, layer, change) for change in changes.values()]
-    measured = prepared.measure_edits(model, edits)
-    return {
-        where: (float(change.norm()), found)
-        for (where, change), found in zip(changes.items(), measured, strict=True)
-    }
-
-
 @pytest.mark.parametrize(("method", "step"), STEPS)
-def test_drift_and_perplexity_along_a_sequence_are_the_released_ones(
-    method: str,
-    step: int,
-    steps: dict[tuple[str, int], GoldenStep],
-    drifts: dict[tuple[str, int], tuple[float, Perplexity]],
+def test_drift_along_a_sequence_is_the_released_one(
+    method: str, step: int, real_model: Model, steps: dict[tuple[str, int], GoldenStep]
 ) -> None:
-    found, (drift, measured) = steps[method, step], drifts[method, step]
+    found, site = steps[method, step], real_model.site(LAYER)
+    drift = float((found.after.site(LAYER).matrix - site.matrix).norm())
     assert drift == pytest.approx(found.record["drift_frobenius"], rel=0.01)
-    size = found.left.numel() * found.right.numel()
-    assert drift / size == pytest.approx(found.record["drift_per_element"], rel=0.01)
-    assert measured.mean == pytest.approx(found.record["me_ppl_50"], rel=0.01)
-    assert max(measured.per_sentence) == pytest.approx(found.record["me_ppl_50_max"], rel=0.01)
+    per_element = drift / site.matrix.numel()
+    assert per_element == pytest.approx(found.record["drift_per_element"], rel=0.01)
+
+
+def test_perplexity_along_a_sequence_is_the_released_one(
+    shared: Path, real_model: Model, steps: dict[tuple[str, int], GoldenStep]
+) -> None:
+    model = real_model.with_bos(BosPolicy.WITHOUT)
+    original = model.site(LAYER).matrix
+    changes = [steps[where].after.site(LAYER).matrix - original for where in MEASURED]
+    texts = load_texts(shared / "data" / "me-ppl" / "ME-PPL_50.json")
+    prepared = prepare_texts(model, texts, layer=LAYER, bos=BosPolicy.WITHOUT)
+    edits = [Edit.of(model, LAYER, change) for change in changes]
+    for where, found in zip(MEASURED, prepared.measure_edits(model, edits), strict=True):
+        record = steps[where].record
+        assert found.mean == pytest.approx(record["me_ppl_50"], rel=0.01), where
+        highest = max(found.per_sentence)
+        assert highest == pytest.approx(record["me_ppl_50_max"], rel=0.01), where

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-import os
+import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from running import Starter, in_a_process, starter
 from tiny import build
 
 from firsttok.errors import DownloadError, UnknownModelError
@@ -83,39 +84,64 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
+@dataclass(frozen=True, kw_only=True)
+class Online:
+    """The hub, and what starts a command that finds it."""
+
+    hub: Hub
+    own: Starter
+    folder: Path
+    """Of all that these commands keep."""
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Online]:
     server = Hub(("127.0.0.1", 0), Handler)
-    server.folder = tmp_path / "repository"
-    server.folder.mkdir()
-    server.asked = []
-    build("llama", server.folder)
+    folder = tmp_path_factory.mktemp("online")
+    # Libraries read these once, when they are imported.
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "FIRSTTOK_CACHE": str(folder / "cache"),
+    }
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield server
+    with starter("tokens", environment) as own:
+        yield Online(hub=server, own=own, folder=folder, environment=environment)
     server.shutdown()
     server.server_close()
 
 
+@pytest.fixture
+def hub(online: Online, tmp_path: Path) -> Hub:
+    """The hub with the repository as it is at first, and nothing kept of it."""
+    hub = online.hub
+    hub.folder = tmp_path / "repository"
+    hub.folder.mkdir()
+    build("llama", hub.folder)
+    for kept in ("hf", "cache"):
+        shutil.rmtree(online.folder / kept, ignore_errors=True)
+    hub.asked = []
+    return hub
+
+
 def tokens(
-    hub: Hub, tmp_path: Path, model: str, *, offline: bool = False
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_XET": "1",
-        "FIRSTTOK_CACHE": str(tmp_path / "cache"),
-    }
-    command = [sys.executable, "-m", "firsttok.cli", "tokens", "--model", model]
-    command += ["--subject", "England", "--template", "{} is far"]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=300
-    )
+    online: Online, tmp_path: Path, model: str, *, offline: bool = False
+) -> "subprocess.CompletedProcess[str]":
+    words = ["tokens", "--model", model, "--subject", "England", "--template", "{} is far"]
+    if offline:
+        command = ["-m", "firsttok.cli", *words]
+        return in_a_process(command, online.environment | {"HF_HUB_OFFLINE": "1"})
+    return online.own.run(words, tmp_path)
 
 
-def test_a_model_is_loaded_at_its_commit_and_no_other(hub: Hub, tmp_path: Path) -> None:
-    result = tokens(hub, tmp_path, f"lab/tiny@{COMMIT}")
+def test_a_model_is_loaded_at_its_commit_and_no_other(
+    hub: Hub, online: Online, tmp_path: Path
+) -> None:
+    result = tokens(online, tmp_path, f"lab/tiny@{COMMIT}")
     assert result.returncode == 0, result.stderr
     assert "^ lookup at 1" in result.stdout
     files = [path for path in hub.asked if "/resolve/" in path]
@@ -123,21 +149,23 @@ def test_a_model_is_loaded_at_its_commit_and_no_other(hub: Hub, tmp_path: Path) 
     assert all(f"/resolve/{COMMIT}/" in path for path in files)
 
 
-def test_without_a_commit_the_newest_is_pinned_and_named(hub: Hub, tmp_path: Path) -> None:
-    result = tokens(hub, tmp_path, "lab/tiny")
+def test_without_a_commit_the_newest_is_pinned_and_named(
+    hub: Hub, online: Online, tmp_path: Path
+) -> None:
+    result = tokens(online, tmp_path, "lab/tiny")
     assert result.returncode == 0, result.stderr
     assert COMMIT in result.stderr.replace("\n", "")
     assert all(f"/resolve/{COMMIT}/" in path for path in hub.asked if "/resolve/" in path)
     # Offline, the commit that was fetched is found again.
     hub.asked.clear()
-    result = tokens(hub, tmp_path, "lab/tiny", offline=True)
+    result = tokens(online, tmp_path, "lab/tiny", offline=True)
     assert result.returncode == 0, result.stderr
     assert COMMIT in result.stderr.replace("\n", "")
     assert hub.asked == []
 
 
-def test_a_branch_is_pinned_to_its_commit(hub: Hub, tmp_path: Path) -> None:
-    result = tokens(hub, tmp_path, "lab/tiny@main")
+def test_a_branch_is_pinned_to_its_commit(hub: Hub, online: Online, tmp_path: Path) -> None:
+    result = tokens(online, tmp_path, "lab/tiny@main")
     assert result.returncode == 0, result.stderr
     assert all(f"/resolve/{COMMIT}/" in path for path in hub.asked if "/resolve/" in path)
 
@@ -195,25 +223,27 @@ def test_a_pull_finds_damage_in_the_hub_s_cache(
         check_hub_copy("lab/tiny", COMMIT)
 
 
-def test_an_adapter_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_is_refused(hub: Hub, online: Online, tmp_path: Path) -> None:
     (hub.folder / "adapter_config.json").write_text("{}", "utf-8")
-    result = tokens(hub, tmp_path, "lab/tiny")
+    result = tokens(online, tmp_path, "lab/tiny")
     assert result.returncode == 2
     assert "holds an adapter (adapter_config.json)" in " ".join(result.stderr.split())
     assert not any("model.safetensors" in path for path in hub.asked)
 
 
 @pytest.mark.parametrize("model", ["lab/other", f"lab/tiny@{OTHER}"])
-def test_what_is_not_there_is_one_sentence(hub: Hub, tmp_path: Path, model: str) -> None:
-    result = tokens(hub, tmp_path, model)
+def test_what_is_not_there_is_one_sentence(
+    hub: Hub, online: Online, tmp_path: Path, model: str
+) -> None:
+    result = tokens(online, tmp_path, model)
     assert result.returncode == 2
     assert "cannot be loaded from the hub" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_pickled_weights_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(hub: Hub, online: Online, tmp_path: Path) -> None:
     (hub.folder / "model.safetensors").rename(hub.folder / "pytorch_model.bin")
-    result = tokens(hub, tmp_path, f"lab/tiny@{COMMIT}")
+    result = tokens(online, tmp_path, f"lab/tiny@{COMMIT}")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert not any("pytorch_model.bin" in path for path in hub.asked if "/resolve/" in path)

@@ -186,14 +186,14 @@ def test_sequences_side_by_side_are_plain_editing_of_a_copy(arch: str, tmp_path:
         hyperparameters=replace(SETTINGS, steps=5),
         texts=SENTENCES,
     )
-    numbered = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS[:4]))
-    orders = {"given": numbered, "back": numbered[::-1]}
-    methods = {f"{method.name}-{name}": method for method in METHODS for name in orders}
+    numbered = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS[:3]))
+    # Another order of one of them is enough for states that differ in all.
+    methods = {method.name: method for method in METHODS} | {"back": METHODS[0]}
     sequences = [
-        EditSequence(name=name, facts=orders[name.rpartition("-")[2]], editor=method)
+        EditSequence(name=name, facts=numbered[:: -1 if name == "back" else 1], editor=method)
         for name, method in methods.items()
     ]
-    run_sequences(tmp_path / "run", study, sequences, plan=SequencePlan(every=4))
+    run_sequences(tmp_path / "run", study, sequences, plan=SequencePlan(every=3))
     inverse = naive_inverse(moment.matrix)
     for each in sequences:
         naive = naive_model(copy, layer)
@@ -415,7 +415,7 @@ def test_one_fact_of_the_embedded_model(real_model: Model) -> None:
     settings = replace(model.hyperparameters, steps=6)
     folder = Path(__file__).resolve().parent.parent / "figures" / "smollm2-135m"
     contexts = load_contexts(folder / "contexts-seed0.json")
-    contexts = replace(contexts, templates=contexts.templates[:8])
+    contexts = replace(contexts, templates=contexts.templates[:4])
     fact = next(fact for fact in builtin_facts() if fact.subject == "England")
     moment = SecondMoment.identity(model.site().d_mlp)
     layer = model.default_layer

@@ -183,8 +183,8 @@ def test_script_has_help(
 
 def test_script_without_a_list_says_how_to_make_one(setting: dict[str, Path]) -> None:
     script = str(ANALYSES / f"{SCRIPTS[0]}.py")
-    command = [sys.executable, script, "--model", str(setting["model"]), "--cases", "/none.json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    command = [script, "--model", str(setting["model"]), "--cases", "/none.json"]
+    result = in_this_process(command, {})
     assert result.returncode == 2
     assert "firsttok scan" in result.stderr
     assert "Traceback" not in result.stderr

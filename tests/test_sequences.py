@@ -1,21 +1,20 @@
 """Sequences of edits: their state, their files, what is measured along the way, their guards."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from running import starter
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, relative
 
 import firsttok.sequences as sequences_module
@@ -92,15 +91,33 @@ def same_runs(one: Mapping[str, SequenceRun], other: Mapping[str, SequenceRun]) 
     )
 
 
-def test_every_edit_is_made_on_the_weights_as_they_have_become(
-    tiny: TinyFactory, tmp_path: Path
-) -> None:
-    model = tiny("llama")
-    study = study_of(model)
-    (run,) = run_sequences(tmp_path, study, sequences_of(ROME)).values()
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A run that nothing disturbed, for tests that go on from it."""
+
+    study: Study
+    runs: Mapping[str, SequenceRun]
+    folder: Path
+
+    def copied(self, folder: Path) -> Path:
+        """A copy that may be damaged."""
+        return Path(shutil.copytree(self.folder, folder))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Five edits by ROME."""
+    study, folder = study_of(tiny("llama")), tmp_path_factory.mktemp("whole")
+    runs = run_sequences(folder, study, sequences_of(ROME))
+    return Whole(study=study, runs=runs, folder=folder)
+
+
+def test_every_edit_is_made_on_the_weights_as_they_have_become(whole: Whole) -> None:
+    study, model, folder = whole.study, whole.study.model, whole.folder
+    (run,) = whole.runs.values()
     view, edit = model, None
     for step, fact in enumerate(NUMBERED, 1):
-        edit = load_edit(tmp_path / "rome" / "edits" / f"{step:04d}.safetensors")
+        edit = load_edit(folder / "rome" / "edits" / f"{step:04d}.safetensors")
         (editor,) = study.editors([ROME])
         expected = editor.edit(view, [fact])
         assert relative(edit.right, expected.right) < 1e-4
@@ -120,7 +137,7 @@ def test_every_edit_is_made_on_the_weights_as_they_have_become(
     assert torch.equal(run.edited(model).site(LAYER).matrix, view.site(LAYER).matrix)
     assert torch.equal(
         run.edited(model, until=1).site(LAYER).matrix,
-        model.edited(load_edit(tmp_path / "rome/edits/0001.safetensors")).site(LAYER).matrix,
+        model.edited(load_edit(folder / "rome/edits/0001.safetensors")).site(LAYER).matrix,
     )
 
 
@@ -189,13 +206,17 @@ def test_locality_is_against_the_model_before_the_first_edit(
 @pytest.mark.usefixtures("softmax_in_float64")
 def test_side_by_side_is_one_after_another(arch: str, tiny: TinyFactory, tmp_path: Path) -> None:
     study = study_of(tiny(arch, "float64"))
-    methods = (ROME, C_ROME, P_ROME, FC_ROME)
-    back = EditSequence(name="back", facts=NUMBERED[::-1], editor=ROME)
-    together = run_sequences(tmp_path / "together", study, [*sequences_of(*methods), back])
+    # Behind the first edit no two of them are in one state.
+    some = [
+        replace(each, facts=NUMBERED[:3]) for each in sequences_of(ROME, C_ROME, P_ROME, FC_ROME)
+    ]
+    some.append(EditSequence(name="back", facts=NUMBERED[2::-1], editor=ROME))
+    together = run_sequences(tmp_path / "together", study, some)
     alone: dict[str, SequenceRun] = {}
-    for each in (*sequences_of(*methods), back):
+    for each in some:
         alone |= run_sequences(tmp_path / "alone", study, [each])
     for name, run in together.items():
+        assert len(run.steps) == 3
         for row, own in zip(run.steps, alone[name].steps, strict=True):
             for column in ("numerator", "denominator", "final_loss", "drift_norm", "perplexity"):
                 assert row[column] == pytest.approx(own[column], rel=1e-9)
@@ -236,13 +257,19 @@ def test_an_editor_of_ones_own_takes_part(tiny: TinyFactory, tmp_path: Path) -> 
     assert run.steps[-1].perplexity == pytest.approx(perplexity(view, SENTENCES).mean, rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def paired(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The same of two methods, measured along the way."""
+    study, folder = study_of(tiny("llama")), tmp_path_factory.mktemp("paired")
+    runs = run_sequences(folder, study, sequences_of(ROME, FC_ROME), plan=SequencePlan(every=3))
+    return Whole(study=study, runs=runs, folder=folder)
+
+
 @pytest.mark.parametrize("kills", range(3))
 def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
-    kills: int, tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kills: int, paired: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = study_of(tiny("llama"))
-    plan = SequencePlan(every=3)
-    expected = run_sequences(tmp_path / "whole", study, sequences_of(ROME, FC_ROME), plan=plan)
+    study, plan = paired.study, SequencePlan(every=3)
     draw = random.Random(kills)
     for _ in range(6):
         left = draw.randrange(1, 40)
@@ -270,35 +297,31 @@ def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
                 continue
             break
     found = run_sequences(tmp_path / "run", study, sequences_of(ROME, FC_ROME), plan=plan)
-    assert same_runs(found, expected)
-    whole, again = contents(tmp_path / "whole"), contents(tmp_path / "run")
+    assert same_runs(found, paired.runs)
+    whole, again = contents(paired.folder), contents(tmp_path / "run")
     assert whole.keys() == again.keys()
     for name in whole:
         assert whole[name] == again[name], name
 
 
-def test_a_finished_run_computes_nothing(
-    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = study_of(tiny("llama"))
-    expected = run_sequences(tmp_path, study, sequences_of(ROME))
-    before = contents(tmp_path)
+def test_a_finished_run_computes_nothing(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(whole.folder)
     for name in ("edit_in_step", "_by_fact", "_in_all"):
         monkeypatch.setattr(f"{MODULE}.{name}", lambda *_: pytest.fail("computed again"))
-    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME)), expected)
-    assert contents(tmp_path) == before
+    again = run_sequences(whole.folder, whole.study, sequences_of(ROME))
+    assert same_runs(again, whole.runs)
+    assert contents(whole.folder) == before
 
 
 @pytest.mark.parametrize(
     "damage", ["edit", "steps", "retained", "no edit", "later edit", "earlier edit"]
 )
 def test_what_is_damaged_is_done_again(
-    damage: str, tiny: TinyFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    study = study_of(tiny("llama"))
-    expected = run_sequences(tmp_path, study, sequences_of(ROME))
-    before = contents(tmp_path)
-    edits = tmp_path / "rome" / "edits"
+    run = whole.copied(tmp_path / "run")
+    before = contents(run)
+    edits = run / "rome" / "edits"
     if damage == "no edit":
         (edits / "0002.safetensors").unlink()
     elif damage == "later edit":
@@ -307,22 +330,19 @@ def test_what_is_damaged_is_done_again(
         shutil.copy(edits / "0001.safetensors", edits / "0002.safetensors")
     else:
         path = (
-            edits / "0002.safetensors"
-            if damage == "edit"
-            else tmp_path / "rome" / f"{damage}.parquet"
+            edits / "0002.safetensors" if damage == "edit" else run / "rome" / f"{damage}.parquet"
         )
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
-    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME)), expected)
-    assert contents(tmp_path) == before
+    assert same_runs(run_sequences(run, whole.study, sequences_of(ROME)), whole.runs)
+    assert contents(run) == before
 
 
 def test_a_full_disk_loses_nothing(
-    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = study_of(tiny("llama"))
-    expected = run_sequences(tmp_path / "whole", study, sequences_of(ROME))
+    study = whole.study
     saved = Edit.save
     with monkeypatch.context() as patch:
 
@@ -335,14 +355,13 @@ def test_a_full_disk_loses_nothing(
         with pytest.raises(CacheError, match="no space left"):
             run_sequences(tmp_path / "run", study, sequences_of(ROME))
     found = run_sequences(tmp_path / "run", study, sequences_of(ROME))
-    assert same_runs(found, expected)
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert same_runs(found, whole.runs)
+    assert contents(tmp_path / "run") == contents(whole.folder)
 
 
-def test_a_folder_of_another_run_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
-    study = study_of(tiny("llama"))
-    run_sequences(tmp_path, study, sequences_of(ROME))
-    before = contents(tmp_path)
+def test_a_folder_of_another_run_is_refused(whole: Whole) -> None:
+    study, folder = whole.study, whole.folder
+    before = contents(folder)
     other = replace(sequences_of(ROME)[0], facts=NUMBERED[::-1])
     changes: list[tuple[Study, EditSequence, SequencePlan, str]] = [
         (study, other, SequencePlan(), "facts"),
@@ -357,10 +376,10 @@ def test_a_folder_of_another_run_is_refused(tiny: TinyFactory, tmp_path: Path) -
     ]
     for varied, each, plan, what in changes:
         with pytest.raises(BadInputError, match=f"begun with something else \\({what} differs"):
-            run_sequences(tmp_path, varied, [each], plan=plan)
+            run_sequences(folder, varied, [each], plan=plan)
     with pytest.raises(BadInputError, match="side_by_side differs"):
-        run_sequences(tmp_path, study, sequences_of(ROME, C_ROME))
-    assert contents(tmp_path) == before
+        run_sequences(folder, study, sequences_of(ROME, C_ROME))
+    assert contents(folder) == before
 
 
 def test_a_model_that_is_bad_already_is_not_rolled_back(tiny: TinyFactory, tmp_path: Path) -> None:
@@ -528,7 +547,8 @@ def test_the_command_tells_what_became_of_each(
     assert f"{len(NUMBERED)} of {len(NUMBERED)}" in said
     shards = tmp_path / "shards"
     for number in (1, 2):
-        assert main(["sequence", str(shards), *words, "--shard", f"{number}/2"]) == 0
+        part = ["--limit", "1", "--shard", f"{number}/2"]
+        assert main(["sequence", str(shards), *words, *part]) == 0
     assert {path.name for path in shards.iterdir()} >= {"rome-given", "fc-rome-seed1"}
 
 
@@ -570,52 +590,37 @@ def test_the_command_refuses_bad_options_before_a_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_ten_kills_change_nothing(command: tuple[list[str], Path], tmp_path: Path) -> None:
+def test_kills_change_nothing(command: tuple[list[str], Path], tmp_path: Path) -> None:
     words, folder = command
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FIRSTTOK_CACHE": str(folder / "cache")}
-    start = [sys.executable, "-m", "firsttok", "sequence"]
-    more = ["--every", "3", "--limit", "6"]
-    whole = tmp_path / "whole"
-    begun = time.monotonic()
-    subprocess.run(
-        [*start, str(whole), *words, *more],
-        env=environment,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
-    took = time.monotonic() - begun
+    environment = {"OMP_NUM_THREADS": "1", "FIRSTTOK_CACHE": str(folder / "cache")}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = [*words, "--every", "2", "--limit", "3"]
     draw = random.Random(0)
     killed = 0
-    run = tmp_path / "run"
-    while killed < 10:
-        with subprocess.Popen(
-            [*start, str(run), *words, *more],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as process:
-            # Most of a start is the import; the later part is the run.
-            try:
-                process.wait(took * draw.uniform(0.5, 1.0))
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-    subprocess.run(
-        [*start, str(run), *words, *more],
-        env=environment,
-        check=True,
-        timeout=300,
-        capture_output=True,
-    )
-    one, other = contents(whole), contents(run)
-    assert killed > 0
-    # What a kill left half written has another name.
-    names = [name for name in one if not name.startswith("models")]
-    assert [name for name in other if name in names] == names
-    for name in names:
-        assert one[name] == other[name], name
+
+    def same() -> None:
+        one, other = contents(whole), contents(run)
+        # What a kill left half written has another name.
+        names = [name for name in one if not name.startswith("models")]
+        assert [name for name in other if name in names] == names
+        for name in names:
+            assert one[name] == other[name], name
+
+    with starter("sequence", environment) as own:
+        undisturbed = own.start(["sequence", str(whole), *more])
+        assert undisturbed.wait().code == 0
+        took = time.monotonic() - undisturbed.begun
+        while killed < 5:
+            process = own.start(["sequence", str(run), *more])
+            time.sleep(took * draw.random())
+            code = process.kill().code
+            assert code in (0, -signal.SIGKILL)
+            killed += code != 0
+            if code == 0:
+                same()
+                shutil.rmtree(run)
+        assert own.start(["sequence", str(run), *more]).wait().code == 0
+    same()
 
 
 def test_a_state_holds_factors_and_no_weight_for_each_step(
