@@ -6,6 +6,7 @@ None is of a subject that a built-in fact has, so that editors can be tested on 
 import hashlib
 from dataclasses import dataclass, replace
 
+from firsttok.arguments import taken
 from firsttok.data import Fact, builtin_facts
 from firsttok.data.records import builtin_json
 from firsttok.errors import BadInputError
@@ -49,6 +50,7 @@ class MendExamples:
     """Edits of other subjects, to stop by."""
 
 
+@taken
 def mend_edits(model: Model, training: int, validation: int, *, seed: int) -> MendExamples:
     """Draw edits of :func:`firsttok.synthetic.synthetic_facts`, each with one rephrase.
 

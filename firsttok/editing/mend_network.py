@@ -83,11 +83,10 @@ class RowStatistics:
         if not len(rows):
             return self
         tokens, wide = self.tokens + len(rows), rows.double()
-        own = wide.mean(0)
-        apart = own - self.mean.double()
-        squares = self.squares.double() + ((wide - own) ** 2).sum(0)
-        squares = squares + apart**2 * (self.tokens * len(rows) / tokens)
-        mean = self.mean.double() + apart * (len(rows) / tokens)
+        mean, own = self.mean.to(wide), wide.mean(0)
+        squares = self.squares.to(wide) + ((wide - own) ** 2).sum(0)
+        squares = squares + (own - mean) ** 2 * (self.tokens * len(rows) / tokens)
+        mean = mean + (own - mean) * (len(rows) / tokens)
         return RowStatistics(tokens=tokens, mean=mean, squares=squares)
 
     def standardised(self, rows: Rows) -> Rows:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from firsttok.arguments import take_fields
+from firsttok.arguments import take_fields, taken
 from firsttok.console import own_bar
 from firsttok.data import Fact, find_corpus
 from firsttok.editing.mend import Hooks, edit_labels, gradient_rows, target_nll
@@ -176,6 +176,7 @@ class _Data:
     validation_text: tuple[_Text, ...]
 
 
+@taken
 def train_mend(
     model: Model,
     plan: MendPlan,
@@ -208,7 +209,7 @@ def train_mend(
             "MEND is not trained on it"
         )
     places = plan.places(model)
-    # Of the model as it is, so that a whole training stands and falls with one state of it.
+    # What a kept state belongs to.
     of_plan = {"plan": plan.as_dict(), "model": model.identity()}
     with own_bar(progress) as bar, model.standing():
         data = _prepared(model, plan, min(place.layer for place in places), bar)
@@ -484,7 +485,13 @@ class _Trainer:
             self._loss(network, example, text)
             for example, text in zip(data.validation, data.validation_text, strict=True)
         ]
-        return {name: float(sum(row[name] for row in rows) / len(rows)) for name in CURVES[1:]}
+        means = {name: float(sum(row[name] for row in rows) / len(rows)) for name in CURVES[1:]}
+        if not math.isfinite(means["loss"]):
+            raise NonFiniteError(
+                f"the loss of the validation edits became {means['loss']} at step {self.step}; "
+                "lower the learning rate, or bring the rate that matrices begin with nearer to 0"
+            )
+        return means
 
     def look(self, data: _Data) -> None:
         """Measure the network as it is, and keep it if it is the best."""
