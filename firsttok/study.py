@@ -137,10 +137,13 @@ class Study(Shown):
     @property
     def prepared_texts(self) -> PreparedTexts:
         """The sentences, run up to the edited layer once for each state of the model."""
+        return self._texts_up_to(self.layer)
+
+    def _texts_up_to(self, layer: int) -> PreparedTexts:
         return self._measured(
             "texts",
-            [self.layer],
-            lambda: prepare_texts(self.evaluated, self.texts, layer=self.layer, bos=self.text_bos),
+            [layer],
+            lambda: prepare_texts(self.evaluated, self.texts, layer=layer, bos=self.text_bos),
         )
 
     def perplexities(self, edits: Sequence[Edit]) -> list[Perplexity]:
@@ -152,11 +155,17 @@ class Study(Shown):
         fast = [edit for edit in edits if edit.output_layer == self.layer]
         measured = iter(self.prepared_texts.measure_edits(self.evaluated, fast) if fast else ())
         return [
-            next(measured)
-            if edit.output_layer == self.layer
-            else perplexity(self.evaluated.edited(edit), self.texts, bos=self.text_bos)
+            next(measured) if edit.output_layer == self.layer else self._perplexity_under(edit)
             for edit in edits
         ]
+
+    def _perplexity_under(self, edit: Edit) -> Perplexity:
+        """In the weights; the layers below the edit run once for all that begin there."""
+        view, below = self.evaluated.edited(edit), min(edit.layers) - 1
+        plain = {place.stack for place in edit.places} == {"blocks"}
+        if below < 0 or not plain or self.evaluated.disturbance is not None:
+            return perplexity(view, self.texts, bos=self.text_bos)
+        return self._texts_up_to(below).measure(view)
 
     @property
     def original_perplexity(self) -> Perplexity:

@@ -433,3 +433,19 @@ def test_measuring_is_the_same_inside_an_edit_made_by_hand(tiny: TinyFactory) ->
         with torch.no_grad():
             weight.copy_(before)
     assert inside.nll == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(("arch", "plain"), ON_BOTH, indirect=["plain"])
+@pytest.mark.usefixtures("plain")
+def test_edits_above_are_measured_from_the_layer_below_them(
+    tiny: TinyFactory, arch: str, layer: int
+) -> None:
+    model = tiny(arch)
+    edit = strong_edit(model, layer=layer + 1) + strong_edit(model, FACTS[3], layer=3)
+    prepared = prepare_texts(model, SENTENCES, layer=layer)
+    expected = perplexity(model.edited(edit), SENTENCES)
+    found = prepared.measure(model.edited(edit))
+    assert found.per_sentence == pytest.approx(expected.per_sentence, rel=1e-5)
+    with pytest.raises(EditMismatchError, match="undo that edit"):
+        prepared.measure(model.edited(strong_edit(model, layer=layer)))

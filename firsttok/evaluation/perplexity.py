@@ -114,6 +114,15 @@ class _Group:
             # Padded on the right, every sentence begins in the first column.
             change[:, 1:] *= at == "later"
             change[:, :1] *= at == "first"
+        return self._of(model, tail, change, count)
+
+    def nlls_above(self, model: Model) -> dict[int, Tensor]:
+        """NLLs of each sentence's tokens, with what stands in the layers above."""
+        return self._of(model, self.tail, None, 1)[0]
+
+    def _of(
+        self, model: Model, tail: Tail, change: Tensor | None, count: int
+    ) -> list[dict[int, Tensor]]:
         where = self.where.repeat(count, 1)
         with model.running() as bridge:
             chunks = tail.logit_chunks(bridge, where, change, size=_PLACES, overwrite=True)
@@ -161,11 +170,7 @@ class PreparedTexts:
         """
         if at not in _AT:
             raise BadInputError(f"an edit acts at all, first or later tokens, not at {at!r}")
-        if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
-            raise EditMismatchError(
-                f"{model.name} was changed at or below layer {self.layer} since the sentences were "
-                "prepared; undo that edit first, or measure with perplexity(model)"
-            )
+        self._check(model)
         for edit in edits:
             edit.check(model)
             if edit.output_layer != self.layer:
@@ -183,6 +188,30 @@ class PreparedTexts:
                 ):
                     nlls[start + offset] |= found
         return [_perplexity(found) for found in nlls]
+
+    @taken
+    @torch.no_grad()
+    def measure(self, model: Model) -> Perplexity:
+        """Measure a view whose edits are all of layers above: they stand in the weights.
+
+        Args:
+            model: A view of the model these texts were prepared on.
+
+        Raises:
+            EditMismatchError: If the model is changed at the layer or below.
+        """
+        self._check(model)
+        nlls: dict[int, Tensor] = {}
+        for group in self.groups:
+            nlls |= group.nlls_above(model)
+        return _perplexity(nlls)
+
+    def _check(self, model: Model) -> None:
+        if _passing(model.with_bos(self.bos), self.layer) != self.made_on:
+            raise EditMismatchError(
+                f"{model.name} was changed at or below layer {self.layer} since the sentences were "
+                "prepared; undo that edit first, or measure with perplexity(model)"
+            )
 
 
 @taken
