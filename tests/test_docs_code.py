@@ -324,7 +324,7 @@ def pages_with_python() -> list[Any]:
         text = "".join(block.text for block in blocks_of(page) if block.language == "python")
         if text:
             real = EMBEDDED in text
-            marks = [pytest.mark.real_model, pytest.mark.slow] if real else []
+            marks = [pytest.mark.real_model, pytest.mark.slow, pytest.mark.release] if real else []
             found.append(pytest.param(page, marks=marks, id=str(page.relative_to(ROOT))))
     return found
 
