@@ -13,7 +13,7 @@ from itertools import product
 from statistics import mean, median
 from typing import Any
 
-import torch
+import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
@@ -99,7 +99,8 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         provenance={"original_perplexity": options.study.original_perplexity.mean},
         notes=[
             "hard: facts on which one ROME edit collapses the model. C- has prefixed keys and "
-            "residuals, FC- a prefixed anchor as well.",
+            "residuals, FC- a prefixed anchor as well. FT edits the layer that ROME does; released: "
+            "layer 0 of GPT-2-XL, layer 21 of GPT-J and Llama2-7b, there without a bound.",
             *told(rows),
         ],
         draw=partial(plot, rows, options.study.original_perplexity.mean),
@@ -132,8 +133,7 @@ def changes(
         ("collapse", *first),
         ("normal", stable.case_id, _edit(options, stable)),
     ):
-        sizes = edit.delta.matrix.abs().flatten().double()
-        found = torch.quantile(sizes, torch.tensor(QUANTILES, dtype=torch.float64))
+        found = np.quantile(edit.delta.matrix.abs().cpu().double().numpy(), QUANTILES)
         rows.append(
             {"part": "change", "cases": kind, "case_id": case_id}
             | {f"quantile_{q:g}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
@@ -243,10 +243,12 @@ def tasks_lost(result: Result) -> Verdict:
         row["state"]: mean(row[name] - guess[name] for name in OWN_TASKS)
         for row in (rows[0], *edited)
     }
+    if over["original"] <= CHANCE:
+        raise GapError("The unedited model is at chance itself.")
     told = ", ".join(f"{state} {value:+.2f}" for state, value in over.items())
     lost = [value <= CHANCE for state, value in over.items() if state != "original"]
     return grade(
-        all(lost) and over["original"] > CHANCE,
+        all(lost),
         any(lost),
         f"Mean accuracy above chance over {len(OWN_TASKS)} tasks: {told}.",
     )
@@ -286,7 +288,7 @@ def underwritten(result: Result) -> Verdict:
         )
     return grade(
         all(under) and all(repaired),
-        all(under) or any(repaired),
+        any(under),
         f"Mean of efficacy bare and behind prefixes, percent: {'; '.join(told)}.",
     )
 
@@ -306,7 +308,8 @@ CLAIMS = (
         place="Butterfly Effect, slides, Section 4",
         sentence="The edited models of the highest perplexity lose all their capabilities.",
         rule=f"Mean accuracy above chance over the shipped tasks is at most {CHANCE:g} for each of "
-        f"the {HIGHEST} edited models, and more for the unedited one. Partly: for one of them.",
+        f"the {HIGHEST} edited models. Partly: for one of them. Not judged where it is so for the "
+        "unedited one.",
         decide=tasks_lost,
         on_collapse=True,
     ),
@@ -327,7 +330,7 @@ CLAIMS = (
         rule="Of both, the mean of efficacy bare and behind prefixes is at least "
         f"{UNDER:g} points lower on hard facts than on normal ones, and that of the FC variant on "
         f"hard facts at most {NEAR:g} points below the released one's on normal facts. Partly: the "
-        "first of both, or the second of one.",
+        "first of one.",
         decide=underwritten,
         on_collapse=True,
         own=True,

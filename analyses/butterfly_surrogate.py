@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from rich.progress import Progress
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import spearmanr
 
 from firsttok.errors import BadInputError
-from firsttok.evaluation import COLLAPSE_THRESHOLD, OWN_TASKS, score_tasks
+from firsttok.evaluation import COLLAPSE_THRESHOLD, OWN_TASKS, check_tasks, score_tasks
 from firsttok.paper.cases import choose_cases
 from firsttok.paper.claims import Claim, Result, Verdict, fixed, grade, require
 from firsttok.paper.experiment import ScriptOptions, run
@@ -35,6 +35,7 @@ RESAMPLES = 2000
 
 
 def measure(options: ScriptOptions, progress: Progress) -> Found:
+    check_tasks(OWN_TASKS, None)
     study, profile = options.study, options.args.profile
     facts = choose_cases(options).collapse[: FACTS[profile]]
     if not facts:
@@ -72,7 +73,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         notes=[
             f"Models are the unedited one and {len(facts)} ROME edits, each scaled by "
             f"{', '.join(f'{factor:g}' for factor in FACTORS)}; the intervals are of a bootstrap "
-            "over models."
+            "over facts."
         ],
         draw=partial(plot, rows, {name: scores[0][name].chance for name in OWN_TASKS}),
     )
@@ -81,6 +82,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
 def correlation(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, Any]:
     """Spearman's rank correlation of perplexity and accuracy, with a percentile interval."""
     tasks = OWN_TASKS if name == "mean" else (name,)
+    subjects = dict.fromkeys(row["subject"] for row in rows if row["subject"])
     x = np.array([row["perplexity"] for row in rows])
     y = np.array([mean(row[task] for task in tasks) for row in rows])
 
@@ -91,22 +93,24 @@ def correlation(rows: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict
         ranked: Any = spearmanr(a, b)
         return float(ranked.statistic)
 
-    found = bootstrap(
-        (x, y),
-        rho,
-        paired=True,
-        vectorized=False,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    # Models of one fact are not independent, so that facts are drawn; the unedited one stays.
+    groups = [np.array([i for i, row in enumerate(rows) if row["subject"] == s]) for s in subjects]
+    original = np.array([i for i, row in enumerate(rows) if not row["subject"]], dtype=int)
+    generator = np.random.default_rng(seed)
+    drawn: list[float] = []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(len(groups), size=len(groups))
+        index = np.concatenate([original, *(groups[number] for number in chosen)])
+        drawn.append(rho(x[index], y[index]))
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return {
         "part": "correlation",
         "task": name,
         "rho": rho(x, y),
-        "low": float(found.low),
-        "high": float(found.high),
+        "low": float(low),
+        "high": float(high),
         "models": len(rows),
+        "facts": len(groups),
     }
 
 

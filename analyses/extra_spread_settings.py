@@ -51,15 +51,16 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     rows = [{"setting": row["method"]} | {name: row[name] for name in COLUMNS} for row in measured]
     original = options.study.original_perplexity.mean
     lines: list[list[object]] = []
-    best: dict[str, tuple[float, str]] = {}
+    best: dict[str, tuple[float, float, str]] = {}
     for name in settings:
         own = matching(rows, setting=name)
         highest = max(row["perplexity"] for row in own)
         cells = [share(own, column) for column in ("prefixed_efficacy", *MEASURES)]
         score = score_of(cells, sound=highest < DAMAGE_RATIO * original)
         lines.append([name, *cells, highest, score])
-        kind = name.partition(" ")[0]
-        best[kind] = max(best.get(kind, (-1.0, "")), (score, name))
+        # Of equal ones that which changes least: the largest lambda, or ridge.
+        kind, *numbers = name.split()
+        best[kind] = max(best.get(kind, (-1.0, 0.0, "")), (score, float(numbers[-1]), name))
     return Found(
         title=f"MEMIT and AlphaEdit by their settings, {len(facts)} facts that no table uses",
         columns=["", "prefixed efficacy", *MEASURES, "max perplexity", "Score"],
@@ -68,7 +69,10 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         notes=[
             "Score: harmonic mean of prefixed efficacy, efficacy, generalization and locality; 0 "
             f"where an edit multiplies the perplexity by {DAMAGE_RATIO:g} or more.",
-            *(f"Best for {kind}: {name} ({score:.1f})." for kind, (score, name) in best.items()),
+            *(
+                f"Best for {kind}: {name} ({score:.1f}); of equal ones that which changes least."
+                for kind, (score, _, name) in best.items()
+            ),
         ],
         draw=partial(plot, lines),
     )

@@ -211,6 +211,7 @@ def _screen(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="edit and evaluate every fact, too, and time both ways",
     )
+    add_method_options(parser, "rome")
     parser.add_argument(
         "--threshold",
         type=float,
@@ -439,7 +440,7 @@ def _train_mend(parser: argparse.ArgumentParser) -> None:
         ("validation", int, 40, "edits to stop by"),
         ("rank", int, 64, "rank of the network's blocks"),
         ("lr", float, 1e-4, "learning rate of the networks"),
-        ("rate", float, -1e-3, "what each matrix's learned rate begins with"),
+        ("rate", float, -1e-3, "what each matrix's learned rate begins with, as --rate=VALUE"),
         ("rate-lr", float, 1e-5, "learning rate of those"),
         ("edit-weight", float, 0.1, "weight of the edit in the loss"),
         ("locality-weight", float, 1.0, "weight of the divergence at other text"),

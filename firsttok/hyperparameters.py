@@ -86,7 +86,6 @@ class SpreadSettings:
             if not isfinite(value) or value <= 0:
                 raise HyperparameterError(f"{name} is {value}; give a finite number above 0")
 
-    def ending_at(self, layer: int) -> tuple[int, ...]:
-        """As many layers as :attr:`layers`, of which this one is the last."""
-        last = self.layers[-1]
-        return tuple(each - last + layer for each in self.layers if each - last + layer >= 0)
+    def moved(self, by: int) -> tuple[int, ...]:
+        """The layers, each so many layers higher; those below the first one are left out."""
+        return tuple(each + by for each in self.layers if each + by >= 0)

@@ -87,6 +87,8 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
         "nullspace_threshold": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "l2": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "eps": any(map(_is_bounded, methods)),
+        **dict.fromkeys(("ft_steps", "ft_lr"), any(map(_is_tuned, methods))),
+        **dict.fromkeys(HYPERPARAMETERS, any(map(_has_value, methods))),
         "network": any(isinstance(each, MendEditor) for each in methods),
     }
     for name, taken in takers.items():
@@ -103,9 +105,19 @@ def _is_bounded(method: Method | Editor) -> bool:
     return isinstance(method, FineTuningEditor) and method.eps is not None
 
 
+def _is_tuned(method: Method | Editor) -> bool:
+    return isinstance(method, FineTuningEditor)
+
+
+def _has_value(method: Method | Editor) -> bool:
+    return not isinstance(method, FineTuningEditor | MendEditor)
+
+
 def _set(editor: Method | Editor, args: argparse.Namespace) -> Method | Editor:
-    if isinstance(editor, FineTuningEditor) and _is_bounded(editor) and args.eps is not None:
-        return replace(editor, eps=args.eps)
+    if isinstance(editor, FineTuningEditor):
+        eps = args.eps if _is_bounded(editor) and args.eps is not None else editor.eps
+        steps, rate = args.ft_steps or editor.steps, args.ft_lr or editor.learning_rate
+        return replace(editor, eps=eps, steps=steps, learning_rate=rate)
     if isinstance(editor, MendEditor) and args.network is not None:
         return replace(editor, network=MendNetwork.load(args.network))
     if not isinstance(editor, MemitEditor):
@@ -206,6 +218,7 @@ def open_study(
         second_moments=moments,
         layer=site.layer,
         hyperparameters=replace(model.hyperparameters, **changed),
+        given=changed,
         texts=texts,
         work=folder / ".work",
         text_bos=BosPolicy(args.text_bos),

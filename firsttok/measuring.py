@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
-from firsttok.editing import Edit, Editor, Method, find_editors, optimisations
+from firsttok.editing import Edit, Editor, Method, OpenEditor, find_editors, optimisations
 from firsttok.errors import BadInputError
 from firsttok.metrics import METRICS, AccuracyMetric, Metric, ScoresMetric, find_metrics
 from firsttok.prompts import fact_prompt
@@ -30,6 +30,7 @@ __all__ = [
     "columns_of",
     "edit_columns",
     "hash_of",
+    "hashes_of_open",
     "measure_chunk",
     "measure_each",
     "measure_facts",
@@ -214,6 +215,8 @@ def measure_facts(
                 f"{numbered[fact.case_id].prompt!r}; number each once"
             )
     plan = Plan(methods=find_editors(methods), metrics=tuple(metrics), seed=seed)
+    # A method that cannot be used here is no fault of a fact.
+    study.editors(plan.methods)
     progress = progress or Progress(disable=True)
     task = progress.add_task(label, total=len(facts))
 
@@ -476,6 +479,16 @@ def slots_of(method: Method | Editor) -> Mapping[str, str]:
 def slots_in(study: Study, method: Method | Editor) -> Mapping[str, str]:
     """As :func:`slots_of`, with what an editor takes from the study."""
     return slots_of(method if isinstance(method, Method) else study.editors([method])[0])
+
+
+def hashes_of_open(study: Study, methods: Sequence[Method | Editor]) -> dict[str, str]:
+    """Hash of each editor that takes something from the study, by its name.
+
+    Raises:
+        BadInputError: If the study, or its model, does not have what an editor needs.
+    """
+    opened = [each for each in methods if isinstance(each, OpenEditor)]
+    return {each.name: hash_of(study.editors([each])[0]) for each in opened}
 
 
 def hash_of(thing: Editor | Metric) -> str:

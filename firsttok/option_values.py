@@ -32,6 +32,7 @@ _COUNTS = (
     "edits",
     "every",
     "jobs",
+    "ft_steps",
     "limit",
     "normal",
     "patience",
@@ -42,7 +43,7 @@ _COUNTS = (
 )
 _POSITIVE = (
     *("sql_seconds", "temperature", "threshold"),
-    *("mom2_weight", "nullspace_threshold", "l2", "eps"),
+    *("mom2_weight", "nullspace_threshold", "l2", "eps", "ft_lr"),
 )
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""

@@ -179,8 +179,8 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         "--layers",
         nargs="+",
         type=int,
-        help="memit, emmet, alphaedit: layers to edit, from the lowest on (default: the model's, "
-        "ending at --layer)",
+        help="memit, emmet, alphaedit: layers to edit, from the lowest on (default: the model's; "
+        "they move with --layer)",
     )
     for name, what in (
         ("mom2-weight", "memit: lambda, how many tokens C stands for"),
@@ -196,6 +196,8 @@ def add_method_options(parser: argparse._ActionsContainer, *default: str) -> Non
         type=float,
         help="ft, ft-m: how far an entry of the weight may move (default: 5e-4)",
     )
+    parser.add_argument("--ft-steps", type=int, help="ft: losses, at most (default: 25)")
+    parser.add_argument("--ft-lr", type=float, help="ft: learning rate of Adam (default: 5e-4)")
 
 
 def add_facts_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> None:

@@ -464,7 +464,7 @@ def _refuse_another(folder: Path, entry: Mapping[str, Any]) -> None:
         if known.get(name) != entry[name]:
             raise BadInputError(
                 f"the sequence in {folder} was begun with something else ({name} differs); use "
-                "the same settings, or another folder"
+                "the same settings (on Ray also --actors), or another folder"
             )
 
 

@@ -68,6 +68,8 @@ class Study(Shown):
     """Sentences of the perplexity."""
     second_moments: Mapping[int, SecondMoment] = field(default_factory=dict[int, SecondMoment])
     """C of other layers, for editors of several ones."""
+    given: Mapping[str, int | float] | None = None
+    """Hyperparameters that were given, whatever the model's are; None for those that differ."""
     work: Path | None = None
     """Folder of finished parts, from which an interrupted run goes on; None to keep none."""
     key_source: KeySource = ORDINARY_KEYS
@@ -85,6 +87,14 @@ class Study(Shown):
         self.second_moment.check(self.model, self.layer)
         for layer, moment in self.second_moments.items():
             moment.check(self.model, layer)
+
+    @property
+    def asked(self) -> Mapping[str, int | float]:
+        """Hyperparameters that take the place of the model's own, in editors with others, too."""
+        if self.given is not None:
+            return self.given
+        usual, own = self.model.hyperparameters.as_dict(), self.hyperparameters.as_dict()
+        return {name: value for name, value in own.items() if value != usual[name]}
 
     def moment(self, layer: int) -> SecondMoment:
         """Return C of a layer.
@@ -284,7 +294,14 @@ class Study(Shown):
         def bound(each: Method | Editor) -> Editor:
             if isinstance(each, Method):
                 return replace(rome, method=each)
-            return each.completed(self) if isinstance(each, OpenEditor) else each
+            if not isinstance(each, OpenEditor):
+                return each
+            if self.key_source is not ORDINARY_KEYS:
+                raise BadInputError(
+                    f"{each.label} takes its keys from the model alone, and the study takes them "
+                    f"from {self.key_source.name!r}; leave the key source out, or the method"
+                )
+            return each.completed(self)
 
         return tuple(map(bound, find_editors(methods)))
 

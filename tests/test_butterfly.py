@@ -49,7 +49,7 @@ def test_what_decides_on_single_edits(
         (0.3, (0.0, 0.05), YES),
         (0.3, (0.0, 0.2), PARTLY),
         (0.3, (0.2, 0.2), NO),
-        (0.05, (0.0, 0.0), PARTLY),
+        (0.05, (0.0, 0.0), NOT_JUDGED),
     ],
 )
 def test_what_decides_on_tasks(
@@ -83,7 +83,7 @@ def test_what_decides_on_the_change(ratios: tuple[float, float], expected: Statu
 
 @pytest.mark.parametrize(
     ("hard", "repaired", "expected"),
-    [(0.3, 0.9, YES), (0.3, 0.5, PARTLY), (0.9, 0.95, PARTLY), (0.9, 0.5, NO)],
+    [(0.3, 0.9, YES), (0.3, 0.5, PARTLY), (0.9, 0.95, NO), (0.9, 0.5, NO)],
 )
 def test_what_decides_on_underwriting(hard: float, repaired: float, expected: Status) -> None:
     rows: Rows = []
@@ -112,7 +112,10 @@ def test_what_decides_on_the_surrogate(rho: float, high: float, expected: Status
 
 
 def test_the_correlation_is_spearmans() -> None:
-    rows = [{"perplexity": 10.0**n, **dict.fromkeys(OWN_TASKS, 1.0 / n)} for n in range(1, 9)]
+    rows = [
+        {"subject": "AB"[n % 2], "perplexity": 10.0**n, **dict.fromkeys(OWN_TASKS, 1.0 / n)}
+        for n in range(1, 9)
+    ]
     found = surrogate.correlation(rows, "mean", 0)
     assert found["rho"] == pytest.approx(-1.0)
     assert found["low"] <= found["high"] < -0.8

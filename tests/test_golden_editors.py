@@ -14,7 +14,7 @@ from tiny import relative
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact, load_texts
 from firsttok.editing import Edit, FineTuningEditor
-from firsttok.editing.memit import MemitEditor, MemitRule
+from firsttok.editing.memit import MemitEditor, MemitRule, _read
 from firsttok.editing.mend import MendEditor, MendStatistics
 from firsttok.editing.mend_network import MendNetwork
 from firsttok.engine.traits import KEY
@@ -157,11 +157,12 @@ def test_z_and_keys_are_the_released_ones(
     view = model.edited(memit._edit(facts, edit.deltas[:-1]))
     last = edit.deltas[-1].right
     assert last is not None
-    z = memit._states(view, facts, memit.editor.residual) + last
+    scenes = memit.scenes(facts)
+    current = _read(scenes, view, LAYERS[-1]).states(memit.editor.residual)
+    z = current + last
     assert relative(z, golden.tensors[f"{run}.z"]) < 1e-2
-    keys, _ = memit._keys(model, facts, LAYERS[0])
+    keys = _read(scenes, model, LAYERS[0]).keys(None)
     assert relative(keys.T, golden.tensors[f"{run}.layer{LAYERS[0]}.keys"]) < 1e-4
-    current = memit._states(view, facts, memit.editor.residual)
     assert relative(current, golden.tensors[f"{run}.layer{LAYERS[-1]}.current"]) < 1e-3
 
 

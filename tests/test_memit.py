@@ -23,10 +23,13 @@ from firsttok.editing import (
     SpreadRule,
     load_edit,
 )
+from firsttok.editing.memit import _read
 from firsttok.editing.methods import Slot
-from firsttok.errors import BadInputError, UnsupportedModelError
-from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import Model
+from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
+from firsttok.hyperparameters import Hyperparameters, SpreadSettings
+from firsttok.keys import IntervenedKeys
+from firsttok.models import CATALOG, Model, ModelSpec
+from firsttok.probes import SeesAll
 from firsttok.prompts import Prompt, fact_prompt, pad, positions
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
@@ -219,8 +222,8 @@ def test_an_editor_that_remembers_keeps_the_keys_of_earlier_facts(tiny: TinyFact
     first = keeping.edit(model, [FACTS[0]])
     assert relative(first.deltas[0].left, plain.edit(model, [FACTS[0]]).deltas[0].left) < 1e-12
     view = model.edited(first)
-    keys, _ = plain._writer(view)._keys(view, [FACTS[0]], 1)
-    own, _ = plain._writer(view)._keys(view, [FACTS[1]], 1)
+    writer = plain._writer(view)
+    keys, own = (_read(writer.scenes([fact]), view, 1).keys(None) for fact in FACTS[:2])
     expected = plain._writer(view).editor.rule.left(own, plain.second_moments[1], keys)
     second = keeping.edit(view, [FACTS[1]])
     assert relative(second.deltas[0].left, expected) < 1e-10
@@ -277,6 +280,73 @@ def test_a_study_fills_in_what_an_editor_leaves_open(tiny: TinyFactory) -> None:
     # Nothing was written before, so that there is nothing to remember.
     assert edits["memit-seq"].content_hash == alone.content_hash
     assert len({edit.content_hash for edit in edits.values()}) == len(SPREAD) - 1
+
+
+def study_of(model: Model, **changes: Any) -> Study:
+    given: dict[str, Any] = {
+        "model": model,
+        "contexts": CONTEXTS,
+        "second_moment": moment_of(model.site(2).d_mlp),
+        "second_moments": {1: moment_of(model.site(1).d_mlp)},
+        "layer": 2,
+        "hyperparameters": model.hyperparameters,
+        "texts": ("One. Two.",),
+    }
+    return Study(**given | changes)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in CATALOG if spec.spread], ids=lambda s: s.name)
+def test_by_default_the_released_layers_are_edited(tiny: TinyFactory, spec: ModelSpec) -> None:
+    assert spec.spread is not None
+    assert spec.layer is not None
+    model = replace(tiny("gpt2"), default_layer=spec.layer, spread=spec.spread)
+    assert MEMIT.moments_of(model, spec.layer) == spec.spread.layers
+    moved = tuple(layer + 2 for layer in spec.spread.layers)
+    assert MEMIT.moments_of(model, spec.layer + 2) == moved
+
+
+def test_what_is_asked_for_holds_for_z_and_what_is_not_is_the_models(tiny: TinyFactory) -> None:
+    own = SpreadSettings(
+        layers=LAYERS, weight=3.0, hyperparameters=Hyperparameters(clamp=0.75, steps=7)
+    )
+    model = replace(tiny("gpt2"), default_layer=2, spread=own)
+    (editor,) = study_of(model).editors(["memit"])
+    assert isinstance(editor, MemitEditor)
+    assert editor.hyperparameters == own.hyperparameters
+    asked: dict[str, Any] = {"clamp": model.hyperparameters.clamp, "steps": 5}
+    changed = replace(model.hyperparameters, **asked)
+    (editor,) = study_of(model, hyperparameters=changed, given=asked).editors(["memit"])
+    assert isinstance(editor, MemitEditor)
+    assert editor.hyperparameters == replace(own.hyperparameters, **asked)
+
+
+def test_alphaedit_says_when_it_may_change_nothing(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    own = {layer: SecondMoment.identity(model.site(layer).d_mlp) for layer in LAYERS}
+    opened = editor(model, rule=AlphaEditRule(threshold=0.5, ridge=1.0), second_moments=own)
+    with pytest.raises(BadInputError, match=r"no eigenvalue .* is below 0.5"):
+        opened.edit(model, [FACTS[0]])
+
+
+def test_facts_with_one_key_have_no_exact_solution(tiny: TinyFactory) -> None:
+    model = tiny("gpt2", "float64")
+    other = replace(FACTS[0], target_new=FACTS[1].target_new)
+    keys = editor(model, keys=Slot.UNPREFIXED)
+    with pytest.raises(NonFiniteError, match="depend on one another"):
+        replace(keys, rule=EmmetRule()).edit(model, [FACTS[0], other])
+    edit = keys.edit(model, [FACTS[0], other])
+    assert "denominator_1" not in edit.report
+    assert "key_cosine_1" in edit.report
+
+
+def test_a_source_of_keys_is_refused_that_an_editor_would_pass_over(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    study = study_of(
+        model, key_source=IntervenedKeys(name="seen", interventions=(SeesAll(position=0),))
+    )
+    for name in ("memit", "ft", "mend"):
+        with pytest.raises(BadInputError, match="leave the key source out, or the method"):
+            study.editors([name])
 
 
 def test_without_a_study_it_says_what_is_missing(tiny: TinyFactory) -> None:

@@ -74,6 +74,14 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         [*EDIT, "--save", "closed/e"],
         "the folder of --save closed/e cannot be written",
     ),
+    "screen, a method that edits nothing": (
+        ["screen", "--method", "memit"],
+        "--method memit is for --measure",
+    ),
+    "screen, two methods": (
+        ["screen", "--measure", "--method", "rome", "ft"],
+        "--method takes one method here, not 2",
+    ),
     "edit, layers of no method": (
         [*EDIT, "--layers", "1", "2"],
         "--layers is for none of the methods rome; leave it out",

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             )
         searches = {"hard": hard}
         if args.with_normal:
-            count = args.count or len(hard.facts)
+            count = len(hard.facts)
             if args.generate:
                 others = others[: _NORMAL * count]
             searches["normal"] = find_normal_facts(

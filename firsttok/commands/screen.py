@@ -12,9 +12,9 @@ from typing import Any
 from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile, resolve_data, write_facts
 from firsttok.data.records import plain_suffix
-from firsttok.editing import ROME
+from firsttok.editing import ROME, Editor, Method
 from firsttok.errors import BadInputError
-from firsttok.inputs import fact_file, open_study_of
+from firsttok.inputs import fact_file, methods_from, open_study_of
 from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
 from firsttok.paper.cases import load_scan
@@ -35,10 +35,11 @@ SHOWN = 10
 def run(args: argparse.Namespace) -> None:
     """Screen the facts, calibrate on edited ones, and leave ranking, curves and hard list."""
     facts = _facts(args)
+    method = _measured_by(args)
     out = Path(args.out) / folder_name(args.model)
     failed: list[FailedFact] = []
     with progress_bar() as progress:
-        study, usable = open_study_of(args, facts, out, progress)
+        study, usable = open_study_of(args, facts, out, progress, methods=[method])
         known = _edited(args, study, out)
         start = time.perf_counter()
         screened = screen(
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
                 known = measure_facts(
                     study.varied(work=Path(work)),
                     tuple(usable),
-                    [ROME],
+                    [method],
                     progress=progress,
                     on_failure=failed.append,
                 )
@@ -110,6 +111,19 @@ def _facts(args: argparse.Namespace) -> FactFile:
                 f"--build-hard {hard} is the file of --facts, which it would replace; name another"
             )
     return fact_file(args)
+
+
+def _measured_by(args: argparse.Namespace) -> Method | Editor:
+    """Whose edits are measured; only those of ROME are in a list of edited cases."""
+    first, *others = methods_from(args)
+    if others:
+        count = 1 + len(others)
+        raise BadInputError(f"--method takes one method here, not {count}; run it for each")
+    if first is not ROME and not args.measure:
+        raise BadInputError(
+            f"--method {first.name} is for --measure, which edits every fact by it; add that"
+        )
+    return first
 
 
 def _edited(args: argparse.Namespace, study: Study, out: Path) -> Sequence[Row]:

@@ -15,7 +15,7 @@ from firsttok.console import print_table, progress_bar, show
 from firsttok.data import FactFile
 from firsttok.errors import BadInputError
 from firsttok.inputs import fact_file, methods_from, open_study
-from firsttok.measuring import Plan
+from firsttok.measuring import Plan, hashes_of_open
 from firsttok.models.location import check_name
 from firsttok.options import folder_name
 from firsttok.rows import FAILED, read_table, rows_of, seconds_of, shard_paths
@@ -54,6 +54,10 @@ def _sweep(args: argparse.Namespace, folder: Path) -> None:
         seed=args.seed,
     )
     check_engine(args)
+    if args.layers and len(set(args.layer or ())) > 1:
+        raise BadInputError(
+            "--layers fixes what is edited, and --layer names several layers; give one of both"
+        )
     names: dict[str, str] = {}
     for name in args.model:
         # On some file systems names that differ in case alone are one.
@@ -102,10 +106,12 @@ def _sweep_model(
     for other in args.layer or ():
         # Before the hours that the first one takes.
         study.model.site(other)
+    # A method that this model does not take would make every row a failed one.
+    editors = hashes_of_open(study, plan.methods)
     study.warn_if_collapsed()
     several = len(set(args.layer or ())) > 1
     label = f"{study.model.label}-layer{layer}" if several else study.model.label
-    join_run(folder, entry, label, model_entry(study))
+    join_run(folder, entry, label, model_entry(study, editors))
     with ExitStack() as stack:
         if args.engine == "ray":
             engine = _ray_engine(stack, chosen, study, plan)

@@ -72,7 +72,8 @@ def _options(plan: MendPlan) -> list[str]:
             name = "windows" if each.name == "texts" else each.name.replace("_", "-")
             values = value if isinstance(value, tuple) else [value]
             shown = [v.value if isinstance(v, MendTarget) else str(v) for v in values]
-            words += [f"--{name}", *shown]
+            # Behind a blank, a negative number would be taken for an option.
+            words += [f"--{name}={shown[0]}"] if len(shown) == 1 else [f"--{name}", *shown]
     return words
 
 

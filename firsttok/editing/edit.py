@@ -19,7 +19,6 @@ from firsttok.display import Panel, Shown, Table, short_hash
 from firsttok.editing.delta import Delta
 from firsttok.editing.record import EditRecord, ModelRecord, checked_record, edit_record
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError, ViewError
-from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import EditSite, Model, Place, Standing, WeightEdit
 from firsttok.models.fingerprint import hash_weights
 from firsttok.provenance import versions
@@ -631,8 +630,8 @@ class EditSettings(Protocol):
         ...
 
     @property
-    def hyperparameters(self) -> Hyperparameters:
-        """Settings of the value optimisation."""
+    def asked(self) -> Mapping[str, int | float]:
+        """Settings of the value optimisation that were asked for in place of the model's own."""
         ...
 
     def moment(self, layer: int) -> SecondMoment:

@@ -412,9 +412,9 @@ def _groups(model: Model, edits: Sequence[_EditRows], site: EditSite) -> list[li
 
 
 FT = FineTuningEditor()
-"""FT as released for GPT-2-XL: every entry stays within 5e-4 of its start."""
+"""FT with the bound released for GPT-2-XL, at the layer of the study (there: layer 0)."""
 FT_UNBOUND = FineTuningEditor(name="ft-unbound", label="FT unbound", eps=None)
-"""FT as the Butterfly Effect's code runs it on GPT-J and Llama2: without a bound."""
+"""FT without a bound, as released for GPT-J and Llama2, at the layer of the study (there: 21)."""
 FT_M = FineTuningEditor(name="ft-m", label="FT-M", loss=FineTuningLoss.TEACHER_FORCED)
 """FT with the proper loss: every target token behind those before it."""
 FINE_TUNING: tuple[FineTuningEditor, ...] = (FT, FT_UNBOUND, FT_M)

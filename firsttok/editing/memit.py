@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from firsttok.arguments import take_fields
@@ -23,14 +23,14 @@ from firsttok.editing.edit import Edit, EditSettings
 from firsttok.editing.methods import Slot
 from firsttok.editing.record import edit_record
 from firsttok.editing.value import Value, optimise_values
-from firsttok.engine.traits import RESIDUAL
+from firsttok.engine.tail import Replay, Tail
+from firsttok.engine.traits import KEY, RESIDUAL
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
 from firsttok.hyperparameters import Hyperparameters, SpreadSettings
-from firsttok.keys import keys_of_facts
-from firsttok.models import Model, capture
-from firsttok.prompts import batches, fact_prompt, pad, positions
+from firsttok.models import Model, capture, capture_tail
+from firsttok.prompts import fact_prompt, pad, positions
 from firsttok.second_moment import SecondMoment
-from firsttok.tensors import ValueMatrix
+from firsttok.tensors import TokenBatch, ValueMatrix
 
 __all__ = [
     "ALPHAEDIT",
@@ -46,7 +46,8 @@ __all__ = [
     "spread_each",
 ]
 
-_MAX_TOKENS = 4096
+_DEPENDENT = 1e-9
+"""Smallest over largest eigenvalue of ``K^T C^-1 K`` below which keys depend on one another."""
 KeyColumns = Float[Tensor, "d_mlp fact"]
 EarlierKeys = Float[Tensor, "d_mlp earlier"]
 
@@ -158,7 +159,14 @@ class AlphaEditRule:
     ) -> KeyColumns:
         """As :meth:`SpreadRule.left`."""
         ridge = _given(self.ridge, "ridge of AlphaEditRule")
-        free = moment.below(_given(self.threshold, "threshold of AlphaEditRule")).to(keys)
+        threshold = _given(self.threshold, "threshold of AlphaEditRule")
+        free = moment.below(threshold).to(keys)
+        if not free.shape[1]:
+            raise BadInputError(
+                f"no eigenvalue of the second moment of layer {moment.layer} is below "
+                f"{threshold:g}, so that AlphaEdit may change nothing; give a higher threshold "
+                "(--nullspace-threshold)"
+            )
         seen = free.T @ _joined(keys, earlier)
         # (S S^T + ridge I)^-1 S = S (S^T S + ridge I)^-1, and S has a column a fact.
         gram = seen.T @ seen
@@ -228,21 +236,25 @@ class MemitEditor:
 
     def moments_of(self, model: Model, layer: int) -> tuple[int, ...]:
         """As :meth:`~firsttok.editing.edit.OpenEditor.moments_of`."""
-        layers = self.layers or _settings_of(model).ending_at(layer)
+        layers = self._layers_for(model, layer)
         return () if self.second_moments else layers
+
+    def _layers_for(self, model: Model, layer: int) -> tuple[int, ...]:
+        """The model's layers, moved as far as the edited layer is from the model's default."""
+        return self.layers or _settings_of(model).moved(layer - model.default_layer)
 
     def completed(self, settings: EditSettings) -> "MemitEditor":
         """Take contexts, second moments, layers and numbers from a study where they are open.
 
-        What a study changes in the model's settings of the value is changed in those of z.
+        What is asked for instead of the model's settings of the value is so for z, too. Layers
+        move with the study's layer where it is not the model's default.
 
         Raises:
             BadInputError: If the study has no second moment of a layer.
         """
         model = settings.model
-        layers = self.layers or _settings_of(model).ending_at(settings.layer)
-        usual, own = model.hyperparameters.as_dict(), settings.hyperparameters.as_dict()
-        changed: dict[str, Any] = {name: own[name] for name in own if own[name] != usual[name]}
+        layers = self._layers_for(model, settings.layer)
+        changed: dict[str, Any] = dict(settings.asked)
         return replace(
             self,
             contexts=self.contexts or settings.contexts,
@@ -270,7 +282,8 @@ class MemitEditor:
         if not facts:
             raise BadInputError(f"{self.label} was given no fact; give at least one")
         writer, identity = self._writer(model), model.identity()
-        edit = writer.write(facts, writer.values(facts))
+        scenes = writer.scenes(facts)
+        edit = writer.write(facts, scenes, writer.values(facts, scenes))
         if model.identity() != identity:
             raise EditMismatchError(
                 f"{model.name} was changed while an edit was computed on it; compute it again"
@@ -339,14 +352,24 @@ class _Writer:
         hashed = self.contexts.content_hash
         return hashed, self.layers[-1], self.editor.anchor, self.hyperparameters
 
+    def scenes(self, facts: Sequence[Fact]) -> "list[_Scene]":
+        """The facts' prompts, run up to the lowest edited layer."""
+        return self._scenes(self.model, facts)
+
+    def _scenes(self, view: Model, facts: Sequence[Fact]) -> "list[_Scene]":
+        return [_Scene.of(view, fact, self.contexts, self.layers) for fact in facts]
+
     def values(
-        self, facts: Sequence[Fact], on_step: Callable[[int], None] | None = None
+        self,
+        facts: Sequence[Fact],
+        scenes: "Sequence[_Scene]",
+        on_step: Callable[[int], None] | None = None,
     ) -> list[Value]:
         """Optimise z of each fact on the model as it is."""
         return optimise_values(
             self.model,
             facts,
-            self._states(self.model, facts, self.editor.anchor),
+            _read(scenes, self.model, self.layers[0]).states(self.editor.anchor),
             contexts=self.contexts,
             slot=self.editor.anchor,
             layer=self.layers[-1],
@@ -355,7 +378,9 @@ class _Writer:
             on_step=on_step,
         )
 
-    def write(self, facts: Sequence[Fact], values: Sequence[Value]) -> Edit:
+    def write(
+        self, facts: Sequence[Fact], scenes: "Sequence[_Scene]", values: Sequence[Value]
+    ) -> Edit:
         """Give each layer its share of what is missing."""
         model, editor = self.model, self.editor
         z = torch.stack([value.target for value in values])
@@ -363,11 +388,18 @@ class _Writer:
         components: dict[str, float] = {}
         for number, layer in enumerate(self.layers):
             view = model.edited(self._edit(facts, deltas)) if deltas else model
-            missing = (z - self._states(view, facts, editor.residual)).double()
+            reading = _read(scenes, view, layer)
+            missing = (z - reading.states(editor.residual)).double()
             right = missing / (len(self.layers) - number)
-            keys, bare = self._keys(view, facts, layer)
+            keys, bare = reading.keys(editor.keys), reading.keys(Slot.UNPREFIXED)
             moment = editor.second_moments[layer]
-            left = editor.rule.left(keys, moment, self._remembered(layer))
+            try:
+                left = editor.rule.left(keys, moment, self._remembered(layer))
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+                raise NonFiniteError(
+                    f"the keys of the facts at layer {layer} depend on one another, and "
+                    f"{editor.label} has no solution; give facts with other subjects or prompts"
+                ) from None
             if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
                 raise NonFiniteError(
                     f"the {editor.label} update of layer {layer} is not finite; take other facts, "
@@ -421,38 +453,6 @@ class _Writer:
             },
         }
 
-    @property
-    def _prefixed(self) -> ContextSet:
-        prefixed = tuple(text for text in self.contexts.templates if text != "{}")
-        return ContextSet(templates=prefixed or ("{}",))
-
-    def _keys(
-        self, model: Model, facts: Sequence[Fact], layer: int
-    ) -> tuple[KeyColumns, KeyColumns]:
-        """K, and the keys of the bare prompts, in float64 on the CPU."""
-        found = keys_of_facts(model, facts, self._prefixed, layer=layer)
-        mean = torch.stack([each.prefixed_mean for each in found], dim=1).double().cpu()
-        bare = torch.stack([each.unprefixed for each in found], dim=1).double().cpu()
-        if self.editor.keys is None:
-            return (bare + mean) / 2, bare
-        return (bare if self.editor.keys is Slot.UNPREFIXED else mean), bare
-
-    def _states(self, model: Model, facts: Sequence[Fact], slot: Slot) -> ValueMatrix:
-        """The residual stream behind the last layer at each subject's last token."""
-        templates = ("{}",) if slot is Slot.UNPREFIXED else self._prefixed.templates
-        prompts = [fact_prompt(model, fact, text) for fact in facts for text in templates]
-        hook = RESIDUAL.format(self.layers[-1])
-        states: dict[int, Tensor] = {}
-        for group in batches(prompts, max_tokens=_MAX_TOKENS):
-            chosen = [prompts[i] for i in group]
-            batch = pad(model, chosen)
-            found = capture(model, batch, [hook], stop_at_layer=self.layers[-1] + 1)[hook]
-            columns = batch.columns(positions(chosen))
-            rows = found[torch.arange(len(chosen), device=found.device), columns]
-            states |= zip(group, rows.to(model.wide_dtype), strict=True)
-        ordered = torch.stack([states[i] for i in range(len(prompts))])
-        return ordered.view(len(facts), len(templates), -1).mean(1)
-
     def _remembered(self, layer: int) -> EarlierKeys | None:
         """Keys of the facts that an editor of this name wrote into the view.
 
@@ -468,7 +468,8 @@ class _Writer:
                 view = replace(model, own_edits=model.edits[:number], contents={**model.contents})
                 key = (view.identity(), layer)
                 if key not in self.memory:
-                    self.memory[key] = self._keys(view, edit.facts, layer)[0]
+                    reading = _read(self._scenes(view, edit.facts), view, layer)
+                    self.memory[key] = reading.keys(self.editor.keys)
                 found.append(self.memory[key])
         return torch.cat(found, dim=1) if found else None
 
@@ -496,18 +497,95 @@ def spread_each(
     """
     identity = model.identity()
     writers = [editor._writer(model) for editor in editors]
+    scenes: dict[Any, list[_Scene]] = {}
     values: dict[Any, list[Value]] = {}
     found: list[dict[str, Edit]] = [{} for _ in facts]
     for writer in writers if facts else ():
+        run = (writer.contexts.content_hash, writer.layers[0], writer.layers[-1])
+        if run not in scenes:
+            scenes[run] = writer.scenes(facts)
         if writer.shared not in values:
-            values[writer.shared] = writer.values(facts, on_step)
-        for edits, fact, value in zip(found, facts, values[writer.shared], strict=True):
-            edits[writer.editor.name] = writer.write([fact], [value])
+            values[writer.shared] = writer.values(facts, scenes[run], on_step)
+        parts = zip(found, facts, scenes[run], values[writer.shared], strict=True)
+        for edits, fact, scene, value in parts:
+            edits[writer.editor.name] = writer.write([fact], [scene], [value])
     if model.identity() != identity:
         raise EditMismatchError(
             f"{model.name} was changed while edits were computed on it; compute them again"
         )
     return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scene:
+    """One fact's prompts, the bare one last, run up to the lowest edited layer."""
+
+    batch: TokenBatch
+    """The prompts up to their subjects' last tokens, behind which nothing is read."""
+    columns: Int[Tensor, "prompt"]
+    """Column of each subject's last token."""
+    tail: Tail | None
+    """What runs again; None where all does."""
+    last: int
+    """The last edited layer."""
+
+    @staticmethod
+    def of(model: Model, fact: Fact, contexts: ContextSet, layers: Sequence[int]) -> "_Scene":
+        """Run the prompts; without any prefix the bare one stands for the prefixed ones, too."""
+        prefixed = [text for text in contexts.templates if text != "{}"] or ["{}"]
+        prompts = [fact_prompt(model, fact, text) for text in (*prefixed, "{}")]
+        batch = pad(model, prompts)
+        columns = batch.columns(positions(prompts))
+        if not model.sees_later:
+            batch = batch.first(int(columns.max()) + 1)
+        below = layers[0] - 1
+        whole = below < 0 or model.replay is Replay.WHOLE
+        tail = None if whole else capture_tail(model, batch, layer=below)
+        return _Scene(batch=batch, columns=columns, tail=tail, last=layers[-1])
+
+    def read(self, view: Model, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys at a layer and residual streams behind the last one, ``[prompt, d]`` each."""
+        names = [KEY.format(layer), RESIDUAL.format(self.last)]
+        if self.tail is None:
+            seen = capture(view, self.batch, names, stop_at_layer=self.last + 1)
+        else:
+            with view.running() as bridge:
+                seen = self.tail.capture(bridge, names, last=self.last)
+        rows = torch.arange(len(self.columns), device=self.columns.device)
+        keys, states = (seen[name][rows, self.columns].to(view.wide_dtype) for name in names)
+        return keys, states
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Reading:
+    """Keys and residual streams of several facts, a row each."""
+
+    prefixed: Float[Tensor, "fact d_mlp"]
+    bare: Float[Tensor, "fact d_mlp"]
+    prefixed_states: ValueMatrix
+    bare_states: ValueMatrix
+
+    def keys(self, slot: Slot | None) -> KeyColumns:
+        """K in float64 on the CPU; the released half-and-half for None."""
+        mean = self.prefixed.double().cpu().T.contiguous()
+        bare = self.bare.double().cpu().T.contiguous()
+        if slot is None:
+            return (bare + mean) / 2
+        return bare if slot is Slot.UNPREFIXED else mean
+
+    def states(self, slot: Slot) -> ValueMatrix:
+        """The residual streams behind the last layer."""
+        return self.bare_states if slot is Slot.UNPREFIXED else self.prefixed_states
+
+
+def _read(scenes: Sequence[_Scene], view: Model, layer: int) -> _Reading:
+    found = [scene.read(view, layer) for scene in scenes]
+    return _Reading(
+        prefixed=torch.stack([keys[:-1].mean(0) for keys, _ in found]),
+        bare=torch.stack([keys[-1] for keys, _ in found]),
+        prefixed_states=torch.stack([states[:-1].mean(0) for _, states in found]),
+        bare_states=torch.stack([states[-1] for _, states in found]),
+    )
 
 
 def _settings_of(model: Model) -> SpreadSettings:
@@ -530,13 +608,16 @@ def _components(
 
     ``denominator`` is the smallest eigenvalue (real part) of ``K^T C^-1 K_bare``, over that of
     ``K^T C^-1 K``: the generalisation of ROME's denominator over C-ROME's, 1 without a mismatch.
+    It is left out where keys depend on one another.
     """
     towards = moment.solve_all(keys)
-    mixed = torch.linalg.eigvals(towards.T @ bare).real.min()
-    own = torch.linalg.eigvalsh(towards.T @ keys).min()
+    own = torch.linalg.eigvalsh(towards.T @ keys)
     cosines = torch.nn.functional.cosine_similarity(keys, bare, dim=0)
-    return {
-        f"denominator_{layer}": float(mixed / own),
+    found: dict[str, float] = {}
+    if float(own.min()) > _DEPENDENT * float(own.max()):
+        mixed = torch.linalg.eigvals(towards.T @ bare).real.min()
+        found[f"denominator_{layer}"] = float(mixed / own.min())
+    return found | {
         f"residual_norm_{layer}": float(missing.norm(dim=1).mean()),
         f"key_cosine_{layer}": float(cosines.mean()),
     }

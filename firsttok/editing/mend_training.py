@@ -108,6 +108,9 @@ class MendPlan:
         for name in ("lr", "rate_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInputError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("rate", "edit_weight", "locality_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise BadInputError(f"{name} is {getattr(self, name)}; give a finite number")
 
     def places(self, model: Model) -> tuple[Place, ...]:
         """The matrices of a model that are changed, layer by layer.

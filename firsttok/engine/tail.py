@@ -160,6 +160,38 @@ class Tail:
             found = unembed(bridge, chunk, into=found if overwrite else None)
             yield found
 
+    @torch.no_grad()
+    def capture(self, bridge: Any, hook_names: Sequence[str], *, last: int) -> dict[str, Tensor]:
+        """Run blocks again as the weights are now, and keep activations at hook points of them.
+
+        Args:
+            bridge: The bridge the tail was captured on.
+            hook_names: Hook points of the blocks that run again.
+            last: The last block that has to run.
+
+        Returns:
+            One tensor ``[prompt, suffix, ...]`` per hook point.
+
+        Raises:
+            ValueError: If the whole model has to run, or columns are cut off.
+        """
+        if self.replay is Replay.WHOLE or self.cut:
+            raise ValueError("only whole columns of a plain stack of blocks are captured")
+        seen: dict[str, Tensor] = {}
+
+        def keep(activation: Any, hook: Any) -> None:
+            seen[hook.name] = activation[0] if isinstance(activation, tuple) else activation
+
+        hidden = self.residual
+        with (
+            bridge.hooks(fwd_hooks=[(name, keep) for name in hook_names]),
+            fast_products(hidden.device),
+        ):
+            for layer in range(self._first, last + 1):
+                output = bridge.blocks[layer](hidden, **self.arguments[layer - self._first])
+                hidden = output[0] if isinstance(output, tuple) else output
+        return seen
+
     def _run(
         self,
         bridge: Any,

@@ -8,7 +8,9 @@ __all__ = ["CATALOG", "ModelSpec", "find_spec"]
 
 _GPT = Hyperparameters(steps=20, weight_decay=0.5)
 _LLAMA = Hyperparameters(steps=25, weight_decay=1e-3)
-_OWN_SPREAD = SpreadSettings(layers=(13, 14, 15), weight=2_000.0, hyperparameters=_LLAMA)
+_OWN_SPREAD = SpreadSettings(
+    layers=(13, 14, 15), weight=1_500.0, threshold=5e-2, hyperparameters=_LLAMA
+)
 _GPT2_SPREAD = SpreadSettings(
     layers=(13, 14, 15, 16, 17), weight=20_000.0, hyperparameters=replace(_GPT, clamp=0.75)
 )

@@ -27,7 +27,7 @@ LIVES = 3
 PATIENCE = 300.0
 """Seconds without any worker before a sweep gives up."""
 _SENT = (
-    *("contexts", "second_moment", "second_moments", "layer", "hyperparameters"),
+    *("contexts", "second_moment", "second_moments", "layer", "hyperparameters", "given"),
     *("texts", "text_bos"),
 )
 """Fields of a study that are the same for all workers."""

@@ -11,7 +11,7 @@ from firsttok.arguments import taken
 from firsttok.data import Fact
 from firsttok.editing import Editor, Method, find_editors
 from firsttok.errors import BadInputError
-from firsttok.measuring import Plan
+from firsttok.measuring import Plan, hashes_of_open
 from firsttok.metrics import METRICS, Metric
 from firsttok.study import Study
 from firsttok.sweep.engine import LocalEngine
@@ -73,7 +73,7 @@ def sweep_facts(
         chunk=chunk,
     )
     check_run(run, entry)
-    join_run(run, entry, label, model_entry(study))
+    join_run(run, entry, label, model_entry(study, hashes_of_open(study, plan.methods)))
     sweep(
         model_folder(run, label),
         numbered,

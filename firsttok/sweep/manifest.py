@@ -58,8 +58,13 @@ def run_entry(
     }
 
 
-def model_entry(study: "Study") -> Any:
+def model_entry(study: "Study", editors: Mapping[str, str]) -> Any:
     """What is fixed for one model: everything that determines its numbers.
+
+    Args:
+        study: The study.
+        editors: Hashes of what editors take from it, see
+            :func:`~firsttok.measuring.hashes_of_open`.
 
     Raises:
         BadInputError: If something disturbs the model that is no part of its identity.
@@ -76,6 +81,8 @@ def model_entry(study: "Study") -> Any:
         "tokens": study.second_moment.tokens,
         "hash": study.second_moment.content_hash,
     }
+    if editors:
+        entry["editors"] = dict(editors)
     entry["original_perplexity"] = finite(study.original_perplexity.mean)
     return entry
 
