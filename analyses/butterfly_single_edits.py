@@ -99,8 +99,8 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         provenance={"original_perplexity": options.study.original_perplexity.mean},
         notes=[
             "hard: facts on which one ROME edit collapses the model. C- has prefixed keys and "
-            "residuals, FC- a prefixed anchor as well. FT edits the layer that ROME does; released: "
-            "layer 0 of GPT-2-XL, layer 21 of GPT-J and Llama2-7b, there without a bound.",
+            "residuals, FC- a prefixed anchor as well. FT edits the layer that ROME does; it was "
+            "released with layer 0 of GPT-2-XL and layer 21 of GPT-J and Llama2-7b, there unbound.",
             *told(rows),
         ],
         draw=partial(plot, rows, options.study.original_perplexity.mean),

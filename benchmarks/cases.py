@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edit_cases import fine_tuning, many_edits, one_edit, profile
+from edit_cases import fine_tuning, many_edits, one_edit, profile, spread
 from growth_cases import growth_in_facts, growth_in_length, growth_in_size
 from measuring import Plan
 from pass_cases import keys, perplexity_of_edits, second_moment
@@ -36,6 +36,11 @@ CASES: dict[str, Case] = {
     "single": Case(title="One edit", plan=one_edit, memory=("fast", "naive")),
     "fine-tuning": Case(
         title="Fine-tuning of a list of facts", plan=fine_tuning, memory=("side by side", "naive")
+    ),
+    "memit": Case(
+        title="MEMIT, EMMET and AlphaEdit of a list of facts",
+        plan=spread,
+        memory=("MEMIT", "naive MEMIT"),
     ),
     "perplexity": Case(
         title="Perplexity of edits",

@@ -8,12 +8,30 @@ from typing import Any
 import torch
 from edit_checks import agreement, both_ratios, share
 from measuring import Extras, Plan, Side, Table
-from naive import NaiveEdit, naive_edit, naive_fine_tuning
+from naive import (
+    NaiveEdit,
+    naive_edit,
+    naive_fine_tuning,
+    naive_model,
+    naive_projector,
+    naive_spread,
+)
 from setting import Setting
 from tolerances import ALLOWED, Difference, judge
 
 from firsttok.data import Fact
-from firsttok.editing import ROME, Edit, FineTuningEditor, RomeEditor, edit_each
+from firsttok.editing import (
+    ROME,
+    AlphaEditRule,
+    Edit,
+    EmmetRule,
+    FineTuningEditor,
+    MemitEditor,
+    MemitRule,
+    RomeEditor,
+    SpreadRule,
+    edit_each,
+)
 from firsttok.hyperparameters import Hyperparameters
 
 __all__ = [
@@ -24,11 +42,14 @@ __all__ = [
     "many_edits",
     "one_edit",
     "profile",
+    "spread",
     "warm",
 ]
 
 OPERATIONS = 12
 """Operations the profile names."""
+_THRESHOLD = 5e-2
+"""Of AlphaEdit: the embedded model's."""
 
 
 def many_edits(setting: Setting) -> Plan:
@@ -150,6 +171,79 @@ def fine_tuning(setting: Setting) -> Plan:
         ),
         pairs=(("fine-tuning of a list of facts", "side by side", "naive"),),
         warm=lambda: replace(editor, steps=2).edit_all(model, facts[:1]),
+        check=check,
+    )
+
+
+def spread(setting: Setting) -> Plan:
+    """MEMIT, EMMET and AlphaEdit: a list of facts, each alone, against some of them one by one."""
+    setting.prepare()
+    model, facts = setting.model, setting.facts
+    slow = setting.naive_facts[: setting.amounts.spread_facts]
+    layers = tuple(range(max(0, setting.layer - 2), setting.layer + 1))
+    moments = {layer: replace(setting.moment, layer=None) for layer in layers}
+    rules: dict[str, SpreadRule] = {
+        "MEMIT": MemitRule(weight=1.0 * model.site(setting.layer).d_mlp),
+        "EMMET": EmmetRule(),
+        "AlphaEdit": AlphaEditRule(threshold=_THRESHOLD, ridge=10.0),
+    }
+    editors = {
+        name: MemitEditor(
+            contexts=setting.contexts,
+            second_moments=moments,
+            layers=layers,
+            rule=rule,
+            hyperparameters=setting.hyperparameters,
+        )
+        for name, rule in rules.items()
+    }
+    naives = {layer: naive_model(model, layer) for layer in layers}
+    projector = naive_projector(_THRESHOLD, setting.moment.matrix)
+
+    def plain(name: str) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        projectors = dict.fromkeys(layers, projector) if name == "AlphaEdit" else None
+        return [naive_spread(naives, [fact], editors[name], projectors=projectors) for fact in slow]
+
+    def check(results: Mapping[str, Any], _seconds: Mapping[str, Sequence[float]]) -> Extras:
+        largest = dict.fromkeys(editors, 0.0)
+        for name in editors:
+            made = dict(zip([fact.case_id for fact in facts], results[name], strict=True))
+            for fact, expected in zip(slow, results[f"naive {name}"], strict=True):
+                deltas = made[fact.case_id].deltas
+                for delta, (left, right) in zip(deltas, expected, strict=True):
+                    apart = float((delta.matrix - left @ right).norm() / (left @ right).norm())
+                    largest[name] = max(largest[name], apart)
+        allowed = ALLOWED[setting.dtype]
+        return judge(
+            f"Largest relative difference from the naive side (facts: {len(slow)})",
+            *(
+                Difference(of=f"a layer's update, {name}", found=value, allowed=allowed.value)
+                for name, value in largest.items()
+            ),
+        )
+
+    fast = [
+        Side(
+            label=name,
+            run=lambda own=own: own.edit_all(model, facts),
+            items=len(facts),
+            unit="fact",
+        )
+        for name, own in editors.items()
+    ]
+    naive = [
+        Side(
+            label=f"naive {name}",
+            run=lambda name=name: plain(name),
+            items=len(slow),
+            unit="fact",
+        )
+        for name in editors
+    ]
+    return Plan(
+        sides=(*fast, *naive),
+        pairs=tuple((f"{name} of a list of facts", name, f"naive {name}") for name in editors),
+        warm=lambda: warm(setting),
         check=check,
     )
 

@@ -1,4 +1,4 @@
-"""ROME written down plainly: the oracle of the fast path, and the other side of every ratio.
+"""The editors written down plainly: the oracle of the fast path, and the other side of every ratio.
 
 This is how the released code edits, one fact after another: every pass runs the whole model over
 every token of every prompt and makes logits everywhere, in each step of the optimisation too; C is
@@ -10,7 +10,7 @@ firsttok; keys, value, closed form, perplexity and second moment are written her
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +20,16 @@ from torch import Tensor
 
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
-from firsttok.editing import FineTuningEditor, FineTuningLoss, Method, Slot
+from firsttok.editing import (
+    EmmetRule,
+    FineTuningEditor,
+    FineTuningLoss,
+    MemitEditor,
+    MemitRule,
+    Method,
+    Slot,
+    SpreadRule,
+)
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import BosPolicy, Model
 from firsttok.prompts import (
@@ -49,7 +58,9 @@ __all__ = [
     "naive_keys",
     "naive_model",
     "naive_perplexities",
+    "naive_projector",
     "naive_second_moment",
+    "naive_spread",
     "naive_value",
 ]
 
@@ -301,6 +312,104 @@ def naive_edit(
         numerator=float(numerator.norm()),
         denominator=float(denominator),
     )
+
+
+@torch.no_grad()
+def naive_states(naive: NaiveModel, prompts: Sequence[Prompt], layer: int) -> Tensor:
+    """What leaves a block at each subject's last token, by whole passes."""
+    seen: list[Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with _hook(naive.blocks[layer], keep):
+        naive.logits(pad(naive.model, prompts))
+    rows = torch.arange(len(prompts), device=naive.model.device)
+    return seen[0][rows, positions(prompts).to(rows.device)]
+
+
+def naive_left(
+    rule: SpreadRule, keys: Tensor, second_moment: Tensor, projector: Tensor | None = None
+) -> Tensor:
+    """The closed forms, solved in float64 as the released code solves them.
+
+    Args:
+        rule: MEMIT's, EMMET's or AlphaEdit's.
+        keys: K, a column a fact.
+        second_moment: C.
+        projector: AlphaEdit's P, which the released code makes once for all edits.
+    """
+    c, numbers = second_moment, cast(Any, rule)
+    if isinstance(rule, MemitRule):
+        return torch.linalg.solve(numbers.weight * c + keys @ keys.T, keys)
+    if isinstance(rule, EmmetRule):
+        inverse = torch.linalg.inv(c)
+        return inverse @ keys @ torch.linalg.inv(keys.T @ inverse @ keys)
+    p = naive_projector(numbers.threshold, c) if projector is None else projector
+    return torch.linalg.solve(p @ keys @ keys.T + numbers.ridge * torch.eye(len(c)).to(c), p @ keys)
+
+
+def naive_projector(threshold: float, second_moment: Tensor) -> Tensor:
+    """P onto what C hardly holds, by a singular value decomposition."""
+    vectors, values, _ = torch.linalg.svd(second_moment)
+    null = vectors[:, values < threshold]
+    return null @ null.T
+
+
+def naive_spread(
+    naives: Mapping[int, NaiveModel],
+    facts: Sequence[Fact],
+    editor: MemitEditor,
+    *,
+    projectors: Mapping[int, Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """MEMIT, EMMET or AlphaEdit as released: z by whole passes, then layer after layer.
+
+    Args:
+        naives: The model by its edited layer.
+        facts: The facts of one edit.
+        editor: The editor, with released slots and nothing left open.
+        projectors: AlphaEdit's P of each layer.
+
+    Returns:
+        The factors of each layer, ``W + left @ right``.
+    """
+    contexts, settings = cast(Any, editor.contexts), cast(Any, editor.hyperparameters)
+    layers = sorted(naives)
+    last = layers[-1]
+    model, end = naives[last].model, naives[last]
+    bare = [fact_prompt(model, fact) for fact in facts]
+    states = naive_states(end, bare, last)
+    z = torch.stack(
+        [
+            naive_value(
+                end,
+                fact,
+                anchor,
+                contexts=contexts,
+                hyperparameters=settings,
+                at=end.blocks[last],
+            ).target
+            for fact, anchor in zip(facts, states, strict=True)
+        ]
+    )
+    prefixed = [text for text in contexts.templates if text != "{}"]
+    found: list[tuple[Tensor, Tensor]] = []
+    with contextlib.ExitStack() as standing:
+        for number, layer in enumerate(layers):
+            right = (z - naive_states(end, bare, last)) / (len(layers) - number)
+            columns: list[Tensor] = []
+            for fact in facts:
+                prompts = [fact_prompt(model, fact, text) for text in ("{}", *prefixed)]
+                keys, _ = naive_keys(naives[layer], prompts, positions(prompts).tolist())
+                columns.append((keys[0] + keys[1:].mean(0)) / 2)
+            moment = editor.second_moments[layer].matrix
+            own = torch.stack(columns, dim=1).double().to(moment.device)
+            left = naive_left(editor.rule, own, moment, (projectors or {}).get(layer)).to(right)
+            found.append((left, right))
+            for column, row in zip(left.T, right, strict=True):
+                standing.enter_context(naives[layer].edited(column, row))
+    return found
 
 
 def naive_fine_tuning(

@@ -32,6 +32,8 @@ class Amounts:
     """Facts of the fast side."""
     naive_facts: int = 4
     """Facts of the naive side, spread over the same list."""
+    spread_facts: int = 2
+    """Facts of the naive sides of MEMIT, EMMET and AlphaEdit."""
     edits: int = 8
     """Edits whose perplexity the fast side measures."""
     naive_edits: int = 2
@@ -68,6 +70,7 @@ class Amounts:
             repeats=1,
             facts=4,
             naive_facts=1,
+            spread_facts=1,
             edits=2,
             naive_edits=1,
             moment_tokens=1024,

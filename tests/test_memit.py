@@ -1,6 +1,5 @@
 """MEMIT, EMMET and AlphaEdit: what their closed forms promise, and a plain writing of them."""
 
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONTEXTS, DECODERS, FACTS, TinyFactory, relative, same_weights, weights
 
-from benchmarks.naive import NaiveModel, naive_keys, naive_model, naive_value
+from benchmarks.naive import naive_model, naive_spread
 from firsttok.data import Fact
 from firsttok.editing import (
     MEMIT,
@@ -30,7 +29,6 @@ from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 from firsttok.keys import IntervenedKeys
 from firsttok.models import CATALOG, Model, ModelSpec
 from firsttok.probes import SeesAll
-from firsttok.prompts import Prompt, fact_prompt, pad, positions
 from firsttok.second_moment import SecondMoment
 from firsttok.study import Study
 
@@ -119,38 +117,6 @@ def test_remembered_keys_weigh_like_those_of_c(shape: tuple[int, int, int]) -> N
         assert relative(rule.left(keys, moment, more), expected) < 1e-8
 
 
-def naive_states(naive: NaiveModel, prompts: list[Prompt], layer: int) -> torch.Tensor:
-    """What leaves a block at each subject's last token."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_module: Any, _args: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = naive.blocks[layer].register_forward_hook(keep)
-    with torch.no_grad():
-        naive.logits(pad(naive.model, prompts))
-    handle.remove()
-    return seen[0][torch.arange(len(prompts)), positions(prompts)]
-
-
-def naive_left(rule: SpreadRule, keys: torch.Tensor, moment: SecondMoment) -> torch.Tensor:
-    """The closed forms by explicit inverses."""
-    c = moment.matrix
-    if isinstance(rule, MemitRule):
-        assert rule.weight is not None
-        return torch.linalg.inv(rule.weight * c + keys @ keys.T) @ keys
-    if isinstance(rule, EmmetRule):
-        inverse = torch.linalg.inv(c)
-        return inverse @ keys @ torch.linalg.inv(keys.T @ inverse @ keys)
-    assert isinstance(rule, AlphaEditRule)
-    u, values, _ = torch.linalg.svd(c)
-    assert rule.threshold is not None
-    assert rule.ridge is not None
-    null = u[:, values < rule.threshold]
-    p = null @ null.T
-    return torch.linalg.inv(p @ keys @ keys.T + rule.ridge * torch.eye(len(c))) @ p @ keys
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 @pytest.mark.parametrize("arch", DECODERS)
 @pytest.mark.usefixtures("softmax_in_float64")
@@ -159,42 +125,15 @@ def test_an_edit_is_a_plain_writing_on_a_copy(
 ) -> None:
     model = tiny(arch, "float64")
     before = weights(model)
-    facts, last = list(FACTS[:3]), LAYERS[-1]
+    facts = list(FACTS[:3])
     memit = editor(model, rule=rule)
     edit = memit.edit(model, facts)
     naives = {layer: naive_model(model, layer) for layer in LAYERS}
-    bare = [fact_prompt(model, fact) for fact in facts]
-    states = naive_states(naives[last], bare, last)
-    z = torch.stack(
-        [
-            naive_value(
-                naives[last],
-                fact,
-                anchor,
-                contexts=CONTEXTS,
-                hyperparameters=QUICK,
-                at=naives[last].blocks[last],
-            ).target
-            for fact, anchor in zip(facts, states, strict=True)
-        ]
-    )
-    with ExitStack() as standing:
-        for number, layer in enumerate(LAYERS):
-            naive = naives[layer]
-            right = (z - naive_states(naives[last], bare, last)) / (len(LAYERS) - number)
-            columns: list[torch.Tensor] = []
-            for fact in facts:
-                prompts = [fact_prompt(model, fact, text) for text in ("{}", *PREFIXED)]
-                keys, _ = naive_keys(naive, prompts, positions(prompts).tolist())
-                columns.append((keys[0] + keys[1:].mean(0)) / 2)
-            keys = torch.stack(columns, dim=1)
-            left = naive_left(rule, keys, memit.second_moments[layer])
-            found = edit.deltas[number]
-            assert found.place.layer == layer
-            assert found.right is not None
-            assert relative(found.left @ found.right, left @ right) < 1e-8
-            for column, row in zip(left.T, right, strict=True):
-                standing.enter_context(naive.edited(column, row))
+    expected = naive_spread(naives, facts, memit)
+    for layer, found, (left, right) in zip(LAYERS, edit.deltas, expected, strict=True):
+        assert found.place.layer == layer
+        assert found.right is not None
+        assert relative(found.left @ found.right, left @ right) < 1e-8
     assert same_weights(before, weights(model))
 
 
