@@ -171,7 +171,9 @@ class Study(Shown):
 
     def _perplexity_under(self, edit: Edit) -> Perplexity:
         """In the weights; the layers below the edit run once for all that begin there."""
-        view, below = self.evaluated.edited(edit), min(edit.layers) - 1
+        view = self.evaluated.edited(edit)
+        # What decides keys, and so a pass, has the MLP's first matrices of the layer above in it.
+        below = min(place.layer - 1 - (place.port != "out") for place in edit.places)
         plain = {place.stack for place in edit.places} == {"blocks"}
         if below < 0 or not plain or self.evaluated.disturbance is not None:
             return perplexity(view, self.texts, bos=self.text_bos)

@@ -298,3 +298,22 @@ def test_a_kept_row_names_the_model_as_it_is_called_now(study: Study) -> None:
     assert (row.model, again.model) == (study.model.label, "other")
     assert {**again, "model": row.model} == dict(row)
     assert len(list((work_of(study) / "rows").glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize("ports", [("out", "out"), ("in", "out"), ("gate", "in")])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_edits_of_any_matrices_are_measured_as_they_stand(
+    study: Study, layer: int, ports: tuple[str, str]
+) -> None:
+    generator = torch.Generator().manual_seed(layer)
+
+    def of(where: int, port: str) -> Edit:
+        shape = (32, 48) if port != "out" else (48, 32)
+        change = 0.5 * torch.randn(*shape, generator=generator)
+        return Edit.of(study.model, where, change, port=port)
+
+    edit = of(layer, ports[0]) + of(3, ports[1])
+    (found,) = study.perplexities([edit])
+    expected = perplexity(study.model.edited(edit), SENTENCES)
+    assert found.mean == pytest.approx(expected.mean, rel=1e-5)
+    assert found.mean != pytest.approx(study.original_perplexity.mean, rel=1e-3)

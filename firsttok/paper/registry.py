@@ -105,6 +105,12 @@ EXPERIMENTS = (
     Experiment(
         "extra_below_the_writer", "Beyond the paper: below and above the writer", 4000, alone=True
     ),
+    Experiment(
+        "extra_spread_settings",
+        "Beyond the paper: settings of MEMIT and AlphaEdit",
+        500,
+        alone=True,
+    ),
     Experiment("extra_corpus", "Beyond the paper: the text behind C", 1200, alone=True),
     Experiment(
         "extra_causal_tracing", "Beyond the paper: which layer carries a fact?", 1420, alone=True
