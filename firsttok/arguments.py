@@ -19,6 +19,7 @@ from typing_extensions import is_typeddict
 from firsttok.errors import BadInputError
 
 __all__ = [
+    "LARGEST",
     "SEEDS",
     "check_text",
     "converters",
@@ -28,6 +29,8 @@ __all__ = [
     "whole_number",
 ]
 
+LARGEST = 3.4e38
+"""Numbers that enter the arithmetic of weights are no larger: float32 holds no larger ones."""
 SEEDS = 2**32
 """Seeds are below this: every library that draws anything takes them, scikit-learn no others."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from firsttok.arguments import taken
+from firsttok.arguments import LARGEST, taken
 from firsttok.data import Fact
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
@@ -159,7 +159,7 @@ def _search(
     progress: Progress | None,
 ) -> FactSearch:
     """Screen in order, edit those of the wanted kind, and stop at the count."""
-    _check(study, facts, count)
+    _check(study, facts, count, threshold)
     shown = progress or Progress(disable=True)
     kind = "hard" if collapsing else "normal"
     # The first bar is what a log shows, and a search with a count does not go through all facts.
@@ -201,7 +201,9 @@ def _search(
     return FactSearch(facts=tuple(found), verdicts=tuple(verdicts.values()))
 
 
-def _check(study: Study, facts: Sequence[Fact], count: int | None) -> None:
+def _check(study: Study, facts: Sequence[Fact], count: int | None, threshold: float | None) -> None:
+    if threshold is not None and not 0 < threshold <= LARGEST:
+        raise BadInputError(f"the threshold is {threshold}; give a number above 0")
     if count is not None and count < 1:
         raise BadInputError(f"the count of facts is {count}; give at least 1")
     if not facts:

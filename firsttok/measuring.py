@@ -139,6 +139,8 @@ def measure_each(
         CacheError: If a disk is full or cannot be written to; that is no fault of a case.
     """
     study = study.varied(work=None)
+    # A method that cannot be used here is no fault of a fact.
+    study.editors(plan.methods)
 
     def together(some: Sequence[Fact]) -> Iterator[list[Row]]:
         for fact, edits in study.edits(some, plan.methods, on_step=on_step):

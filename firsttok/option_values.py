@@ -1,13 +1,12 @@
 """What the options of commands and scripts may be, checked before anything is computed."""
 
 import argparse
-import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from firsttok.arguments import seed_number
+from firsttok.arguments import LARGEST, seed_number
 from firsttok.errors import BadInputError
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.sinks import check_output
@@ -47,6 +46,8 @@ _POSITIVE = (
 )
 _FILES = ("build_hard", "csv", "save")
 """Options that name a file to write."""
+_READ = ("network", "after", "exclude", "contexts", "second_moment", "texts")
+"""Options that name files to read, which nothing may replace."""
 _FOLDERS = ("figures", "out", "work")
 """Options that name a folder to write to."""
 _TO_A_FILE = ("hard", "sample", "synthesize", "train-mend")
@@ -88,8 +89,11 @@ def check_options(args: argparse.Namespace) -> None:
                     f"--{name} is {layer}, but a model has no layer {layer}; count them from 0"
                 )
     for name in _POSITIVE:
-        if not 0 < given.get(name, 1.0) < math.inf:
-            raise BadInputError(f"{_option(name)} is {given[name]}; give a number above 0")
+        if not 0 < given.get(name, 1.0) <= LARGEST:
+            raise BadInputError(
+                f"{_option(name)} is {given[name]}; give a number above 0, and no larger than "
+                f"{LARGEST:g}"
+            )
     if not 0 < given.get("top_p", 1.0) <= 1:
         raise BadInputError(f"--top-p is {given['top_p']}; give a number above 0, and at most 1")
     Hyperparameters(**{f: given[name] for name, f in HYPERPARAMETERS.items() if name in given})
@@ -120,6 +124,13 @@ def _check_places(given: dict[str, Any]) -> None:
     for name, text in named.items():
         option = _option(name)
         path = _path(option, text)
+        for other in _READ:
+            for read in _all_of(given.get(other)):
+                if path.is_file() and Path(read).is_file() and path.samefile(read):
+                    raise BadInputError(
+                        f"{option} {path} is a file of {_option(other)}, which it would replace; "
+                        "name another"
+                    )
         if name == "csv" and not path.parent.is_dir():
             # Its folder is made.
             _check_folder(option, path.parent)
@@ -127,6 +138,10 @@ def _check_places(given: dict[str, Any]) -> None:
             check_output(path, option)
         else:
             _check_folder(option, path)
+
+
+def _all_of(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
 def _check_folder(name: str, path: Path) -> None:

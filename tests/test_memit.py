@@ -24,7 +24,12 @@ from firsttok.editing import (
 )
 from firsttok.editing.memit import _read
 from firsttok.editing.methods import Slot
-from firsttok.errors import BadInputError, NonFiniteError, UnsupportedModelError
+from firsttok.errors import (
+    BadInputError,
+    HyperparameterError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 from firsttok.keys import IntervenedKeys
 from firsttok.models import CATALOG, Model, ModelSpec
@@ -309,6 +314,23 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(BadInputError, match=sentence):
         editor(tiny("gpt2"), **changes)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_numbers_of_a_rule_out_of_range_are_refused(value: float) -> None:
+    with pytest.raises(HyperparameterError, match="above 0"):
+        MemitRule(weight=value)
+    with pytest.raises(HyperparameterError, match="above 0"):
+        AlphaEditRule(ridge=value)
+    with pytest.raises(HyperparameterError, match="above 0"):
+        AlphaEditRule(threshold=value)
+
+
+def test_one_fact_stands_for_a_sequence_of_one(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    bare: Any = FACTS[0]
+    found = editor(model).edit(model, bare)
+    assert found.content_hash == editor(model).edit(model, [bare]).content_hash
 
 
 def test_no_fact_is_refused(tiny: TinyFactory) -> None:

@@ -173,7 +173,7 @@ def test_the_command_leaves_network_curves_and_figure(
     made = mend.network.record["training"]
     assert made["validation"]["loss"] == printed["loss"]
     assert made["plan"]["seed"] == 5
-    assert "--target same" in made["command"]
+    assert "--target=same" in made["command"]
     assert mend.statistics is MendStatistics.KEPT
     kept = json.loads((tmp_path / "mend.json").read_text("utf-8"))
     assert [row["step"] for row in kept["rows"]] == [0, 1, 2]

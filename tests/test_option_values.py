@@ -82,6 +82,24 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         ["screen", "--measure", "--method", "rome", "ft"],
         "--method takes one method here, not 2",
     ),
+    "sweep, layers twice": (
+        ["sweep", "run", "--method", "memit", "--layer", "1", "2", "--layers", "1", "2"],
+        "give one of both",
+    ),
+    "edit, steps of no method": (
+        [*EDIT, "--method", "ft", "--steps", "3"],
+        "--steps is for none of the methods ft",
+    ),
+    "edit, a learning rate of fine-tuning": ([*EDIT, "--method", "ft", "--ft-lr", "0"], "above 0"),
+    "train-mend, a network that its own table would replace": (
+        ["train-mend", "llama", "--out", "net.json"],
+        "let it end in .safetensors",
+    ),
+    "edit, saved over its network": (
+        [*EDIT, "--method", "mend", "--network", "file", "--save", "file"],
+        "is a file of --network, which it would replace",
+    ),
+    "edit, a bound that no float holds": ([*EDIT, "--method", "ft", "--eps", "1e300"], "no larger"),
     "edit, layers of no method": (
         [*EDIT, "--layers", "1", "2"],
         "--layers is for none of the methods rome; leave it out",

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from firsttok.arguments import take_fields
+from firsttok.arguments import LARGEST, take_fields, taken
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit, EditSettings
@@ -202,7 +202,7 @@ class FineTuningEditor:
             raise HyperparameterError(f"steps is {self.steps}; give a whole number of at least 1")
         for name in ("learning_rate", "eps"):
             value: float | None = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not 0 < value <= LARGEST:
                 what = ", or None for no bound" if name == "eps" else ""
                 raise HyperparameterError(
                     f"{name} is {value}; give a finite number greater than 0{what}"
@@ -212,6 +212,7 @@ class FineTuningEditor:
                 f"stop_at is {self.stop_at}; give a finite number of at least 0"
             )
 
+    @taken
     def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Compute one edit that writes all the facts; the model is left as it is.
 

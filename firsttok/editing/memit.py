@@ -6,6 +6,7 @@ the keys K of all facts: MEMIT's (Meng et al. 2023), EMMET's (Gupta et al. 2024)
 (Fang et al. 2025).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from firsttok.arguments import take_fields
+from firsttok.arguments import take_fields, taken
 from firsttok.contexts import ContextSet
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
@@ -25,7 +26,12 @@ from firsttok.editing.record import edit_record
 from firsttok.editing.value import Value, optimise_values
 from firsttok.engine.tail import Replay, Tail
 from firsttok.engine.traits import KEY, RESIDUAL
-from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
+from firsttok.errors import (
+    BadInputError,
+    EditMismatchError,
+    HyperparameterError,
+    NonFiniteError,
+)
 from firsttok.hyperparameters import Hyperparameters, SpreadSettings
 from firsttok.models import Model, capture, capture_tail
 from firsttok.prompts import fact_prompt, pad, positions
@@ -89,7 +95,10 @@ class MemitRule:
     """lambda: how many pretended tokens C stands for; None for the model's."""
     name: str = "memit"
 
-    __post_init__ = take_fields
+    def __post_init__(self) -> None:
+        """Check the range."""
+        take_fields(self)
+        _check_positive(self, "weight")
 
     def completed(self, settings: SpreadSettings) -> "MemitRule":
         """As :meth:`SpreadRule.completed`."""
@@ -146,7 +155,10 @@ class AlphaEditRule:
     """``L2`` in the released settings; None for the model's."""
     name: str = "alphaedit"
 
-    __post_init__ = take_fields
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        take_fields(self)
+        _check_positive(self, "threshold", "ridge")
 
     def completed(self, settings: SpreadSettings) -> "AlphaEditRule":
         """As :meth:`SpreadRule.completed`."""
@@ -161,17 +173,18 @@ class AlphaEditRule:
         ridge = _given(self.ridge, "ridge of AlphaEditRule")
         threshold = _given(self.threshold, "threshold of AlphaEditRule")
         free = moment.below(threshold).to(keys)
-        if not free.shape[1]:
-            raise BadInputError(
-                f"no eigenvalue of the second moment of layer {moment.layer} is below "
-                f"{threshold:g}, so that AlphaEdit may change nothing; give a higher threshold "
-                "(--nullspace-threshold)"
-            )
         seen = free.T @ _joined(keys, earlier)
         # (S S^T + ridge I)^-1 S = S (S^T S + ridge I)^-1, and S has a column a fact.
         gram = seen.T @ seen
         gram.diagonal().add_(ridge)
         return free @ torch.linalg.solve(gram, seen.T).T[:, : keys.shape[1]]
+
+
+def _check_positive(rule: Any, *names: str) -> None:
+    for name in names:
+        value: float | None = getattr(rule, name)
+        if value is not None and not 0 < value < math.inf:
+            raise HyperparameterError(f"{name} is {value}; give a finite number above 0")
 
 
 def _given(value: float | None, what: str) -> float:
@@ -220,6 +233,7 @@ class MemitEditor:
 
     def __post_init__(self) -> None:
         """Check the layers and the contexts."""
+        take_fields(self)
         layers = self.layers
         if layers is not None:
             if not layers or list(layers) != sorted(set(layers)):
@@ -266,6 +280,7 @@ class MemitEditor:
             or replace(_settings_of(model).hyperparameters, **changed),
         )
 
+    @taken
     def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Compute one edit for all the facts; the model is left as it is.
 
@@ -317,9 +332,17 @@ class MemitEditor:
                 f"{self.label} has no {'contexts' if self.contexts is None else 'second moments'}; "
                 "give them, or let a study edit, such as ft.what_if or ft.measure_facts"
             )
-        for layer in layers:
-            self.second_moments[layer].check(model, layer)
         rule = self.rule.completed(_settings_of(model))
+        for layer in layers:
+            moment = self.second_moments[layer]
+            moment.check(model, layer)
+            threshold = rule.threshold if isinstance(rule, AlphaEditRule) else None
+            if threshold is not None and not moment.below(threshold).shape[1]:
+                raise BadInputError(
+                    f"no eigenvalue of the second moment of layer {layer} is below {threshold:g}, "
+                    "so that AlphaEdit may change nothing; give a higher threshold "
+                    "(--nullspace-threshold)"
+                )
         return _Writer(
             editor=replace(self, rule=rule, layers=layers, hyperparameters=settings),
             model=model,

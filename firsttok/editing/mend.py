@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.arguments import taken
+from firsttok.arguments import take_fields, taken
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit, EditSettings
@@ -70,6 +70,9 @@ class MendEditor:
     name: str = "mend"
     label: str = "MEND"
 
+    __post_init__ = take_fields
+
+    @taken
     def edit(self, model: Model, facts: Sequence[Fact]) -> Edit:
         """Compute one edit for all the facts; the model is left as it is.
 
@@ -126,8 +129,14 @@ class MendEditor:
         )
 
     def moments_of(self, model: Model, layer: int) -> tuple[int, ...]:
-        """As :meth:`~firsttok.editing.edit.OpenEditor.moments_of`: it needs none."""
-        del model, layer
+        """As :meth:`~firsttok.editing.edit.OpenEditor.moments_of`: it needs none.
+
+        Raises:
+            BadInputError: If no network is shipped for the model, or it is of another one.
+        """
+        del layer
+        # This is asked before anything is computed.
+        self._network_for(model)
         return ()
 
     def completed(self, settings: EditSettings) -> "MendEditor":

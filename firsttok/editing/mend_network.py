@@ -182,8 +182,11 @@ class MendNetwork:
         """Check that all belongs together."""
         count = len(self.places)
         if not count or len(set(self.places)) != count:
-            raise BadInputError("a MEND network needs its matrices, each once; give them")
-        if len(self.shapes) != count or len(self.rates) != count:
+            raise BadInputError(
+                "a MEND network needs its matrices, each once; name each layer once, and at least "
+                "one"
+            )
+        if len(self.shapes) != count or self.rates.shape != (count,):
             raise BadInputError(
                 f"a MEND network of {count} matrices has {len(self.shapes)} shapes and "
                 f"{len(self.rates)} rates; give one of each for each matrix"
@@ -195,6 +198,7 @@ class MendNetwork:
                 raise BadInputError(f"the MEND network has no part for matrices {list(shape)}")
             held = transform.statistics
             fits = held.mean.shape == held.squares.shape == (width,)
+            fits &= held.tokens >= 0 and not bool((held.squares < 0).any())
             for block in transform.blocks:
                 rank = len(block.down)
                 wanted = [(width, rank), (rank, width), (width,), (modes, width), (modes, width)]
@@ -294,10 +298,12 @@ class MendNetwork:
             UnsupportedModelError: If an MLP has no such matrix.
         """
         made = self.record.get("model", {})
-        if made.get("source", model.source) != model.source:
+        known = made.get("fingerprint", model.fingerprint)
+        if made.get("source", model.source) != model.source or known != model.fingerprint:
             raise BadInputError(
-                f"the MEND network was trained on {made.get('name')} ({made['source']}), and this "
-                f"is {model.name} ({model.source}); train one with: firsttok train-mend"
+                f"the MEND network was trained on {made.get('name')} ({made.get('source')}), and "
+                f"this is {model.name} ({model.source}), with other weights or from another place; "
+                "train one with: firsttok train-mend"
             )
         for place, shape in zip(self.places, self.shapes, strict=True):
             found = tuple(model.site_at(place).matrix.shape)
@@ -509,6 +515,8 @@ def _from_file(tensors: Mapping[str, Tensor], record: _SavedRecord) -> MendNetwo
         for name, tensor in tensors.items()
     }
     for name, tensor in wide.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise ValueError(f"{name} is of type {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} is not finite")
     transforms: dict[Shape, MendTransform] = {}

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from firsttok.arguments import take_fields, taken
+from firsttok.arguments import LARGEST, seed_number, take_fields, taken
 from firsttok.console import own_bar
 from firsttok.data import Fact, find_corpus
 from firsttok.editing.mend import Hooks, edit_labels, gradient_rows, target_nll
@@ -106,11 +106,19 @@ class MendPlan:
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; give at least 1")
         for name in ("lr", "rate_lr"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) <= LARGEST:
                 raise BadInputError(f"{name} is {getattr(self, name)}; give a number above 0")
-        for name in ("rate", "edit_weight", "locality_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise BadInputError(f"{name} is {getattr(self, name)}; give a finite number")
+        if not abs(self.rate) <= LARGEST:
+            raise BadInputError(f"rate is {self.rate}; give a finite number")
+        weights = (self.edit_weight, self.locality_weight)
+        if not all(0 <= weight <= LARGEST for weight in weights) or not any(weights):
+            raise BadInputError(
+                f"edit_weight and locality_weight are {weights[0]} and {weights[1]}; give numbers "
+                "of at least 0, and one above it"
+            )
+        if len(set(self.layers)) < len(self.layers):
+            raise BadInputError(f"the layers are {list(self.layers)}; give each once")
+        seed_number(self.seed)
 
     def places(self, model: Model) -> tuple[Place, ...]:
         """The matrices of a model that are changed, layer by layer.
