@@ -164,6 +164,7 @@ def printed_lines() -> list[list[object]]:
 
 def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
     drawn, axes = figure(len(KINDS), height=3.8)
+    axes[1].sharey(axes[0])
     for axis, kind in zip(axes, KINDS, strict=True):
         for label, colour in COLOURS.items():
             own = matching(rows, method=label, cases=kind)
@@ -174,7 +175,7 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
         perplexity_axis(axis, "perplexity")
         axis.set_title(f"{kind} facts")
         axis.set_xlabel("edits")
-    axes[0].sharey(axes[1])
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=7)
     return drawn
 

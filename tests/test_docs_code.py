@@ -251,7 +251,7 @@ SCALE = {"contexts": 4, "max_tokens": 20_000, "sentences": 4, "steps": 6, "conti
 """How little of everything the pages are run with: a page states no number of its own."""
 TEXTS = ("inputs", "exploration", "auditing", "evaluation.perplexity")
 """Modules that take the built-in sentences where none are given."""
-MOMENTS = ("inputs", "exploration", "second_moment")
+MOMENTS = ("inputs", "exploration")
 """Modules that take the second moment of the default corpus where none is given."""
 LOADING = ("models", "inputs", "commands.show", "commands.audit")
 """Modules that load a model by its name."""
@@ -268,6 +268,7 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     plain: dict[str, Callable[..., Any]] = {
         "load": firsttok.models.load,
         "moment": firsttok.second_moment.compute_second_moment,
+        "moments": firsttok.second_moment.compute_second_moments,
         "contexts": firsttok.contexts.kept_contexts,
         "sampled": firsttok.contexts.sample_contexts,
     }
@@ -283,6 +284,9 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     def moment(model: Model, *, max_tokens: int = SCALE["max_tokens"], **settings: Any) -> Any:
         return plain["moment"](model, max_tokens=max_tokens, **settings)
 
+    def moments(model: Model, *, max_tokens: int = SCALE["max_tokens"], **settings: Any) -> Any:
+        return plain["moments"](model, max_tokens=max_tokens, **settings)
+
     def contexts(model: Model, *seed: int, **settings: Any) -> ContextSet:
         # Kept on disk by what decides them: the model, the seed and the policy.
         found = plain["contexts"](model, *seed, **settings)
@@ -296,7 +300,8 @@ def loaded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
     texts = builtin_sentences()[: SCALE["sentences"]]
     patch(monkeypatch, LOADING, "load", load)
-    patch(monkeypatch, MOMENTS, "compute_second_moment", moment)
+    patch(monkeypatch, MOMENTS, "compute_second_moments", moments)
+    patch(monkeypatch, ("second_moment",), "compute_second_moment", moment)
     patch(monkeypatch, ("inputs", "exploration"), "kept_contexts", contexts)
     patch(monkeypatch, ("contexts",), "sample_contexts", sampled)
     patch(monkeypatch, TEXTS, "builtin_sentences", lambda: texts)
