@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.progress import Progress
 
 from firsttok.data import Fact
@@ -175,7 +176,7 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
         perplexity_axis(axis, "perplexity")
         axis.set_title(f"{kind} facts")
         axis.set_xlabel("edits")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(fontsize=7)
     return drawn
 
