@@ -23,7 +23,7 @@ from firsttok.editing import Edit, Editor, Method, find_editors
 from firsttok.evaluation import COLLAPSE_THRESHOLD, OWN_TASKS, score_tasks
 from firsttok.paper.cases import CaseSelection, choose_cases, measure_selection
 from firsttok.paper.claims import Claim, GapError, Result, Verdict, above, fixed, grade, require
-from firsttok.paper.experiment import ScriptOptions, run
+from firsttok.paper.experiment import ScriptOptions, run, usable_methods
 from firsttok.paper.figures import PALETTE, figure, perplexity_axis
 from firsttok.paper.tables import Found, matching, printed, share
 
@@ -57,14 +57,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: ScriptOptions, progress: Progress) -> Found:
     selection = choose_cases(options.halved())
+    methods, missing = usable_methods(options.study, METHODS)
     measured = measure_selection(
         options.study,
         selection,
-        METHODS,
+        methods,
         metrics=("perplexity", "accuracy", "generated"),
         progress=progress,
     )
-    labels = {method.name: method.label for method in METHODS}
+    labels = {method.name: method.label for method in methods}
     rows: list[dict[str, Any]] = [
         {"part": "edit", "cases": row["cases"], "method": labels[row["method"]]}
         | {name: row[name] for name in ("case_id", "subject", "perplexity", "collapsed")}
@@ -101,6 +102,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
             "hard: facts on which one ROME edit collapses the model. C- has prefixed keys and "
             "residuals, FC- a prefixed anchor as well. FT edits the layer that ROME does; it was "
             "released with layer 0 of GPT-2-XL and layer 21 of GPT-J and Llama2-7b, there unbound.",
+            *missing,
             *told(rows),
         ],
         draw=partial(plot, rows, options.study.original_perplexity.mean),
@@ -218,6 +220,9 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
 
 
 def only_rome(result: Result) -> Verdict:
+    for label in OF_THE_SLIDES:
+        if not result.chosen(part="edit", method=label):
+            raise GapError(f"{label} does not edit this model.")
     found = {
         label: result.values("perplexity", part="edit", method=label) for label in OF_THE_SLIDES
     }
@@ -346,6 +351,6 @@ if __name__ == "__main__":
             measure,
             claims=CLAIMS,
             add_options=add_options,
-            methods=METHODS,
+            methods=find_editors(NAMES[:-1]),
         )
     )

@@ -297,7 +297,7 @@ def test_a_bad_fact_is_refused_before_work_and_left_out_on_request(
         if command == "sweep" and bad is STRADDLES:
             continue
         with monkeypatch.context() as patch:
-            patch.setattr("firsttok.inputs._second_moment", lambda *_: pytest.fail("was at work"))
+            patch.setattr("firsttok.inputs._second_moments", lambda *_: pytest.fail("was at work"))
             assert main(words) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert where in error

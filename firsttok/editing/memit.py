@@ -187,6 +187,20 @@ def _check_positive(rule: Any, *names: str) -> None:
             raise HyperparameterError(f"{name} is {value}; give a finite number above 0")
 
 
+def _check_free(
+    rule: SpreadRule, moments: Mapping[int, SecondMoment], layers: Sequence[int]
+) -> None:
+    """Refuse AlphaEdit where no direction may change, before any value is optimised."""
+    threshold = rule.threshold if isinstance(rule, AlphaEditRule) else None
+    for layer in layers if threshold is not None else ():
+        if threshold is not None and not moments[layer].below(threshold).shape[1]:
+            raise BadInputError(
+                f"no eigenvalue of the second moment of layer {layer} is below {threshold:g}, so "
+                "that AlphaEdit may change nothing; give a higher threshold "
+                "(--nullspace-threshold)"
+            )
+
+
 def _given(value: float | None, what: str) -> float:
     if value is None:
         raise BadInputError(f"the {what} is not given; give it, or call completed with a model's")
@@ -264,18 +278,21 @@ class MemitEditor:
         move with the study's layer where it is not the model's default.
 
         Raises:
-            BadInputError: If the study has no second moment of a layer.
+            BadInputError: If the study has no second moment of a layer, or AlphaEdit may change
+                nothing there.
         """
         model = settings.model
         layers = self._layers_for(model, settings.layer)
         changed: dict[str, Any] = dict(settings.asked)
+        rule = self.rule.completed(_settings_of(model))
+        moments = self.second_moments or {layer: settings.moment(layer) for layer in layers}
+        _check_free(rule, moments, layers)
         return replace(
             self,
             contexts=self.contexts or settings.contexts,
-            second_moments=self.second_moments
-            or {layer: settings.moment(layer) for layer in layers},
+            second_moments=moments,
             layers=layers,
-            rule=self.rule.completed(_settings_of(model)),
+            rule=rule,
             hyperparameters=self.hyperparameters
             or replace(_settings_of(model).hyperparameters, **changed),
         )
@@ -334,15 +351,8 @@ class MemitEditor:
             )
         rule = self.rule.completed(_settings_of(model))
         for layer in layers:
-            moment = self.second_moments[layer]
-            moment.check(model, layer)
-            threshold = rule.threshold if isinstance(rule, AlphaEditRule) else None
-            if threshold is not None and not moment.below(threshold).shape[1]:
-                raise BadInputError(
-                    f"no eigenvalue of the second moment of layer {layer} is below {threshold:g}, "
-                    "so that AlphaEdit may change nothing; give a higher threshold "
-                    "(--nullspace-threshold)"
-                )
+            self.second_moments[layer].check(model, layer)
+        _check_free(rule, self.second_moments, layers)
         return _Writer(
             editor=replace(self, rule=rule, layers=layers, hyperparameters=settings),
             model=model,

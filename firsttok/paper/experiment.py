@@ -29,7 +29,7 @@ from firsttok.paper.tables import Found, publish
 from firsttok.storage import read_json
 from firsttok.study import Study
 
-__all__ = ["FULL", "ScriptOptions", "parse_script", "run"]
+__all__ = ["FULL", "ScriptOptions", "parse_script", "run", "usable_methods"]
 
 FULL = 24
 """Cases of either kind in the full profile."""
@@ -80,6 +80,30 @@ class ScriptOptions:
     def sample_contexts(self, seed: int) -> ContextSet:
         """Contexts of a seed: those beside the list of cases, or else sampled and kept."""
         return kept_contexts(self.study.model, seed, look_in=[self.cases.parent], leave_in=self.out)
+
+
+def usable_methods(
+    study: Study, methods: Sequence[Method | Editor]
+) -> tuple[tuple[Method | Editor, ...], list[str]]:
+    """Those methods that a model takes, and a sentence on each that it does not.
+
+    MEND needs a network that was trained on the model.
+    """
+    reasons = {method.name: _reason_against(study, method) for method in methods}
+    left_out = [
+        f"{method.label} is left out: {reasons[method.name]}"
+        for method in methods
+        if reasons[method.name]
+    ]
+    return tuple(method for method in methods if not reasons[method.name]), left_out
+
+
+def _reason_against(study: Study, method: Method | Editor) -> str:
+    try:
+        study.editors([method])
+    except BadInputError as error:
+        return str(error)
+    return ""
 
 
 def run(
