@@ -48,8 +48,8 @@ __all__ = [
 
 OPERATIONS = 12
 """Operations the profile names."""
-_THRESHOLD = 5e-2
-"""Of AlphaEdit: the embedded model's."""
+_THRESHOLD = 2.0
+"""Of AlphaEdit: with C = I every direction may change."""
 
 
 def many_edits(setting: Setting) -> Plan:
@@ -182,8 +182,12 @@ def spread(setting: Setting) -> Plan:
     slow = setting.naive_facts[: setting.amounts.spread_facts]
     layers = tuple(range(max(0, setting.layer - 2), setting.layer + 1))
     moments = {layer: replace(setting.moment, layer=None) for layer in layers}
+    for moment in moments.values():
+        # As the projector of the naive side, they are made once for all edits.
+        moment.solve(torch.ones(moment.matrix.shape[0]))
+        moment.below(_THRESHOLD)
     rules: dict[str, SpreadRule] = {
-        "MEMIT": MemitRule(weight=1.0 * model.site(setting.layer).d_mlp),
+        "MEMIT": MemitRule(weight=1.0),
         "EMMET": EmmetRule(),
         "AlphaEdit": AlphaEditRule(threshold=_THRESHOLD, ridge=10.0),
     }
