@@ -18,7 +18,7 @@ scan: setup
 inspect: setup
 	$(BIN)/python benchmarks/onboarding.py
 
-# Odd input without end; CI draws a minute of it.
+# Odd input without end.
 MINUTES ?= 60
 fuzz: setup
 	$(BIN)/python tests/test_fuzz.py $(MINUTES)
@@ -44,7 +44,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 test: setup lint types
 	$(PYTEST) -m "not release"
 
-# The package that is built, types as a user's checkers see them, the site, the notebooks.
+# The package that is built, types as a user's checkers see them, the site, the notebooks, and the
+# Python of pages that opens the embedded model.
 test-release: setup
 	$(PYTEST) -m release
 

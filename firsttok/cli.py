@@ -420,8 +420,8 @@ def _train_mend(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help="safetensors file for the network; its curves and the state of the training lie "
-        "beside it, and the same command goes on with that",
+        help="safetensors file for the network; its curves and the state of the training are "
+        "kept beside it, and the same command resumes it",
     )
     parser.add_argument(
         "--target",

@@ -81,14 +81,16 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
     """
     methods = find_editors(args.method)
     spread = [each for each in methods if isinstance(each, MemitEditor)]
+    tuned = any(isinstance(each, FineTuningEditor) for each in methods)
+    valued = any(not isinstance(each, FineTuningEditor | MendEditor) for each in methods)
     takers = {
         "layers": bool(spread),
         "mom2_weight": any(isinstance(each.rule, MemitRule) for each in spread),
         "nullspace_threshold": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "l2": any(isinstance(each.rule, AlphaEditRule) for each in spread),
         "eps": any(map(_is_bounded, methods)),
-        **dict.fromkeys(("ft_steps", "ft_lr"), any(map(_is_tuned, methods))),
-        **dict.fromkeys(HYPERPARAMETERS, any(map(_has_value, methods))),
+        **dict.fromkeys(("ft_steps", "ft_lr"), tuned),
+        **dict.fromkeys(HYPERPARAMETERS, valued),
         "network": any(isinstance(each, MendEditor) for each in methods),
     }
     for name, taken in takers.items():
@@ -103,14 +105,6 @@ def methods_from(args: argparse.Namespace) -> tuple[Method | Editor, ...]:
 
 def _is_bounded(method: Method | Editor) -> bool:
     return isinstance(method, FineTuningEditor) and method.eps is not None
-
-
-def _is_tuned(method: Method | Editor) -> bool:
-    return isinstance(method, FineTuningEditor)
-
-
-def _has_value(method: Method | Editor) -> bool:
-    return not isinstance(method, FineTuningEditor | MendEditor)
 
 
 def _set(editor: Method | Editor, args: argparse.Namespace) -> Method | Editor:

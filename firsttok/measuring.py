@@ -139,7 +139,7 @@ def measure_each(
         CacheError: If a disk is full or cannot be written to; that is no fault of a case.
     """
     study = study.varied(work=None)
-    # A method that cannot be used here is no fault of a fact.
+    # A method that this model does not take would fail for every fact.
     study.editors(plan.methods)
 
     def together(some: Sequence[Fact]) -> Iterator[list[Row]]:
@@ -217,7 +217,7 @@ def measure_facts(
                 f"{numbered[fact.case_id].prompt!r}; number each once"
             )
     plan = Plan(methods=find_editors(methods), metrics=tuple(metrics), seed=seed)
-    # A method that cannot be used here is no fault of a fact.
+    # A method that this model does not take would fail for every fact.
     study.editors(plan.methods)
     progress = progress or Progress(disable=True)
     task = progress.add_task(label, total=len(facts))
@@ -490,7 +490,7 @@ def hashes_of_open(study: Study, methods: Sequence[Method | Editor]) -> dict[str
         BadInputError: If the study, or its model, does not have what an editor needs.
     """
     opened = [each for each in methods if isinstance(each, OpenEditor)]
-    return {each.name: hash_of(study.editors([each])[0]) for each in opened}
+    return {each.name: slots_in(study, each)["editor"] for each in opened}
 
 
 def hash_of(thing: Editor | Metric) -> str:

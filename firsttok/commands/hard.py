@@ -150,7 +150,7 @@ def _tell(
             for each in search.verdicts
             if each.reason
         )
-        wanted = args.count or (len(searches["hard"].facts) if kind == "normal" else 0)
+        wanted = len(searches["hard"].facts) if kind == "normal" else args.count or 0
         if len(search.facts) < wanted:
             logger.warning(
                 "%d %s facts were found, not %d; give more facts", len(search.facts), kind, wanted

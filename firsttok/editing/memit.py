@@ -559,8 +559,10 @@ class _Scene:
     """Column of each subject's last token."""
     tail: Tail | None
     """What runs again; None where all does."""
-    last: int
-    """The last edited layer."""
+    model: Model
+    """The view that they were run on."""
+    layers: tuple[int, ...]
+    """The edited layers."""
 
     @staticmethod
     def of(model: Model, fact: Fact, contexts: ContextSet, layers: Sequence[int]) -> "_Scene":
@@ -574,16 +576,27 @@ class _Scene:
         below = layers[0] - 1
         whole = below < 0 or model.replay is Replay.WHOLE
         tail = None if whole else capture_tail(model, batch, layer=below)
-        return _Scene(batch=batch, columns=columns, tail=tail, last=layers[-1])
+        return _Scene(batch=batch, columns=columns, tail=tail, model=model, layers=tuple(layers))
 
     def read(self, view: Model, layer: int) -> tuple[Tensor, Tensor]:
         """Keys at a layer and residual streams behind the last one, ``[prompt, d]`` each."""
-        names = [KEY.format(layer), RESIDUAL.format(self.last)]
+        if view is self.model and layer == self.layers[0]:
+            return self._start
+        return self._read(view, layer)
+
+    @cached_property
+    def _start(self) -> tuple[Tensor, Tensor]:
+        """What z begins with is what every editor reads at its first layer, too."""
+        return self._read(self.model, self.layers[0])
+
+    def _read(self, view: Model, layer: int) -> tuple[Tensor, Tensor]:
+        last = self.layers[-1]
+        names = [KEY.format(layer), RESIDUAL.format(last)]
         if self.tail is None:
-            seen = capture(view, self.batch, names, stop_at_layer=self.last + 1)
+            seen = capture(view, self.batch, names, stop_at_layer=last + 1)
         else:
             with view.running() as bridge:
-                seen = self.tail.capture(bridge, names, last=self.last)
+                seen = self.tail.capture(bridge, names, last=last)
         rows = torch.arange(len(self.columns), device=self.columns.device)
         keys, states = (seen[name][rows, self.columns].to(view.wide_dtype) for name in names)
         return keys, states

@@ -103,8 +103,8 @@ def find_editors(given: Iterable[Method | Editor | str]) -> tuple[Method | Edito
     found: dict[Any, Method | Editor] = {}
     named = {editor.name: editor for editor in EDITORS}
     for each in given:
-        if isinstance(each, str) and each.lower().replace("_", "-") in named:
-            editor = named[each.lower().replace("_", "-")]
+        editor = named.get(each.lower().replace("_", "-")) if isinstance(each, str) else None
+        if editor is not None:
             found[id(editor)] = editor
         elif isinstance(each, Method | str):
             found |= {method: method for method in _methods([each], named)}
