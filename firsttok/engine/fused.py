@@ -154,6 +154,10 @@ def unembed(
             return part(hidden)
     if into is not None:
         return linear_into(into[: len(hidden)], hidden, projection.weight)
+    if len(hidden) == 1 and hidden.requires_grad:
+        # The gradient of one row is a product of a vector and a matrix, which sums over the whole
+        # vocabulary with several times the rounding error of a product of matrices.
+        return linear(torch.cat([hidden, torch.zeros_like(hidden)]), projection.weight)[:1]
     return linear(hidden, projection.weight)
 
 
