@@ -114,7 +114,7 @@ def exit_on_error(main: Callable[[], None]) -> int:
         SystemExit: If the command raises it.
         Exception: If the program itself is wrong, so that the traceback is seen.
     """
-    logging.basicConfig(level=logging.WARNING, handlers=[_Terminal()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_Terminal()])
     logging.getLogger("firsttok").setLevel(logging.INFO)
     stopped: SystemExit | None = None
     with _stoppable():

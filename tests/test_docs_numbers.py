@@ -14,14 +14,15 @@ from firsttok.paper.report import build_report
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "figures" / "smollm2-135m"
 README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = (ROOT / "docs" / "explanation" / "results.md").read_text("utf-8")
 BENCHMARKS = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))["benchmarks"]
 ROME = "smollm2-135m, ROME"
 TRACING = "extra_causal_tracing"
 
 
-def readme_cell(row: str, column: int) -> str:
-    """A cell of README's tables, by the text that its row begins with."""
-    (line,) = re.findall(rf"^\| {re.escape(row)} \|.*$", README, re.MULTILINE)
+def written_cell(row: str, column: int) -> str:
+    """A cell of the page's tables, by the text that its row begins with."""
+    (line,) = re.findall(rf"^\| {re.escape(row)} \|.*$", RESULTS, re.MULTILINE)
     return line.strip("| ").split(" | ")[column].strip()
 
 
@@ -43,6 +44,25 @@ def test_rounding_is_told_from_another_number() -> None:
     assert not agrees("5.8e9", 5_927_819_842.9)
     assert agrees("26 084.66", 26084.66)
     assert not agrees("9.91", 9.904)
+
+
+def test_what_readme_says_it_found_is_among_the_results() -> None:
+    _, _, rest = README.partition("## What it found")
+    told = re.sub(r"`[^`]*`|\]\([^)]*\)", "", rest.partition("\nNumbers, intervals")[0])
+    number = r"\d[\d ]*\d(?:\.\d+)?|\d+(?:\.\d+)?"
+    known = {each.strip() for each in re.findall(number, " ".join(RESULTS.split()))}
+    written = {each.strip() for each in re.findall(number, " ".join(told.split()))}
+    assert len(written) > 12
+    assert written <= known
+
+
+def test_the_edit_that_readme_shows() -> None:
+    (written,) = re.findall(
+        r"ROME collapsed the model: perplexity [\d.]+ before, (\S+) after", README
+    )
+    rows = json.loads((FIGURES / "collapse_cases.json").read_text("utf-8"))["rows"]
+    (row,) = [row for row in rows if row["prompt"] == "France is located on the continent of"]
+    assert agrees(written, row["perplexity"])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +116,7 @@ def test_table_1(part: str, cases: str) -> None:
     row = f"{'mean norm of' if part == 'numerator' else 'mean absolute'} {part}, {cases}"
     for column, name in ((1, ROME), (2, "paper, gpt2-xl")):
         value = found("table1_update_components", f"{part}, {cases} (n=24)", name)
-        assert agrees(readme_cell(row, column), value), (row, name)
+        assert agrees(written_cell(row, column), value), (row, name)
 
 
 @pytest.mark.parametrize("method", ["ROME", "C-ROME", "p-ROME", "FC-ROME"])
@@ -104,20 +124,20 @@ def test_table_2(method: str) -> None:
     for column, cases in ((1, "collapse"), (2, "normal")):
         line = f"{method}, {cases} (n=24)"
         value = found("table2_perplexity", line, "smollm2-135m, max")
-        assert agrees(readme_cell_of_table_2(method, column), value), line
+        assert agrees(written_cell_of_table_2(method, column), value), line
         printed = found("table2_perplexity", line, "paper, gpt2-xl")
-        written = readme_cell_of_table_2(method, column + 2)
+        written = written_cell_of_table_2(method, column + 2)
         assert written == "-" if printed is None else agrees(written, printed), line
 
 
-def readme_cell_of_table_2(method: str, column: int) -> str:
-    _, _, rest = README.partition("| Table 2, maximum perplexity |")
+def written_cell_of_table_2(method: str, column: int) -> str:
+    _, _, rest = RESULTS.partition("| Table 2, maximum perplexity |")
     (line,) = re.findall(rf"^\| {method} \|.*$", rest.partition("\n\n")[0], re.MULTILINE)
     return line.strip("| ").split(" | ")[column].strip()
 
 
 def test_causal_tracing() -> None:
-    words = " ".join(README.split())
+    words = " ".join(RESULTS.split())
     ((facts, layer, default, moved, usual),) = re.findall(
         r"On (\d+) facts it proposes layer (\d+), not (\d+); there ROME collapses the model on "
         r"(\d+ of \d+) listed cases, at layer \d+ on (\d+ of \d+)",
@@ -139,7 +159,7 @@ def test_causal_tracing() -> None:
 )
 def test_probability_of_the_target(row: str, line: str) -> None:
     for column, method in ((1, "C-ROME"), (2, "FC-ROME")):
-        ((mean, seeds),) = re.findall(r"^([\d.]+) \((?:seeds )?(.*)\)$", readme_cell(row, column))
+        ((mean, seeds),) = re.findall(r"^([\d.]+) \((?:seeds )?(.*)\)$", written_cell(row, column))
         assert agrees(mean, found("extra_value_anchor", f"{method}, {line}", "mean")), row
         assert seeds == found("extra_value_anchor", f"{method}, {line}", "means of the seeds")
 
@@ -148,7 +168,7 @@ def test_what_is_written_freely() -> None:
     ((*ours, cases, one, two, three),) = re.findall(
         r"begins with the target in (\d+), (\d+) and (\d+) of (\d+) cases after FC-ROME, "
         r"and in (\d+), (\d+) and (\d+) after C-ROME",
-        " ".join(README.split()),
+        " ".join(RESULTS.split()),
     )
     for method, counts in {"FC-ROME": ours, "C-ROME": [one, two, three]}.items():
         for kind, count in zip(
@@ -171,12 +191,12 @@ def test_where_the_key_comes_from(row: str, line: str) -> None:
     columns = ("mean |denominator|", "max perplexity", "collapsed")
     values = [found("extra_attention_mask", f"ROME, k^u from {line}", name) for name in columns]
     for column, value in enumerate(values[:2], start=1):
-        assert agrees(readme_cell(row, column), value), (row, column)
-    assert readme_cell(row, 3) == values[2]
+        assert agrees(written_cell(row, column), value), (row, column)
+    assert written_cell(row, 3) == values[2]
 
 
 def test_states_under_the_mask() -> None:
-    words, script = " ".join(README.split()), "extra_attention_mask"
+    words, script = " ".join(RESULTS.split()), "extra_attention_mask"
     ((first, last, layer, sentences, *norms, usual, opened, handed, all_sentences),) = re.findall(
         r"at each of the places (\d+) to (\d+) \(layer (\d+), (\d+) sentences\): .* "
         r"from between (\d+) and (\d+) to between ([\d ]+) and ([\d ]+), "
@@ -208,7 +228,7 @@ def test_spike_and_collapse_are_two_things() -> None:
     at = {(row["subject"], row["bos"]): row for row in rows}
     ((norm, perplexity),) = re.findall(
         r"Google as a first token has ([\d ]+) and ends at a perplexity of (\d+)",
-        " ".join(README.split()),
+        " ".join(RESULTS.split()),
     )
     assert agrees(norm, at["Google", "without"]["residual_norm"])
     assert agrees(perplexity, at["Google", "without"]["perplexity"])
@@ -220,7 +240,7 @@ def test_spike_and_collapse_are_two_things() -> None:
 def test_where_gemma_is_massive() -> None:
     ((bos, layer, others),) = re.findall(
         r"a norm of ([\d ]+) behind layer (\d+), where other tokens have ([\d ]+)\)",
-        " ".join(README.split()),
+        " ".join(RESULTS.split()),
     )
     record = json.loads((FIGURES.parent / "inspect" / "gemma3-270m.json").read_text("utf-8"))
     views = {view["what"]: view for view in record["first_tokens"]}
@@ -235,7 +255,7 @@ def test_where_gemma_is_massive() -> None:
 def test_norms_of_both_acts() -> None:
     ((low, first, high, second),) = re.findall(
         r"a norm of (\d+) behind layer (\d+), and of ([\d ]+) behind layer (\d+) \(\[figure",
-        " ".join(README.split()),
+        " ".join(RESULTS.split()),
     )
     for written, line in ((low, f"layer {first}"), (high, f"layer {second}, edited")):
         assert agrees(written, found("figure8_concentration", line, "norm, first"))
@@ -244,7 +264,7 @@ def test_norms_of_both_acts() -> None:
 def test_counts_of_the_scan() -> None:
     summary = json.loads((FIGURES / "collapse_cases.json").read_text("utf-8"))["summary"]
     others = summary["facts"] - summary["first_token_facts"]
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     assert f"edits all {summary['facts']} built-in facts" in text
     assert (
         f"on {summary['first_token_collapsed']} of the {summary['first_token_facts']} whose "
@@ -256,9 +276,9 @@ def test_counts_of_the_scan() -> None:
 def test_ratios_in_words() -> None:
     report = build_report(FIGURES)
     reasons = {judged.id: judged.reason for judged in report.judged}
-    (written,) = re.findall(r"denominator is (\d+) times larger on normal cases", README)
+    (written,) = re.findall(r"denominator is (\d+) times larger on normal cases", RESULTS)
     assert f"{written} times smaller by the mean" in reasons["table1-denominator"]
-    shares = re.findall(r"(\d+) % (?:of tokens )?for (C-ROME|FC-ROME)", README)
+    shares = re.findall(r"(\d+) % (?:of tokens )?for (C-ROME|FC-ROME)", RESULTS)
     assert len(shares) == 2
     for share, method in shares:
         assert agrees(share, found("table4_efficacy", f"smollm2-135m, {method}", "efficacy"))
@@ -266,7 +286,7 @@ def test_ratios_in_words() -> None:
 
 def test_circuit() -> None:
     record = json.loads((FIGURES / "circuit.json").read_text("utf-8"))
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     first, second = record["acts"]
     pattern = (
         r"layer (\d+) lifts the first token to a norm of ([\d ]+), layers (\d+) and (\d+) take it "
@@ -301,7 +321,7 @@ def test_circuit() -> None:
 def test_where_a_collapse_acts() -> None:
     rows = json.loads((FIGURES / "extra_where_it_acts.json").read_text("utf-8"))["rows"]
     where = [row for row in rows if row["part"] == "where"]
-    text = " ".join(README.split())
+    text = " ".join(RESULTS.split())
     pattern = (
         r"`extra_where_it_acts`, (\d+) collapse cases\): at first tokens alone it leaves the "
         r"perplexity at ([\d.]+) or below, at later tokens alone it makes at least ([\d.]+) % of "

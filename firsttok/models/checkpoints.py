@@ -70,15 +70,21 @@ def from_encoder(weights: Path, folder: Path, title: str) -> None:
 def _read_once() -> Generator[None, None, None]:
     """Keep a GGUF file that was read: transformers asks for its contents three times.
 
-    The contents are a hundred thousand strings, and each reading of them takes seconds.
+    The contents are a hundred thousand strings, and each reading of them takes seconds. Its
+    progress bar, which no setting of transformers turns off, is not shown.
     """
     gguf: Any = importlib.import_module("gguf")
-    reader = gguf.GGUFReader
+    converter: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    reader, bar = gguf.GGUFReader, getattr(converter, "tqdm", None)
     gguf.GGUFReader = functools.cache(reader)
+    if bar is not None:
+        converter.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
         gguf.GGUFReader = reader
+        if bar is not None:
+            converter.tqdm = bar
 
 
 def _load(auto: Any, weights: Path, title: str, options: dict[str, Any], *, head: str = "") -> Any:
