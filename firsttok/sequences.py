@@ -26,7 +26,7 @@ from firsttok.data import Fact
 from firsttok.display import Note, Panel, Shown, Table
 from firsttok.editing import Delta, Edit, Editor, Method, Turn, edit_in_step, load_edit
 from firsttok.editing.record import EditRecord, edit_record
-from firsttok.errors import BadInputError, CacheError, FirsttokError, NonFiniteError
+from firsttok.errors import BadInputError, FirsttokError, NonFiniteError
 from firsttok.escapes import finite
 from firsttok.evaluation import COLLAPSE_THRESHOLD
 from firsttok.measuring import (
@@ -713,22 +713,10 @@ def _saved(
 def _edits(lanes: Sequence[_Lane], step: int) -> list[Edit | str]:
     """The next edit of each sequence, or why there is none."""
     turns = [Turn(model=lane.model, fact=lane.fact(step), editor=lane.editor) for lane in lanes]
-    try:
-        return [*edit_in_step(turns)]
-    except CacheError:
-        raise
-    except FirsttokError:
-        # One of them fails, as on a model that puts out NaN by now; the others do not.
-        return [_edit_or_reason(turn) for turn in turns]
-
-
-def _edit_or_reason(turn: Turn) -> Edit | str:
-    try:
-        return edit_in_step([turn])[0]
-    except CacheError:
-        raise
-    except FirsttokError as error:
-        return " ".join(str(error).split())
+    return [
+        made if isinstance(made, Edit) else " ".join(str(made).split())
+        for made in edit_in_step(turns)
+    ]
 
 
 def _in_all(model: Model, view: Model) -> Edit:
