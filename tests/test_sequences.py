@@ -472,7 +472,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         wrong = [more["slot"] is ROME.anchor and fact.case_id == 2 for fact in facts]
         anchors = anchors.masked_fill(torch.tensor(wrong)[:, None], torch.nan)
         passes.append([])
-        return optimise_values(model, facts, anchors, **more | {"on_step": passes[-1].append})
+        more["on_step"] = passes[-1].append
+        return optimise_values(model, facts, anchors, **more)
 
     monkeypatch.setattr("firsttok.editing.edits.optimise_values", spoilt)
     return passes
