@@ -170,8 +170,8 @@ def _rows(found: SequenceRun, about: Mapping[str, Any]) -> list[dict[str, Any]]:
             | {name.lower(): row.get(name.lower()) for name in SCORES}
             | {name: row.get(name) for name in LATE}
         )
-    for step in sorted({row.step for row in found.retained}):
-        kept = [dict(row) for row in found.retained if row.step == step]
+    for step in found.checkpoints:
+        kept = [dict(row) for row in found.retained_at(step)]
         cells = dict(zip((*SCORES, "Score"), score_cells(kept), strict=True))
         rows.append(
             {"part": "retained", **about, "step": step, "facts": len(kept)}

@@ -408,6 +408,11 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="an edit disables a model that multiplies the perplexity by so much (default: 10)",
     )
+    group.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="do the steps again that failed, and what was written on their models",
+    )
     group.add_argument("--shard", metavar="I/N", help="only every N-th sequence, for job arrays")
     _add_engine(group)
 

@@ -245,7 +245,8 @@ def steps(shared: Path, real_model: Model) -> dict[tuple[str, int], GoldenStep]:
                 settings = replace(settings, steps=COMPUTED[name, step] or settings.steps)
                 editor = RomeEditor(method=each, hyperparameters=settings, **common)
                 turns[name] = Turn(model=views[name], fact=fact, editor=editor)
-        edits = dict(zip(turns, edit_in_step([*turns.values()]), strict=True))
+        made = zip(turns, edit_in_step([*turns.values()]), strict=True)
+        edits = {name: edit for name, edit in made if isinstance(edit, Edit)}
         for name, before in views.items():
             left, right = (tensors[name][f"{name}.step{step}.{side}"] for side in ("left", "right"))
             views[name] = before.edited(Edit.of(before, LAYER, left, right))

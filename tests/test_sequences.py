@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ import torch
 from running import starter
 from tiny import CONTEXTS, FACTS, SENTENCES, TinyFactory, build, relative
 
-import firsttok.sequences as sequences_module
 from firsttok.cli import main
 from firsttok.editing import (
     C_ROME,
@@ -29,11 +27,13 @@ from firsttok.editing import (
     Turn,
     edit_in_step,
     load_edit,
+    optimise_values,
 )
-from firsttok.errors import BadInputError, CacheError, NonFiniteError
+from firsttok.errors import BadInputError, CacheError
 from firsttok.evaluation import edit_accuracies, edit_counterfact_scores, perplexity
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.models import Model
+from firsttok.rows import write_rows
 from firsttok.screening import screen
 from firsttok.second_moment import SecondMoment
 from firsttok.sequences import (
@@ -41,12 +41,16 @@ from firsttok.sequences import (
     Guard,
     SequencePlan,
     SequenceRun,
+    lockstep,
     order_facts,
+    record,
     run_sequences,
 )
+from firsttok.sequences import lane as lane_module
+from firsttok.sequences.lane import Lane
+from firsttok.storage import read_record, write_record
 from firsttok.study import Study
 
-MODULE = "firsttok.sequences"
 LAYER = 1
 NUMBERED = tuple(replace(fact, case_id=number) for number, fact in enumerate(FACTS))
 QUICK = Hyperparameters(steps=3, learning_rate=0.5)
@@ -234,6 +238,7 @@ def test_sequences_in_one_state_share_a_value(
     edits = edit_in_step(turns, on_step=steps.append)
     assert len(steps) <= QUICK.steps
     for edit, editor in zip(edits, editors, strict=True):
+        assert isinstance(edit, Edit)
         assert relative(edit.right, editor.edit(study.model, [NUMBERED[0]]).right) < 1e-4
 
 
@@ -281,8 +286,12 @@ def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            for name in ("edit_in_step", "_in_all", "_by_fact", "_health", "write_rows"):
-                original = getattr(sys.modules[MODULE], name)
+            for module, name in (
+                *((lockstep, name) for name in ("edit_in_step", "_in_all", "_by_fact", "_health")),
+                (lockstep, "metric_columns"),
+                (lane_module, "write_rows"),
+            ):
+                original = getattr(module, name)
 
                 def interrupted(*args: Any, _original: Any = original, **more: Any) -> Any:
                     count()
@@ -290,7 +299,7 @@ def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
                     count()
                     return found
 
-                patch.setattr(f"{MODULE}.{name}", interrupted)
+                patch.setattr(module, name, interrupted)
             try:
                 run_sequences(tmp_path / "run", study, sequences_of(ROME, FC_ROME), plan=plan)
             except KeyboardInterrupt:
@@ -307,7 +316,7 @@ def test_a_run_that_was_interrupted_ends_as_an_undisturbed_one(
 def test_a_finished_run_computes_nothing(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(whole.folder)
     for name in ("edit_in_step", "_by_fact", "_in_all"):
-        monkeypatch.setattr(f"{MODULE}.{name}", lambda *_: pytest.fail("computed again"))
+        monkeypatch.setattr(lockstep, name, lambda *_: pytest.fail("computed again"))
     again = run_sequences(whole.folder, whole.study, sequences_of(ROME))
     assert same_runs(again, whole.runs)
     assert contents(whole.folder) == before
@@ -329,9 +338,8 @@ def test_what_is_damaged_is_done_again(
     elif damage == "earlier edit":
         shutil.copy(edits / "0001.safetensors", edits / "0002.safetensors")
     else:
-        path = (
-            edits / "0002.safetensors" if damage == "edit" else run / "rome" / f"{damage}.parquet"
-        )
+        parts = sorted((run / "rome" / damage).glob("*.parquet"))
+        path = edits / "0002.safetensors" if damage == "edit" else parts[-1]
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(bytes(content))
@@ -436,7 +444,7 @@ def test_a_rollback_takes_a_step_back_to_the_bit(tiny: TinyFactory, tmp_path: Pa
     original = study.original_perplexity.mean
     plan = SequencePlan(guard=Guard.ROLLBACK, jump=1.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{MODULE}.COLLAPSE_THRESHOLD", 1.5 * original)
+        patch.setattr(record, "COLLAPSE_THRESHOLD", 1.5 * original)
         (run,) = run_sequences(tmp_path, study, [each], plan=plan).values()
         gone = {row.case_id for row in run.left_out("rolled back")}
         assert gone == {fact.case_id for fact in NUMBERED if fact.case_id % 3 == 1}
@@ -456,24 +464,144 @@ def test_a_rollback_takes_a_step_back_to_the_bit(tiny: TinyFactory, tmp_path: Pa
         assert "Step 2 disables the model" in unguarded.panel().text
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Let ROME's optimisation of the third fact be NaN; gives the evaluations of each pass."""
+    passes: list[list[int]] = []
+
+    def spoilt(model: Model, facts: Any, anchors: torch.Tensor, **more: Any) -> Any:
+        wrong = [more["slot"] is ROME.anchor and fact.case_id == 2 for fact in facts]
+        anchors = anchors.masked_fill(torch.tensor(wrong)[:, None], torch.nan)
+        passes.append([])
+        more["on_step"] = passes[-1].append
+        return optimise_values(model, facts, anchors, **more)
+
+    monkeypatch.setattr("firsttok.editing.edits.optimise_values", spoilt)
+    return passes
+
+
 def test_a_fact_that_cannot_be_written_fails_alone(
     tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of(tiny("llama"))
-    original = edit_in_step
+    turned = EditSequence(name="turned", facts=(*NUMBERED[1:], NUMBERED[0]), editor=ROME)
+    each = [*sequences_of(ROME, FC_ROME), turned]
+    passes = spoil(monkeypatch)
+    found = run_sequences(tmp_path / "run", study, each)
+    failed = {
+        name: [row.case_id for row in run.steps if row.status == "failed"]
+        for name, run in found.items()
+    }
+    assert failed == {"rome": [2], "fc-rome": [], "turned": [2]}
+    assert "became nan at step 0" in found["rome"].steps[2].reason
+    # The two of ROME share a pass, and the one that is sound is computed once.
+    assert len(passes) == 2 * len(NUMBERED)
+    most = QUICK.steps
+    assert sorted(map(sum, passes)) == sorted(
+        [most] * len(NUMBERED) + [2 * most] * (len(NUMBERED) - 2) + [most + 1] * 2
+    )
+    before = contents(tmp_path / "run")
+    assert same_runs(run_sequences(tmp_path / "run", study, each), found)
+    assert contents(tmp_path / "run") == before
 
-    def failing(turns: Any, **more: Any) -> list[Edit]:
-        if any(t.fact.case_id == 2 and t.editor.name == "rome" for t in turns):
-            raise NonFiniteError("the loss became nan")
-        return original(turns, **more)
 
-    monkeypatch.setattr(f"{MODULE}.edit_in_step", failing)
-    found = run_sequences(tmp_path, study, sequences_of(ROME, C_ROME))
-    statuses = {name: [row.status for row in run.steps] for name, run in found.items()}
-    assert statuses["c-rome"] == ["done"] * len(NUMBERED)
-    assert statuses["rome"].count("failed") == 1
-    assert found["rome"].steps[2].reason == "the loss became nan"
-    assert same_runs(run_sequences(tmp_path, study, sequences_of(ROME, C_ROME)), found)
+def test_what_failed_is_tried_again_when_asked(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, each = study_of(tiny("llama")), sequences_of(ROME, FC_ROME)
+    plan = SequencePlan(every=2)
+    expected = run_sequences(tmp_path / "whole", study, each, plan=plan)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch)
+        failed = run_sequences(run, study, each, plan=plan)
+        assert [row.status for row in failed["rome"].steps].count("failed") == 1
+        # What fails again changes nothing.
+        before = contents(run)
+        run_sequences(run, study, each, plan=plan, retry_failed=True)
+        assert contents(run) == before
+    kept = run_sequences(run, study, each, plan=plan)
+    assert [row.status for row in kept["rome"].steps].count("failed") == 1
+    again = run_sequences(run, study, each, plan=plan, retry_failed=True)
+    assert same_runs(again, expected)
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+def test_memory_that_is_used_up_ends_a_run_and_no_step_failed(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        passes: list[int] = []
+
+        def full(*args: Any, **more: Any) -> Any:
+            passes.append(1)
+            if len(passes) == 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return optimise_values(*args, **more)
+
+        patch.setattr("firsttok.editing.edits.optimise_values", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_sequences(tmp_path / "run", whole.study, sequences_of(ROME))
+    found = run_sequences(tmp_path / "run", whole.study, sequences_of(ROME))
+    assert same_runs(found, whole.runs)
+    assert contents(tmp_path / "run") == contents(whole.folder)
+
+
+def test_rows_held_and_written_do_not_grow_along_a_sequence(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (lane_module, record):
+        monkeypatch.setattr(module, "PART", 2)
+    written: list[tuple[str, int]] = []
+    lanes: list[Lane] = []
+    original, begun = lane_module.write_rows, Lane.__init__
+
+    def write(path: Path, rows: Any) -> None:
+        written.append((str(path.relative_to(tmp_path)), len(rows)))
+        assert all(len(lane.rows) <= 2 and len(lane.retained) <= 2 for lane in lanes)
+        original(path, rows)
+
+    def begin(self: Lane, *args: Any, **more: Any) -> None:
+        lanes.append(self)
+        begun(self, *args, **more)
+
+    monkeypatch.setattr(lane_module, "write_rows", write)
+    monkeypatch.setattr(Lane, "__init__", begin)
+    # Rows of steps are written at every step, so that each part is seen as it grows.
+    monkeypatch.setattr(lockstep, "_PERIOD", 0.0)
+    plan = SequencePlan(every=1)
+    (run,) = run_sequences(tmp_path, whole.study, sequences_of(ROME), plan=plan).values()
+    count = len(NUMBERED)
+    assert max(rows for _, rows in written) == 2
+    steps = [path for path, _ in written if "steps" in path]
+    retained = [path for path, _ in written if "retained" in path]
+    assert len(steps) == count
+    assert len(retained) == len(set(retained)) == sum(-(-step // 2) for step in range(1, count + 1))
+    assert run.checkpoints == tuple(range(1, count + 1))
+    for step in run.checkpoints:
+        assert [row.case_id for row in run.retained_at(step)] == [*range(step)]
+    assert [row.step for row in run.steps] == [*run.checkpoints]
+    before = contents(tmp_path)
+    for name in ("edit_in_step", "_by_fact", "_in_all"):
+        monkeypatch.setattr(lockstep, name, lambda *_: pytest.fail("computed again"))
+    run_sequences(tmp_path, whole.study, sequences_of(ROME), plan=plan)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_of_an_earlier_version_opens_or_is_named(whole: Whole, tmp_path: Path) -> None:
+    run = whole.copied(tmp_path / "run")
+    before = contents(run)
+    (found,) = whole.runs.values()
+    tables = {"steps": found.steps, "retained": found.retained}
+    for name, rows in tables.items():
+        shutil.rmtree(run / "rome" / name)
+        write_rows(run / "rome" / f"{name}.parquet", rows)
+    assert same_runs(run_sequences(run, whole.study, sequences_of(ROME)), whole.runs)
+    assert contents(run) == before
+    path = run / "rome" / "sequence.json"
+    known = read_record(path, "a sequence's record")
+    write_record(path, {**known, "format": 0})
+    with pytest.raises(BadInputError, match="was written by another version of firsttok"):
+        run_sequences(run, whole.study, sequences_of(ROME))
 
 
 def test_orders(tiny: TinyFactory) -> None:
@@ -543,7 +671,7 @@ def test_the_command_tells_what_became_of_each(
     said = " ".join(capsys.readouterr().out.split())
     for name in ("rome-given", "fc-rome-given", "rome-seed1", "fc-rome-seed1"):
         assert name in said
-        assert (tmp_path / "run" / name / "steps.parquet").is_file()
+        assert list((tmp_path / "run" / name / "steps").glob("*.parquet"))
     assert f"{len(NUMBERED)} of {len(NUMBERED)}" in said
     shards = tmp_path / "shards"
     for number in (1, 2):
@@ -629,8 +757,9 @@ def test_a_state_holds_factors_and_no_weight_for_each_step(
     study = study_of(tiny("llama"))
     each = sequences_of(ROME)[0]
     run_sequences(tmp_path, study, [each])
-    lane = sequences_module._Lane(tmp_path, study, each, SequencePlan())
+    lane = Lane(tmp_path, study, each, SequencePlan())
     for step in range(1, len(NUMBERED) + 1):
+        lane.enter(step)
         edit = lane.saved(step)
         assert edit is not None
         lane.take(step, edit)

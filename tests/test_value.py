@@ -357,6 +357,34 @@ def test_a_loss_that_is_not_finite_is_refused(tiny: TinyFactory) -> None:
         )
 
 
+def test_a_fact_whose_loss_is_not_finite_leaves_the_others_alone(tiny: TinyFactory) -> None:
+    model = tiny("gpt2")
+    settings: dict[str, Any] = {
+        "contexts": CONTEXTS,
+        "slot": Slot.UNPREFIXED,
+        "layer": 1,
+        "hyperparameters": Hyperparameters(steps=4),
+    }
+    anchors = anchors_of(model, FACTS[:3], 1)
+    expected = optimise_values(model, FACTS[:3], anchors, **settings)
+    anchors[1] = torch.nan
+    failed: dict[int, NonFiniteError] = {}
+    counts: list[int] = []
+    values = optimise_values(
+        model,
+        FACTS[:3],
+        anchors,
+        **settings,
+        on_step=counts.append,
+        on_failure=failed.__setitem__,
+    )
+    assert list(failed) == [1]
+    # Nothing is computed twice.
+    assert sum(counts) == 4 * 2 + 1
+    for value, other in zip(values, (expected[0], expected[2]), strict=True):
+        assert relative(value.target, other.target) < 1e-4
+
+
 def test_facts_and_anchors_are_counted(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     with pytest.raises(BadInputError, match="2 facts need as many anchors, not 1"):

@@ -75,7 +75,14 @@ def run(args: argparse.Namespace) -> None:
         if args.engine == "ray":
             found = _on_ray(args, folder, study, own_share, plan)
         else:
-            found = run_sequences(folder, study, own_share, plan=plan, progress=progress)
+            found = run_sequences(
+                folder,
+                study,
+                own_share,
+                plan=plan,
+                retry_failed=args.retry_failed,
+                progress=progress,
+            )
     _tell(folder, found)
 
 
@@ -99,7 +106,9 @@ def _on_ray(
         remote = ray.remote(_run_part).options(**options)
         parts = [sequences[number :: size.actors] for number in range(size.actors)]
         waiting = [
-            remote.remote(recipe, folder.absolute(), part, plan, args.cpus_per_actor)
+            remote.remote(
+                recipe, folder.absolute(), part, plan, args.retry_failed, args.cpus_per_actor
+            )
             for part in parts
             if part
         ]
@@ -119,13 +128,14 @@ def _run_part(
     folder: Path,
     sequences: Sequence[EditSequence],
     plan: SequencePlan,
+    retry_failed: bool,
     threads: int,
 ) -> dict[str, SequenceRun]:
     """What one worker does."""
     import torch
 
     torch.set_num_threads(threads)
-    return run_sequences(folder, recipe.study(), sequences, plan=plan)
+    return run_sequences(folder, recipe.study(), sequences, plan=plan, retry_failed=retry_failed)
 
 
 def _tell(folder: Path, found: Mapping[str, SequenceRun]) -> None:
@@ -153,7 +163,9 @@ def _tell(folder: Path, found: Mapping[str, SequenceRun]) -> None:
     for name, each in found.items():
         gone = len(each.left_out("screened")) + len(each.left_out("rolled back"))
         failed = sum(row.status == FAILED for row in each.steps)
-        if gone or failed:
-            show(f"{name}: the guard left {gone} facts out, {failed} failed")
+        if gone:
+            show(f"{name}: the guard left {gone} facts out")
+        if failed:
+            show(f"{name}: {failed} facts failed; --retry-failed tries them again")
         if each.verdict is not None:
             show(f"{name}: {each.verdict}")

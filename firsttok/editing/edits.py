@@ -19,10 +19,16 @@ from firsttok.editing.record import edit_record
 from firsttok.editing.store import ValueStore
 from firsttok.editing.update import solve_update
 from firsttok.editing.value import Value, optimise_values
-from firsttok.errors import BadInputError, EditMismatchError
+from firsttok.errors import (
+    BadInputError,
+    CacheError,
+    EditMismatchError,
+    FirsttokError,
+    NonFiniteError,
+)
 from firsttok.hyperparameters import Hyperparameters
 from firsttok.keys import ORDINARY_KEYS, FactKeys, KeySource, keys_of_facts
-from firsttok.models import EditSite, Model
+from firsttok.models import Model
 from firsttok.provenance import described
 from firsttok.second_moment import SecondMoment
 from firsttok.tensors import ValueMatrix
@@ -31,6 +37,9 @@ __all__ = ["RomeEditor", "Turn", "compute_edit", "edit_each", "edit_in_step"]
 
 WINDOW = 24
 """Facts looked at together, to find those that fit into one batch; no more are in memory."""
+_Shared = tuple[str, Slot, str]
+"""What a value depends on, under one editor's settings: the fact's hash, the slot of the anchor and
+the identity of the model's view."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,8 +194,11 @@ def _each(
         # All before the first is handed out: whoever gets it may put it into the weights.
         found: list[dict[str, Edit]] = [{} for _ in chunk]
         for family in families:
-            for edits, own in zip(found, _family(model, chunk, family, on_step), strict=True):
-                edits.update(own)
+            turns = [Turn(model=model, fact=f, editor=each) for f in chunk for each in family]
+            made = _side_by_side(turns, on_step, store=family[0].store)
+            for number, edit in made.items():
+                edits = found[number // len(family)]
+                edits[family[number % len(family)].name] = edit
         spread = [editor for editor in editors if isinstance(editor, MemitEditor)]
         for edits, own in zip(
             found, spread_each(model, chunk, spread, on_step=on_step), strict=True
@@ -209,69 +221,6 @@ def _each(
             yield fact, {editor.name: edits[editor.name] for editor in editors}
 
 
-def _family(
-    model: Model,
-    facts: Sequence[Fact],
-    family: Sequence[RomeEditor],
-    on_step: Callable[[int], None] | None,
-) -> list[dict[str, Edit]]:
-    """Edits of each fact by editors that differ in their methods alone."""
-    first = family[0]
-    # Edits may stand in the model by now that did not when the window before was computed.
-    identity, record, site = model.identity(), model.record(), model.site(first.layer)
-    settings = first.hyperparameters or model.hyperparameters
-    one = replace(first, layer=site.layer, hyperparameters=settings)
-    if one.key_source is ORDINARY_KEYS:
-        keys = keys_of_facts(model, facts, one.contexts, layer=site.layer)
-    else:
-        source = one.key_source
-        keys = [source.keys(model, fact, one.contexts, layer=site.layer) for fact in facts]
-    if not _may_be_kept(model, one.key_source):
-        one = replace(one, store=None)
-    slots = sorted({editor.method.anchor for editor in family}, key=lambda slot: slot.value)
-    values = {slot: _values(model, facts, keys, one, slot, identity, on_step) for slot in slots}
-    about = _settings_of(one, settings) | {
-        "parameters": {str(site.place): model.weights.name_of(site.place)}
-    }
-    return [
-        {
-            editor.name: _solved(
-                record,
-                site,
-                fact,
-                keys[index],
-                values[editor.method.anchor][index],
-                editor.method,
-                one.second_moment,
-                about,
-            )
-            for editor in family
-        }
-        for index, fact in enumerate(facts)
-    ]
-
-
-def _solved(
-    model: Mapping[str, Any],
-    site: EditSite,
-    fact: Fact,
-    keys: FactKeys,
-    value: Value,
-    method: Method,
-    second_moment: SecondMoment,
-    about: Mapping[str, Any],
-) -> Edit:
-    left, right, components = solve_update(site, keys, value, method, second_moment)
-    return Edit(
-        deltas=(Delta(place=site.place, left=left[:, None], right=right[None]),),
-        components=components,
-        losses=value.losses,
-        provenance=edit_record(
-            model, [fact], **about, method={"name": method.name, **method.slots}
-        ),
-    )
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Turn:
     """A fact that is to be edited on one state of a model."""
@@ -284,7 +233,7 @@ class Turn:
 
 def edit_in_step(
     turns: Sequence[Turn], *, on_step: Callable[[int], None] | None = None
-) -> list[Edit]:
+) -> list[Edit | FirsttokError]:
     """Compute the next edit of several sequences on one model, side by side.
 
     Sequences of the ROME family that differ in the weight of the edited layer alone share keys and
@@ -296,23 +245,49 @@ def edit_in_step(
         on_step: Called with the number of facts that took one optimisation step.
 
     Returns:
-        The edits, in order.
+        The edits, in order, or for a turn that fails, as on a model that puts out NaN by now, the
+        error; the others are not computed again for that.
 
     Raises:
-        BadInputError: If a second moment is of another layer or model.
+        CacheError: If a disk is full or cannot be written to; that is no fault of a turn.
     """
-    found: dict[int, Edit] = {}
+    found: dict[int, Edit | FirsttokError] = {}
     groups: dict[Any, list[int]] = {}
     for number, turn in enumerate(turns):
         key = _shared_by(turn)
         if key is None:
-            found[number] = turn.editor.edit(turn.model, [turn.fact])
+            found[number] = _edit_or_error(turn)
         else:
             groups.setdefault(key, []).append(number)
     for numbers in groups.values():
-        edits = _side_by_side([turns[number] for number in numbers], on_step)
-        found |= dict(zip(numbers, edits, strict=True))
+        outcomes = _edits_or_errors([turns[number] for number in numbers], on_step)
+        found |= dict(zip(numbers, outcomes, strict=True))
     return [found[number] for number in range(len(turns))]
+
+
+def _edit_or_error(turn: Turn) -> Edit | FirsttokError:
+    try:
+        return turn.editor.edit(turn.model, [turn.fact])
+    except CacheError:
+        raise
+    except FirsttokError as error:
+        return error
+
+
+def _edits_or_errors(
+    turns: Sequence[Turn], on_step: Callable[[int], None] | None
+) -> list[Edit | FirsttokError]:
+    failed: dict[int, FirsttokError] = {}
+    try:
+        made = _side_by_side(turns, on_step, on_failure=failed.__setitem__)
+    except CacheError:
+        raise
+    except FirsttokError as error:
+        if len(turns) == 1:
+            return [error]
+        # What they share fails before any value is optimised, such as the key of one fact.
+        return [outcome for turn in turns for outcome in _edits_or_errors([turn], on_step)]
+    return [failed[n] if n in failed else made[n] for n in range(len(turns))]
 
 
 def _shared_by(turn: Turn) -> Any:
@@ -326,56 +301,76 @@ def _shared_by(turn: Turn) -> Any:
     return (*editor._settings, id(model.weights), same_below, *others)
 
 
-def _side_by_side(turns: Sequence[Turn], on_step: Callable[[int], None] | None) -> list[Edit]:
+def _side_by_side(
+    turns: Sequence[Turn],
+    on_step: Callable[[int], None] | None,
+    *,
+    store: ValueStore | None = None,
+    on_failure: Callable[[int, FirsttokError], None] | None = None,
+) -> dict[int, Edit]:
+    """Edits of turns that share their work, by the turns' numbers.
+
+    ``on_failure`` is told the number of a turn that fails by itself, and the error; None to raise
+    that.
+    """
     first, model = _rome(turns[0].editor), turns[0].model
     layer, settings = model.site(first.layer).layer, first.hyperparameters or model.hyperparameters
-    editor = replace(first, layer=layer, hyperparameters=settings, store=None)
+    editor = replace(first, layer=layer, hyperparameters=settings, store=store)
     editor.second_moment.check(model, layer)
+    if not _may_be_kept(model, editor.key_source):
+        editor = replace(editor, store=None)
     facts = {turn.fact.content_hash: turn.fact for turn in turns}
-    found = keys_of_facts(model, [*facts.values()], editor.contexts, layer=layer)
+    if editor.key_source is ORDINARY_KEYS:
+        found = keys_of_facts(model, [*facts.values()], editor.contexts, layer=layer)
+    else:
+        keys_of = editor.key_source.keys
+        found = [keys_of(model, fact, editor.contexts, layer=layer) for fact in facts.values()]
     keys = dict(zip(facts, found, strict=True))
-    sites = [turn.model.site(layer) for turn in turns]
-    # Sequences in the same state, as all are at first, share the value of a fact.
-    wanted: dict[Any, int] = {}
-    places: list[Any] = []
-    for number, turn in enumerate(turns):
-        slot = _rome(turn.editor).method.anchor
-        places.append((turn.fact.content_hash, slot, turn.model.identity()))
-        wanted.setdefault(places[-1], number)
-    values: dict[Any, Value] = {}
-    for slot in sorted({place[1] for place in wanted}, key=lambda each: each.value):
-        some = {place: number for place, number in wanted.items() if place[1] is slot}
-        picked = [slot.pick(keys[turns[n].fact.content_hash])[None] for n in some.values()]
-        anchors = [sites[n].values_of(key) for n, key in zip(some.values(), picked, strict=True)]
-        computed = optimise_values(
-            model,
-            [turns[number].fact for number in some.values()],
-            torch.cat(anchors),
-            contexts=editor.contexts,
-            slot=slot,
-            layer=layer,
-            hyperparameters=settings,
-            views=[turns[number].model for number in some.values()],
-            on_step=on_step,
-        )
-        values |= dict(zip(some, computed, strict=True))
-    place = sites[0].place
-    about = _settings_of(editor, settings) | {
-        "parameters": {str(place): model.weights.name_of(place)}
+    # Each view is asked once. Edits may stand in it that did not when turns before were computed.
+    states = {
+        id(view): (view.identity(), view.record(), view.site(layer))
+        for view in {id(turn.model): turn.model for turn in turns}.values()
     }
-    return [
-        _solved(
-            turn.model.record(),
-            site,
-            turn.fact,
-            keys[turn.fact.content_hash],
-            values[where],
-            _rome(turn.editor).method,
-            editor.second_moment,
-            about,
+    # Editors of one slot share the value of a fact, as do sequences in the same state.
+    wanted: dict[_Shared, Turn] = {}
+    places: list[_Shared] = []
+    for turn in turns:
+        slot = _rome(turn.editor).method.anchor
+        places.append((turn.fact.content_hash, slot, states[id(turn.model)][0]))
+        wanted.setdefault(places[-1], turn)
+    values: dict[_Shared, Value] = {}
+    failed: dict[_Shared, NonFiniteError] = {}
+    for slot in sorted({place[1] for place in wanted}, key=lambda each: each.value):
+        some = {place: turn for place, turn in wanted.items() if place[1] is slot}
+        _optimise(some, keys, editor, values, on_step, None if on_failure is None else failed)
+    site = states[id(model)][2]
+    about = _settings_of(editor, settings) | {
+        "parameters": {str(site.place): model.weights.name_of(site.place)}
+    }
+    edits: dict[int, Edit] = {}
+    for number, (turn, place) in enumerate(zip(turns, places, strict=True)):
+        try:
+            if place in failed:
+                raise failed[place]
+            _, record, site = states[id(turn.model)]
+            method = _rome(turn.editor).method
+            left, right, components = solve_update(
+                site, keys[turn.fact.content_hash], values[place], method, editor.second_moment
+            )
+        except NonFiniteError as error:
+            if on_failure is None:
+                raise
+            on_failure(number, error)
+            continue
+        edits[number] = Edit(
+            deltas=(Delta(place=site.place, left=left[:, None], right=right[None]),),
+            components=components,
+            losses=values[place].losses,
+            provenance=edit_record(
+                record, [turn.fact], **about, method={"name": method.name, **method.slots}
+            ),
         )
-        for turn, site, where in zip(turns, sites, places, strict=True)
-    ]
+    return edits
 
 
 def _rome(editor: Editor) -> RomeEditor:
@@ -392,70 +387,86 @@ def _may_be_kept(model: Model, key_source: KeySource) -> bool:
     return model.disturbance is None
 
 
-def _values(
-    model: Model,
-    facts: Sequence[Fact],
-    keys: Sequence[FactKeys],
+def _optimise(
+    wanted: Mapping[_Shared, Turn],
+    keys: Mapping[str, FactKeys],
     editor: RomeEditor,
-    slot: Slot,
-    identity: str,
+    values: dict[_Shared, Value],
     on_step: Callable[[int], None] | None,
-) -> list[Value]:
-    site, contexts = model.site(editor.layer), editor.contexts
-    layer, hyperparameters = site.layer, editor.hyperparameters or model.hyperparameters
-    key_source, store = editor.key_source, editor.store
-    found: dict[int, Value] = {}
+    failed: dict[_Shared, NonFiniteError] | None,
+) -> None:
+    """Put the values of turns with one slot into ``values``, those that are kept and new ones.
 
-    def path_of(fact: Fact, source: KeySource) -> Path | None:
+    Errors go into ``failed``, or are raised if that is None.
+    """
+    contexts, store, source = editor.contexts, editor.store, editor.key_source
+    (_, slot, _), turn = next(iter(wanted.items()))
+    model = turn.model
+    site, hyperparameters = model.site(editor.layer), editor.hyperparameters
+    hyperparameters = hyperparameters or model.hyperparameters
+
+    def path_of(place: _Shared, key_source: KeySource) -> Path | None:
         return store and store.path(
-            identity,
-            fact,
+            place[2],
+            wanted[place].fact,
             contexts=contexts,
             slot=slot,
-            layer=layer,
+            layer=site.layer,
             hyperparameters=hyperparameters,
-            key_source=source,
+            key_source=key_source,
         )
 
-    paths = [path_of(fact, key_source) for fact in facts]
-    for index, path in enumerate(paths):
+    paths = {place: path_of(place, source) for place in wanted}
+    for place, path in paths.items():
         value = store.read(path, model) if store and path else None
         if value is not None:
-            found[index] = value
+            values[place] = value
             if on_step is not None:
                 on_step(hyperparameters.steps)
-    missing = [index for index in range(len(facts)) if index not in found]
+    missing = [place for place in wanted if place not in values]
     if not missing:
-        return [found[index] for index in range(len(facts))]
-    anchors = site.values_of(torch.stack([slot.pick(keys[index]) for index in missing]))
-    if store and key_source is not ORDINARY_KEYS:
-        usual = [path_of(facts[index], ORDINARY_KEYS) for index in missing]
+        return
+    picked = torch.stack([slot.pick(keys[place[0]]) for place in missing])
+    views = [wanted[place].model for place in missing]
+    if all(view is model for view in views):
+        anchors = site.values_of(picked)
+    else:
+        each = zip(views, picked.split(1), strict=True)
+        anchors = torch.cat([view.site(site.layer).values_of(key) for view, key in each])
+    if store and source is not ORDINARY_KEYS:
+        usual = [path_of(place, ORDINARY_KEYS) for place in missing]
         same = _same_anchors(model, store, usual, anchors)
-        found |= {missing[place]: value for place, value in same.items()}
+        values |= {missing[number]: value for number, value in same.items()}
         if on_step is not None:
             on_step(hyperparameters.steps * len(same))
-        rest = [place for place in range(len(missing)) if place not in same]
-        missing, anchors = [missing[place] for place in rest], anchors[rest]
+        rest = [number for number in range(len(missing)) if number not in same]
+        missing, anchors = [missing[number] for number in rest], anchors[rest]
 
     def keep(number: int, value: Value) -> None:
-        index = missing[number]
-        found[index] = value
-        path = paths[index]
-        if store and path and model.disturbance is None and model.identity() == identity:
+        place = missing[number]
+        values[place] = value
+        path, view = paths[place], wanted[place].model
+        if store and path and view.disturbance is None and view.identity() == place[2]:
             store.write(path, value)
+
+    def fail(number: int, error: NonFiniteError) -> None:
+        if failed is None:
+            raise error
+        failed[missing[number]] = error
 
     optimise_values(
         model,
-        [facts[index] for index in missing],
+        [wanted[place].fact for place in missing],
         anchors,
         contexts=contexts,
         slot=slot,
-        layer=layer,
+        layer=site.layer,
         hyperparameters=hyperparameters,
+        views=[wanted[place].model for place in missing],
         on_step=on_step,
         on_value=keep,
+        on_failure=fail,
     )
-    return [found[index] for index in range(len(facts))]
 
 
 def _same_anchors(

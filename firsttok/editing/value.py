@@ -130,6 +130,7 @@ def optimise_values(
     stream: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_value: Callable[[int, Value], None] | None = None,
+    on_failure: Callable[[int, NonFiniteError], None] | None = None,
 ) -> list[Value]:
     """Optimise v* for some facts; each has its own delta, clamp, Adam state and early stop.
 
@@ -156,9 +157,14 @@ def optimise_values(
             MLP's output; the anchors are states of that stream.
         on_step: Called with the number of loss evaluations just made.
         on_value: Called with the index of a fact and its value when its batch is done.
+        on_failure: Called with the index of a fact whose loss is NaN or infinite, and the error; it
+            has no value then, and the others go on. None to raise the error.
+
+    Returns:
+        The values, in the order of the facts.
 
     Raises:
-        NonFiniteError: If a loss is NaN or infinite.
+        NonFiniteError: If a loss is NaN or infinite, without ``on_failure``.
         BadInputError: If facts and anchors differ in number.
         UnsupportedModelError: If the model runs whole, and delta is to be added to the stream.
     """
@@ -174,6 +180,12 @@ def optimise_values(
     own = [model] * len(facts) if views is None else views
     values: dict[int, Value] = {}
     for group in _groups(model, rows, layer, views):
+
+        def fail(place: int, error: NonFiniteError, group: Sequence[int] = group) -> None:
+            if on_failure is None:
+                raise error
+            on_failure(group[place], error)
+
         # Where the edited block itself runs again, all of a group are of one view.
         shared = own[group[0]] if views is None or model.replay is not Replay.ABOVE else model
         with shared.standing():
@@ -191,12 +203,13 @@ def optimise_values(
                 slot=slot,
                 hyperparameters=hyperparameters,
                 on_step=on_step,
+                fail=fail,
             )
-        for index, value in zip(group, computed, strict=True):
-            values[index] = value
+        for place, value in computed.items():
+            values[group[place]] = value
             if on_value is not None:
-                on_value(index, value)
-    return [values[index] for index in range(len(facts))]
+                on_value(group[place], value)
+    return [values[index] for index in sorted(values)]
 
 
 def _fact_rows(model: Model, fact: Fact, contexts: ContextSet) -> _FactRows:
@@ -383,13 +396,16 @@ def _optimise(
     slot: Slot,
     hyperparameters: Hyperparameters,
     on_step: Callable[[int], None] | None,
-) -> list[Value]:
+    fail: Callable[[int, NonFiniteError], None],
+) -> dict[int, Value]:
+    """The values by the place of their fact; ``fail`` is told of each fact without one."""
     delta = torch.zeros_like(anchors, requires_grad=True)
     optimiser = torch.optim.Adam([delta], lr=hyperparameters.learning_rate)
     anchor_norms = anchors.norm(dim=1)
     traces: list[list[float]] = [[] for _ in texts]
     finished: dict[int, Tensor] = {}
     before: Tensor | None = None
+    active = list(range(len(texts)))
     for step in range(hyperparameters.steps):
         with torch.enable_grad():
             optimiser.zero_grad()
@@ -408,37 +424,37 @@ def _optimise(
             loss = loss.index_add(0, kl_owner, hyperparameters.kl * divergence)
             decay = hyperparameters.weight_decay * delta.norm(dim=1) / anchor_norms**2
             loss = loss + decay
-        active = [i for i in range(len(texts)) if i not in finished]
         ended: list[int] = []
         for i in active:
             current = float(loss[i].detach())
             if not torch.isfinite(loss[i]):
-                raise NonFiniteError(
-                    f"the loss of {texts[i]!r} became {current} at step {step}; "
-                    "lower the learning rate or use float32"
-                )
+                told = f"the loss of {texts[i]!r} became {current} at step {step}; "
+                fail(i, NonFiniteError(told + "lower the learning rate or use float32"))
+                # Rows of a batch do not touch each other.
+                ended.append(i)
+                continue
             traces[i].append(current)
             if current < hyperparameters.stop_below or step == hyperparameters.steps - 1:
                 finished[i] = (anchors[i] + delta[i]).detach().clone()
                 ended.append(i)
         if on_step is not None:
             on_step(len(active))
-        remaining = [i for i in active if i not in ended]
-        if not remaining:
+        active = [i for i in active if i not in ended]
+        if not active:
             break
         with torch.enable_grad():
-            loss[remaining].sum().backward()
+            loss[active].sum().backward()
         optimiser.step()
         with torch.no_grad():
             most = hyperparameters.clamp * anchor_norms
             norms = delta.norm(dim=1)
             delta.mul_(torch.where(norms > most, most / norms, 1.0)[:, None])
         if ended:
-            problem = problem.only(remaining)
-    return [
-        Value(target=finished[i], anchor=anchors[i], slot=slot, losses=tuple(traces[i]))
-        for i in range(len(texts))
-    ]
+            problem = problem.only(active)
+    return {
+        i: Value(target=target, anchor=anchors[i], slot=slot, losses=tuple(traces[i]))
+        for i, target in finished.items()
+    }
 
 
 def _log_probs(model: Model, problem: _Problem, delta: ValueMatrix) -> Float[Tensor, "place vocab"]:
