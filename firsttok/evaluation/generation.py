@@ -117,18 +117,19 @@ def generated_match(
     )
 
 
+@torch.no_grad()
 def _greedy(model: Model, prompt: Prompt) -> Iterator[int]:
     """The most probable tokens behind a prompt, one after another, without end."""
-    ids = prompt.token_ids
+    from transformers import DynamicCache
+
+    rows, cache = torch.tensor([prompt.token_ids]), DynamicCache()
     while True:
-        batch = pad(model, [Prompt(text=prompt.text, token_ids=ids)])
-        token = int(logits(model, batch)[0, -1].argmax())
-        ids = (*ids, token)
+        token = int(_last_logits(model, rows, cache)[0].argmax())
+        rows = torch.cat([rows, torch.tensor([[token]])], dim=1)
         yield token
 
 
 @taken
-@torch.no_grad()
 def greedy_text(model: Model, prompt: Prompt, *, tokens: int, stops: Sequence[str] = ()) -> str:
     """Continue a prompt greedily up to a token that ends texts, or to the first of some texts.
 
@@ -141,17 +142,12 @@ def greedy_text(model: Model, prompt: Prompt, *, tokens: int, stops: Sequence[st
     Returns:
         The new text, without special tokens.
     """
-    from transformers import DynamicCache
-
     tokenizer: Any = model.tokenizer
-    rows, cache = torch.tensor([prompt.token_ids]), DynamicCache()
     ends, ids = set(_end_ids(model)), list[int]()
-    for _ in range(tokens):
-        token = _last_logits(model, rows, cache).argmax(-1)
-        if int(token) in ends:
+    for token in islice(_greedy(model, prompt), tokens):
+        if token in ends:
             break
-        ids.append(int(token))
-        rows = torch.cat([rows, token[:, None].to(rows.device)], dim=1)
+        ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if any(stop in text for stop in stops):
             return text[: min(text.find(stop) for stop in stops if stop in text)]
