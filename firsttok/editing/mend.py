@@ -20,6 +20,7 @@ from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit, EditSettings
 from firsttok.editing.mend_network import MendNetwork, RowStatistics
+from firsttok.editing.mend_tensors import Shape, start_of
 from firsttok.editing.record import edit_record
 from firsttok.engine.forward import call_arguments
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
@@ -40,7 +41,6 @@ __all__ = [
 
 Rows = Float[Tensor, "token width"]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
-Shape = tuple[int, int]
 
 _SHIPPED = "mend_smollm2.safetensors"
 _SHIPPED_SHA256 = "9dcc0650fa88b3f6c196fca9e823363a3ff7d4855acd04f3c75b18ef67f95e43"
@@ -121,7 +121,7 @@ class MendEditor:
         )
         if self.statistics is MendStatistics.RESTARTED:
             record["statistics"] = {
-                f"{d_in}x{d_out}": _as_record(each) for (d_in, d_out), each in statistics.items()
+                start_of(shape): _as_record(each) for shape, each in statistics.items()
             }
         counts = {f"tokens_{_short(place)}": float(len(rows[place])) for place in rows}
         return Edit(
@@ -151,6 +151,12 @@ class MendEditor:
         if self.network is None:
             return _shipped(model)
         self.network.check(model)
+        seen = min(each.tokens for each in self.network.statistics.values())
+        if self.statistics is MendStatistics.KEPT and seen < 2:
+            raise BadInputError(
+                f"the MEND network's statistics are of {seen} tokens, and a variance needs two; "
+                "train it with: firsttok train-mend, or edit by mend-released"
+            )
         return self.network
 
     def _described(self, network: MendNetwork) -> dict[str, Any]:
@@ -170,7 +176,7 @@ class MendEditor:
             if isinstance(edit, Edit) and edit.provenance.get("editor") == own:
                 held = edit.provenance.get("statistics", {})
                 return {
-                    shape: _from_record(held[f"{shape[0]}x{shape[1]}"], sum(shape))
+                    shape: _from_record(held[start_of(shape)], sum(shape))
                     for shape in network.transforms
                 }
         return {shape: RowStatistics.none(sum(shape)) for shape in network.transforms}
