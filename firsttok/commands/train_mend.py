@@ -9,13 +9,8 @@ from typing import Any
 import torch
 
 from firsttok.console import print_table, progress_bar, show, show_json
-from firsttok.editing.mend_training import (
-    CURVES,
-    MendPlan,
-    MendTarget,
-    TrainedMend,
-    train_mend,
-)
+from firsttok.editing.mend_plan import MendPlan, MendTarget
+from firsttok.editing.mend_training import CURVES, TrainedMend, train_mend
 from firsttok.errors import BadInputError
 from firsttok.models import BosPolicy, load
 from firsttok.paper.figures import PALETTE, figure, save_figure
