@@ -453,7 +453,7 @@ def test_fewer_than_asked_for_are_told_of(
         (["--count", "0"], "--count is 0"),
         (["--threshold", "0"], "--threshold is 0"),
         (["--generate"], "--generate makes the facts itself"),
-        (["--out", "facts.json"], "is the file of --facts"),
+        (["--out", "facts.json"], "is a file of --facts"),
         (["--out", "facts.parquet"], "is written as JSON"),
         (["--out", "no/hard.json"], "does not exist"),
         (["--exclude", "facts.json"], "--exclude holds the subjects of all facts"),
