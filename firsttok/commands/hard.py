@@ -13,8 +13,14 @@ from firsttok.console import print_table, progress_bar, show
 from firsttok.data import Fact, FactFile, write_facts
 from firsttok.errors import BadInputError
 from firsttok.file_options import normal_file, record_file
-from firsttok.hard_lists import FactSearch, find_hard_facts, find_normal_facts
-from firsttok.inputs import excluded_subjects, fact_file, open_study, open_study_of
+from firsttok.hard_lists import FactSearch, check_unedited, find_hard_facts, find_normal_facts
+from firsttok.inputs import (
+    excluded_subjects,
+    fact_file,
+    open_study,
+    open_study_of,
+    unedited_perplexity,
+)
 from firsttok.models import Model
 from firsttok.options import folder_name
 from firsttok.screening import hard_rule
@@ -90,11 +96,22 @@ def _open(
 ) -> tuple[Study, tuple[Fact, ...], tuple[Fact, ...], list[dict[str, Any]]]:
     """The study, candidates for hard and for normal facts, and what is left out of the file."""
     folder = Path(args.work) / folder_name(args.model)
-    if file is not None:
-        study, usable = open_study_of(args, file, folder, progress)
-        facts = tuple(fact for fact in usable if fact.subject.casefold() not in excluded)
+
+    def check(model: Model) -> None:
+        # Before the minutes in which the second moment is taken.
+        check_unedited(unedited_perplexity(args, folder, model))
+
+    def without_excluded(given: FactFile) -> tuple[Fact, ...]:
+        facts = tuple(fact for fact in given if fact.subject.casefold() not in excluded)
         if not facts:
             raise BadInputError("--exclude holds the subjects of all facts; give other facts")
+        return facts
+
+    if file is not None:
+        if excluded:
+            without_excluded(file)
+        study, usable = open_study_of(args, file, folder, progress, on_model=check)
+        facts = without_excluded(usable)
         return study, facts, facts, [asdict(each) for each in usable.left_out]
     made: dict[str, tuple[Fact, ...]] = {}
 
@@ -108,6 +125,7 @@ def _open(
                     f"{len(made[kind])} {kind} candidates can be made for {model.name}, not "
                     f"{wanted}; ask for fewer with --count, or exclude fewer subjects"
                 )
+        check(model)
 
     study = open_study(args, folder, progress, leave_in=folder, on_model=make)
     return study, made["hard"], made.get("normal", ()), []
