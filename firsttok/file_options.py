@@ -91,6 +91,11 @@ def check_places(given: Mapping[str, Any]) -> None:
         else:
             check_output(path, option_of(name))
         _check_ending(given, name, path)
+        if path.exists() and not path.is_file() and _beside(given, name, path):
+            raise BadInputError(
+                f"{option_of(name)} {path} is no file, and others are written beside it; name a "
+                "file"
+            )
     written = list(_written(given, files, folders))
     for output in written:
         if output.path != output.named and os.path.lexists(output.path.parent):

@@ -217,6 +217,31 @@ def test_a_sequence_goes_on_from_saved_edits(tiny: TinyFactory, tmp_path: Path) 
     assert relative(mend.edit(model, [FACTS[2]]).deltas[0].left, edit.deltas[0].left) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        None,
+        [],
+        {"24x40": 3},
+        {"24x40": {"tokens": 5, "mean": "no", "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [0.0] * 3, "squares": [1.0] * 3}},
+        {"24x40": {"tokens": 5, "mean": [0.0] * 64, "squares": [-1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [float("nan")] * 64, "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 2.5, "mean": [0.0] * 64, "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [[0.0], [1.0, 2.0]], "squares": [1.0] * 64}},
+    ],
+)
+def test_statistics_of_an_earlier_edit_that_are_none_are_refused(
+    tiny: TinyFactory, held: Any
+) -> None:
+    model = tiny("gpt2")
+    mend = editor(model, MendStatistics.RESTARTED)
+    edit = mend.edit(model, [FACTS[0]])
+    record: Any = {**edit.provenance, "statistics": held}
+    with pytest.raises(BadInputError, match="statistics that an earlier edit of MEND left"):
+        mend.edit(model.edited(replace(edit, provenance=record)), [FACTS[1]])
+
+
 def test_a_network_is_saved_and_read(tiny: TinyFactory, tmp_path: Path) -> None:
     model = tiny("mistral")
     network = replace(network_of(model), record={"training": {"seed": 3}, "model": model.record()})

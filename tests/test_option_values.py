@@ -160,6 +160,14 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         ["hard", "--facts", "counterfact", "--out", "pulled"],
         "--out pulled is a file of --facts",
     ),
+    "hard, out to a device": (
+        ["hard", "--out", "/dev/null"],
+        "--out /dev/null is no file, and others are written beside it",
+    ),
+    "hard, more than are looked at": (
+        ["hard", "--out", "h.json", "--count", "3", "--limit", "2"],
+        "--count is 3, and --limit takes the first 2 facts alone",
+    ),
     "hard, out where the work is kept": (
         ["hard", "--generate", "--out", "new.json", "--work", "new.json"],
         "is to be a file, and --work new.json a folder at the same place",

@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> None:
     normal_out = normal_file(out)
     if args.generate and args.facts:
         raise BadInputError("--generate makes the facts itself; leave --facts or it out")
+    if args.limit is not None and (args.count or 1) > args.limit:
+        raise BadInputError(
+            f"--count is {args.count}, and --limit takes the first {args.limit} facts alone; raise "
+            "it, or leave it out"
+        )
     excluded = excluded_subjects(args)
     file = None if args.generate else fact_file(args)
     with progress_bar() as progress:
