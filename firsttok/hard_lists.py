@@ -20,7 +20,7 @@ from firsttok.data import Fact
 from firsttok.editing import ROME
 from firsttok.errors import BadInputError
 from firsttok.escapes import finite
-from firsttok.evaluation import COLLAPSE_THRESHOLD
+from firsttok.evaluation import COLLAPSE_THRESHOLD, Perplexity
 from firsttok.measuring import TOGETHER, measure_facts
 from firsttok.rows import Row
 from firsttok.screening import WINDOW, ScreenRow, screen
@@ -28,7 +28,7 @@ from firsttok.sieve import FailedFact
 from firsttok.storage import content_hash, read_record, write_record
 from firsttok.study import Study
 
-__all__ = ["FactSearch", "Verdict", "find_hard_facts", "find_normal_facts"]
+__all__ = ["FactSearch", "Verdict", "check_unedited", "find_hard_facts", "find_normal_facts"]
 
 _FORMAT = 1
 """Goes up when a kept window is to be screened again."""
@@ -211,7 +211,18 @@ def _check(study: Study, facts: Sequence[Fact], count: int | None, threshold: fl
     if len({fact.case_id for fact in facts}) < len(facts):
         raise BadInputError("two of the facts have one case_id; number each once")
     study.keep_original_perplexity()
-    original = study.original_perplexity
+    check_unedited(study.original_perplexity)
+
+
+def check_unedited(original: Perplexity) -> None:
+    """Refuse a model that no edit can be said to collapse.
+
+    Args:
+        original: Perplexity of the unedited model.
+
+    Raises:
+        BadInputError: If it is that of a collapsed one.
+    """
     if original.collapsed:
         raise BadInputError(
             f"the unedited model has a perplexity of {original.mean:.0f} on these sentences, above "

@@ -31,12 +31,13 @@ from firsttok.editing import (
     other_layers,
 )
 from firsttok.errors import BadInputError, UnsupportedModelError
+from firsttok.evaluation import Perplexity
 from firsttok.models import BosPolicy, EditSite, Model, load
 from firsttok.option_values import HYPERPARAMETERS
 from firsttok.options import DEFAULT_CORPUS
 from firsttok.second_moment import SecondMoment, compute_second_moments, load_second_moment
 from firsttok.sieve import usable_facts
-from firsttok.study import Study
+from firsttok.study import Study, kept_perplexity
 
 __all__ = [
     "excluded_subjects",
@@ -47,6 +48,7 @@ __all__ = [
     "open_study",
     "open_study_of",
     "texts_from",
+    "unedited_perplexity",
 ]
 
 
@@ -219,6 +221,16 @@ def open_study(
     )
 
 
+def unedited_perplexity(args: argparse.Namespace, folder: Path, model: Model) -> Perplexity:
+    """The perplexity that a study of the model will have, kept in the folder for it.
+
+    Raises:
+        FirsttokError: If the sentences are unusable.
+    """
+    texts, bos = texts_from(args), BosPolicy(args.text_bos)
+    return kept_perplexity(model, texts, bos=bos, work=folder / ".work")
+
+
 def open_study_of(
     args: argparse.Namespace,
     facts: FactFile,
@@ -226,8 +238,17 @@ def open_study_of(
     progress: Progress | None,
     *,
     methods: Sequence[Method | Editor] = (),
+    on_model: Callable[[Model], None] | None = None,
 ) -> tuple[Study, FactFile]:
     """As :func:`open_study`, with the tokens of all facts looked at before anything is computed.
+
+    Args:
+        args: As for :func:`open_study`.
+        facts: The facts.
+        folder: Where finished parts are kept, and contexts are left.
+        progress: As for :func:`open_study`.
+        methods: As for :func:`open_study`.
+        on_model: As for :func:`open_study`; called when the facts have been looked at.
 
     Returns:
         The study, and the facts that can be edited: all of them unless ``--skip-bad`` is given.
@@ -239,6 +260,8 @@ def open_study_of(
 
     def look(model: Model) -> None:
         usable.append(usable_facts(model, facts, skip_bad=args.skip_bad, progress=progress))
+        if on_model is not None:
+            on_model(model)
 
     study = open_study(args, folder, progress, methods=methods, leave_in=folder, on_model=look)
     return study, usable[0]

@@ -37,7 +37,7 @@ from firsttok.provenance import versions
 from firsttok.second_moment import SecondMoment
 from firsttok.storage import content_hash, read_record, write_record
 
-__all__ = ["Study"]
+__all__ = ["Study", "kept_perplexity"]
 
 logger = logging.getLogger(__name__)
 
@@ -194,23 +194,11 @@ class Study(Shown):
         """
         if self.work is None or self.evaluated.disturbance is not None:
             return
-        key = self._measured_on([])
-        if ("perplexity", key) in self.memo:
-            return
-        path = self.work / "original" / f"{key[:24]}.json"
-        try:
-            record = read_record(path, "a kept perplexity")
-            kept = Perplexity(
-                mean=float(record["mean"]),
-                corpus=float(record["corpus"]),
-                per_sentence=tuple(map(float, record["per_sentence"])),
-            )
-            self.memo["perplexity", key] = kept
-        except (BadInputError, KeyError, TypeError, ValueError):
-            found = self.original_perplexity
-            # A model that gives NaN has nothing to keep, and JSON has no such number.
-            if not math.isnan(found.corpus) and self._measured_on([]) == key:
-                write_record(path, asdict(found))
+        key = ("perplexity", self._measured_on([]))
+        if key not in self.memo:
+            found = kept_perplexity(self.evaluated, self.texts, bos=self.text_bos, work=self.work)
+            if self._measured_on([]) == key[1]:
+                self.memo[key] = found
 
     def warn_if_collapsed(self) -> None:
         """Say so if the unedited model is as bad on the sentences as a destroyed one."""
@@ -251,8 +239,7 @@ class Study(Shown):
 
     def _measured_on(self, settings: list[Any]) -> str:
         """What decides a measurement of the model as it is; its own BOS policy does not."""
-        identity = self.evaluated.with_bos(self.text_bos).identity()
-        return content_hash([identity, list(self.texts), *settings])
+        return _measured_on(self.evaluated, self.texts, self.text_bos, settings)
 
     @taken
     def edits(
@@ -344,3 +331,41 @@ class Study(Shown):
         }
         usual = [ORDINARY_KEYS.name, [], [], BosPolicy.WITHOUT.value]
         return {} if list(stages.values()) == usual else {"stages": stages}
+
+
+def kept_perplexity(
+    model: Model, texts: Sequence[str], *, bos: BosPolicy, work: Path
+) -> Perplexity:
+    """Read the perplexity of a model as it is from a folder, or measure it and leave it there.
+
+    While something disturbs the model (``Model.disturbance``) nothing is read or left.
+
+    Args:
+        model: The model, or a view of it.
+        texts: The sentences.
+        bos: Their BOS policy.
+        work: Folder of finished parts.
+    """
+    if model.disturbance is not None:
+        return perplexity(model, texts, bos=bos)
+    key = _measured_on(model, texts, bos, [])
+    path = work / "original" / f"{key[:24]}.json"
+    try:
+        record = read_record(path, "a kept perplexity")
+        return Perplexity(
+            mean=float(record["mean"]),
+            corpus=float(record["corpus"]),
+            per_sentence=tuple(map(float, record["per_sentence"])),
+        )
+    except (BadInputError, KeyError, TypeError, ValueError):
+        found = perplexity(model, texts, bos=bos)
+        # A model that gives NaN has nothing to keep, and JSON has no such number.
+        if not math.isnan(found.corpus) and _measured_on(model, texts, bos, []) == key:
+            write_record(path, asdict(found))
+        return found
+
+
+def _measured_on(
+    model: Model, texts: Sequence[str], bos: BosPolicy, settings: Sequence[Any]
+) -> str:
+    return content_hash([model.with_bos(bos).identity(), list(texts), *settings])

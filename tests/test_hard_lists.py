@@ -447,13 +447,41 @@ def test_fewer_than_asked_for_are_told_of(
     assert f"{found} hard facts were found, not 29; give more facts" in caplog.text
 
 
+@pytest.mark.parametrize("options", [["--facts", "facts.json"], ["--generate"]])
+def test_a_model_that_has_collapsed_is_refused_before_anything_else_is_computed(
+    command: list[str],
+    options: list[str],
+    tiny: TinyFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_facts(tmp_path / "facts.json", some_facts(tiny("gpt2")))
+    monkeypatch.setattr(PERPLEXITY, "COLLAPSE_THRESHOLD", 1000.0)
+
+    def refuse(*_: object, **__: object) -> Any:
+        pytest.fail("more was computed")
+
+    for name in ("inputs.compute_second_moments", "inputs.kept_contexts", "hard_lists.screen"):
+        monkeypatch.setattr(f"firsttok.{name}", refuse)
+    words = [*command[: command.index("--second-moment")], *options, "--out", "hard.json"]
+    for _ in range(2):
+        assert main(words) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "the unedited model has a perplexity of" in error
+        assert "above 1000 itself, so nothing can be said to collapse it" in error
+        # The second time it is not measured again.
+        monkeypatch.setattr("firsttok.study.perplexity", refuse)
+    assert not list(tmp_path.glob("hard*"))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--count", "0"], "--count is 0"),
         (["--threshold", "0"], "--threshold is 0"),
         (["--generate"], "--generate makes the facts itself"),
-        (["--out", "facts.json"], "is the file of --facts"),
+        (["--out", "facts.json"], "is a file of --facts"),
         (["--out", "facts.parquet"], "is written as JSON"),
         (["--out", "no/hard.json"], "does not exist"),
         (["--exclude", "facts.json"], "--exclude holds the subjects of all facts"),

@@ -1,12 +1,15 @@
 """MEND: what its network promises, and a plain writing of an edit on a Hugging Face copy."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import (
     CONTEXTS,
     DECODERS,
@@ -214,6 +217,31 @@ def test_a_sequence_goes_on_from_saved_edits(tiny: TinyFactory, tmp_path: Path) 
     assert relative(mend.edit(model, [FACTS[2]]).deltas[0].left, edit.deltas[0].left) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        None,
+        [],
+        {"24x40": 3},
+        {"24x40": {"tokens": 5, "mean": "no", "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [0.0] * 3, "squares": [1.0] * 3}},
+        {"24x40": {"tokens": 5, "mean": [0.0] * 64, "squares": [-1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [float("nan")] * 64, "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 2.5, "mean": [0.0] * 64, "squares": [1.0] * 64}},
+        {"24x40": {"tokens": 5, "mean": [[0.0], [1.0, 2.0]], "squares": [1.0] * 64}},
+    ],
+)
+def test_statistics_of_an_earlier_edit_that_are_none_are_refused(
+    tiny: TinyFactory, held: Any
+) -> None:
+    model = tiny("gpt2")
+    mend = editor(model, MendStatistics.RESTARTED)
+    edit = mend.edit(model, [FACTS[0]])
+    record: Any = {**edit.provenance, "statistics": held}
+    with pytest.raises(BadInputError, match="statistics that an earlier edit of MEND left"):
+        mend.edit(model.edited(replace(edit, provenance=record)), [FACTS[1]])
+
+
 def test_a_network_is_saved_and_read(tiny: TinyFactory, tmp_path: Path) -> None:
     model = tiny("mistral")
     network = replace(network_of(model), record={"training": {"seed": 3}, "model": model.record()})
@@ -237,6 +265,17 @@ def test_a_network_is_saved_and_read(tiny: TinyFactory, tmp_path: Path) -> None:
 def test_the_released_rates_go_to_the_matrix_that_they_were_applied_to(tiny: TinyFactory) -> None:
     model = tiny("gpt2")
     network = network_of(model)
+    released = released_from(network)
+    same = MendNetwork.from_released(released, network.places)
+    assert same.content_hash == network.content_hash
+    # As GPT-2-XL's: stored with the second matrix of each layer first, applied in the other order.
+    swapped = [network.places[i] for i in (1, 0, 3, 2)]
+    found = MendNetwork.from_released(released, network.places, applied=swapped)
+    assert torch.equal(found.rates, network.rates[[1, 0, 3, 2]])
+
+
+def released_from(network: MendNetwork) -> dict[str, torch.Tensor]:
+    """The network's numbers under the names of the released code."""
     released: dict[str, torch.Tensor] = {"edit_lrs": network.rates}
     for shape, transform in network.transforms.items():
         about = transform.statistics
@@ -253,12 +292,207 @@ def test_the_released_rates_go_to_the_matrix_that_they_were_applied_to(tiny: Tin
                 f"{start}.mode_shift.weight": block.shift,
             }
         released |= {f"mend.{shape}.{name}": each for name, each in own.items()}
-    same = MendNetwork.from_released(released, network.places)
-    assert same.content_hash == network.content_hash
-    # As GPT-2-XL's: stored with the second matrix of each layer first, applied in the other order.
-    swapped = [network.places[i] for i in (1, 0, 3, 2)]
-    found = MendNetwork.from_released(released, network.places, applied=swapped)
-    assert torch.equal(found.rates, network.rates[[1, 0, 3, 2]])
+    return released
+
+
+Change = Callable[[dict[str, Any], dict[str, Any]], object]
+
+
+def _put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors, _: tensors.update({name: change(tensors[name])})
+
+
+def _said(name: str, value: Any) -> Change:
+    return lambda _, record: record.update({name: value})
+
+
+def _with(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.clone()
+        changed.flatten()[-1] = value
+        return changed
+
+    return change
+
+
+def _without_rank(tensors: dict[str, Any], _: object) -> None:
+    tensors["40x24.0.up"], tensors["40x24.0.down"] = torch.zeros(64, 0), torch.zeros(0, 64)
+
+
+FOREIGN: dict[str, tuple[Change, str]] = {
+    "a tensor less": (lambda t, _: t.pop("40x24.1.down"), "lacks its tensor 40x24.1.down"),
+    "no rates": (lambda t, _: t.pop("rates"), "lacks its tensor rates"),
+    "no block": (
+        lambda t, _: [t.pop(n) for n in list(t) if ".up" in n],
+        "lacks its tensor 24x40.0.up",
+    ),
+    "no tensor": (lambda t, _: t.clear() or t.update(x=torch.ones(1)), "lacks its tensor"),
+    "tensors more": (
+        lambda t, _: t.update({f"x{n}": torch.ones(1) for n in range(5)}),
+        "do not belong to its matrices (x0, x1, x2 and 2 more); leave them out",
+    ),
+    "a block of rank 0": (_without_rank, "40x24.0.down is of shape [0, 64], and its matrices take"),
+    "ranks that differ": (_put("40x24.0.up", lambda t: t[:, 1:]), "is of shape [64, 4]"),
+    "another width": (_put("40x24.mean", lambda t: t[1:]), "40x24.mean is of shape [63]"),
+    "a number for a matrix": (
+        _put("40x24.0.down", lambda t: t[0, 0]),
+        "40x24.0.down is of shape []",
+    ),
+    "modes of fewer matrices": (_put("40x24.1.shift", lambda t: t[1:]), "is of shape [1, 64]"),
+    "too few rates": (_put("rates", lambda t: t[1:]), "rates is of shape [3]"),
+    "whole numbers": (_put("40x24.0.up", torch.Tensor.long), "is of type torch.int64"),
+    "truth values": (_put("rates", torch.Tensor.bool), "is of type torch.bool"),
+    "complex numbers": (
+        _put("rates", lambda t: t.to(torch.complex64)),
+        "is of type torch.complex64",
+    ),
+    "a small type": (_put("40x24.0.up", lambda t: t.to(torch.float8_e5m2)), "torch.float8_e5m2"),
+    "NaN": (_put("40x24.0.bias", _with(float("nan"))), "40x24.0.bias is not finite"),
+    "infinity": (_put("rates", _with(float("inf"))), "rates is not finite"),
+    "too large for float32": (_put("rates", lambda t: t.double() * 1e300), "rates is not finite"),
+    "a square below 0": (_put("40x24.squares", _with(-1.0)), "40x24.squares is below 0"),
+    "half a token": (_put("40x24.tokens", _with(2.5)), "is 2.5, which is no number of tokens"),
+    "fewer than no tokens": (_put("40x24.tokens", _with(-2.0)), "40x24.tokens is below 0"),
+    "one token": (_put("40x24.tokens", _with(1.0)), "of 1 tokens, and a variance needs two"),
+    "no matrices": (lambda _, r: r.update(places=[], shapes=[]), "names 0 matrices"),
+    "a matrix twice": (
+        lambda _, r: r.update(places=[r["places"][0]] * 4),
+        "names 4 matrices, 1 of them different",
+    ),
+    "a shape less": (
+        lambda _, r: r["shapes"].pop(),
+        "names 4 matrices, 4 of them different, and 3",
+    ),
+    "shapes of another model": (_said("shapes", [[7, 5]] * 4), "lacks its tensor 7x5"),
+    "shapes below 0": (_said("shapes", [[-40, 24]] * 4), "lacks its tensor -40x24"),
+    "places that are none": (_said("places", "blocks"), "record has an unusable places"),
+    "a layer in words": (
+        lambda _, r: r["places"][1].__setitem__(1, "two"),
+        "record has an unusable places.1.1",
+    ),
+    "no places": (lambda _, r: r.pop("places"), "record has an unusable places"),
+    "a model that is none": (_said("model", 3), "record has an unusable model"),
+    "a layer that is not there": (
+        lambda _, r: r["places"][0].__setitem__(1, 99),
+        "changes a matrix at layer 99 (in), which",
+    ),
+    "a layer below 0": (
+        lambda _, r: r["places"][0].__setitem__(1, -1),
+        "a matrix at layer -1 (in)",
+    ),
+    "a stack that is not there": (
+        lambda _, r: r["places"][0].__setitem__(0, "decoder_blocks"),
+        "a matrix at decoder_blocks, layer 2 (in)",
+    ),
+    "a port that is not there": (
+        lambda _, r: r["places"][0].__setitem__(2, "sideways"),
+        "a matrix at layer 2 (sideways)",
+    ),
+    "matrices the other way round": (
+        lambda _, r: r["shapes"].reverse(),
+        "changes matrices [40, 24] at layer 2 (in), and that of",
+    ),
+    "of another model": (
+        lambda _, r: r["model"].update(fingerprint="other"),
+        "was trained on gpt2",
+    ),
+}
+"""Networks that somebody else wrote, and what is said of each."""
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_network_is_refused_before_any_work(
+    name: str, tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = tiny("gpt2"), tmp_path / "foreign.safetensors"
+    network = network_of(model)
+    tensors: dict[str, Any] = {n: each.contiguous() for n, each in network.tensors().items()}
+    record = {"model": model.record(), "places": network.places, "shapes": network.shapes}
+    record = json.loads(json.dumps(record))
+    change, said = FOREIGN[name]
+    change(tensors, record)
+    plain = {n: each.clone().contiguous() for n, each in tensors.items()}
+    save_file(plain, path, {"firsttok_mend": json.dumps(record)})
+    monkeypatch.setattr(Model, "running", lambda _: pytest.fail("the model was run"))
+    with pytest.raises(BadInputError, match=re.escape(said)):
+        MendEditor(network=MendNetwork.load(path)).moments_of(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("{", "record has an unusable content"),
+        ("[]", "record has an unusable content"),
+        ("[" * 100_000, "record has an unusable content"),
+        (None, "holds no MEND network that firsttok wrote"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(record: str | None, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"rates": torch.ones(1)}, path, {} if record is None else {"firsttok_mend": record})
+    with pytest.raises(BadInputError, match=said):
+        MendNetwork.load(path)
+
+
+RELEASED: dict[str, tuple[Change, str]] = {
+    "no rates": (lambda t, _: t.pop("edit_lrs"), "lacks its tensor edit_lrs"),
+    "fewer rates": (_put("edit_lrs", lambda t: t[1:]), "has 3 rates, and 4 matrices are given"),
+    "no mean": (
+        lambda t, _: t.pop("mend.(40, 24).v_mean"),
+        "lacks its tensor mend.(40, 24).v_mean",
+    ),
+    "no part": (
+        lambda t, _: [t.pop(n) for n in list(t) if n != "edit_lrs"],
+        "is for matrices []; give one that has a part",
+    ),
+    "parts of one kind": (
+        lambda t, _: t.update(
+            {n.replace("(40, 24)", "b"): each for n, each in t.items() if "(40, 24)" in n}
+        ),
+        "is for matrices [[24, 40], [40, 24], [40, 24]]",
+    ),
+    "a block less": (
+        lambda t, _: t.pop("mend.(40, 24).mlp.layers.1.bias"),
+        "lacks its tensor mend.(40, 24).mlp.layers.1.bias",
+    ),
+    "no blocks": (
+        lambda t, _: [t.pop(n) for n in list(t) if ".mlp." in n],
+        "lacks its tensor 24x40.0.down",
+    ),
+    "blocks with other names": (
+        lambda t, _: t.update({"mend.(40, 24).mlp.layers.x.u": torch.ones(2, 2)}),
+        "lacks its tensor mend.(40, 24).mlp.layers.2.u",
+    ),
+    "a mean of a matrix": (
+        _put("mend.(40, 24).u_mean", lambda t: t[None]),
+        "mend.(40, 24).u_mean is of shape [1, 40], and is to be a vector",
+    ),
+    "a mean of another width": (
+        _put("mend.(40, 24).u_mean", lambda t: t[1:]),
+        "39x24.squares is of shape [64]",
+    ),
+    "squares of another width": (
+        _put("mend.(40, 24).u_s", lambda t: t[1:]),
+        "40x24.squares is of shape [63]",
+    ),
+    "NaN": (_put("mend.(40, 24).mlp.layers.0.u", _with(float("nan"))), "is not finite"),
+    "never trained": (_put("mend.(40, 24).k", _with(float("nan"))), "40x24.tokens is not finite"),
+    "other matrices": (lambda _, r: r.update(applied=r["places"][:1]), "applied names other"),
+    "a matrix twice": (lambda _, r: r.update(places=r["places"][:1] * 4), "1 of them different"),
+    "no matrices": (lambda _, r: r.update(places=[]), "has 4 rates, and 0 matrices"),
+}
+"""Released networks that are not whole, and what is said of each."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_network_that_is_not_whole_is_refused(name: str, tiny: TinyFactory) -> None:
+    network = network_of(tiny("gpt2"))
+    tensors: dict[str, Any] = released_from(network)
+    given: dict[str, Any] = {"places": network.places, "applied": None}
+    change, said = RELEASED[name]
+    change(tensors, given)
+    with pytest.raises(BadInputError, match=re.escape(said)):
+        MendNetwork.from_released(tensors, given["places"], applied=given["applied"])
 
 
 def test_what_cannot_be_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
@@ -280,7 +514,7 @@ def test_what_cannot_be_is_refused(tiny: TinyFactory, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="lacks its tensor"):
         one.with_tensors({"rates": one.rates})
     (narrow,) = MendNetwork.initial(tiny("gpt2"), one.places, rank=5).transforms.values()
-    with pytest.raises(BadInputError, match="is not of width"):
+    with pytest.raises(BadInputError, match="is of shape"):
         replace(one, transforms={one.shapes[0]: narrow})
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     with pytest.raises(BadInputError, match="not a complete safetensors file"):

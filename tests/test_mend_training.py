@@ -1,6 +1,7 @@
 """Training of MEND: what is trained is what edits, and a training that goes on is the same one."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from tiny import DECODERS, TinyFactory, same_weights, weights
 from firsttok.cli import main
 from firsttok.console import own_bar
 from firsttok.data import Fact, builtin_facts, find_corpus
-from firsttok.editing import MendEditor, MendNetwork, MendStatistics, load_mend
+from firsttok.editing import MendEditor, MendNetwork, MendStatistics, load_mend, mend_texts
 from firsttok.editing import mend_training as training
 from firsttok.editing.mend import edit_labels
-from firsttok.editing.mend_edits import mend_edits
-from firsttok.editing.mend_training import MendPlan, MendTarget, train_mend
+from firsttok.editing.mend_edits import MOST_EDITS, mend_edits
+from firsttok.editing.mend_plan import MendPlan, MendTarget
+from firsttok.editing.mend_training import train_mend
 from firsttok.errors import BadInputError
 from firsttok.models import Model
 from firsttok.prompts import pad
+from firsttok.storage import read_tensors, write_tensors
 
 PLAN = MendPlan(steps=5, batch=2, edits=6, texts=4, validation=3, rank=4, every=2, lr=1e-3)
 
@@ -29,7 +32,7 @@ def short_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of the shipped text, which takes seconds to tokenise."""
     corpus = find_corpus("sampled")
     short = replace(corpus, documents=corpus.documents[:20])
-    monkeypatch.setattr(training, "find_corpus", lambda _: short)
+    monkeypatch.setattr(mend_texts, "find_corpus", lambda _: short)
 
 
 def nll_behind(model: Model, fact: Fact) -> float:
@@ -45,7 +48,7 @@ def nll_behind(model: Model, fact: Fact) -> float:
 def prepared(model: Model, plan: MendPlan) -> tuple[Any, Any]:
     with own_bar(None) as bar, model.standing():
         places = plan.places(model)
-        data = training._prepared(model, plan, places[0].layer, bar)
+        data = mend_texts.prepare_training(model, plan, places[0].layer, bar)
         network = MendNetwork.initial(model, places, rank=plan.rank, rate=-1e-3, seed=1)
         return data, training._with_statistics(model, network, data.training)
 
@@ -185,9 +188,17 @@ def test_the_command_leaves_network_curves_and_figure(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 0}, "steps is 0"),
+        ({"steps": 0}, "steps is 0; give a whole number from 1 to"),
+        ({"steps": 10**400}, "give a whole number from 1 to 1000000000"),
+        ({"edits": 10**9}, f"edits is 1000000000; give a whole number from 1 to {MOST_EDITS}"),
+        ({"validation": 10**9}, "validation is 1000000000; give"),
+        ({"batch": 7}, "batch is 7, and there are 6 edits to train on"),
+        ({"seed": -1}, "seed is -1"),
         ({"lr": 0.0}, "lr is 0.0"),
+        ({"rate": float("inf")}, "rate is inf"),
         ({"rate_lr": float("nan")}, "rate_lr is nan"),
+        ({"edit_weight": -1.0}, "edit_weight and locality_weight are -1.0 and 1.0"),
+        ({"layers": (2, 2)}, "give each once"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], sentence: str) -> None:
@@ -195,8 +206,71 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], senten
         replace(PLAN, **changes)
 
 
-def test_places_that_cannot_be_trained_are_refused(tiny: TinyFactory, tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="leave layer 0 out"):
-        train_mend(tiny("gpt2"), replace(PLAN, layers=(0, 1)), folder=tmp_path)
-    with pytest.raises(BadInputError, match="windows, and 9000000 are asked for"):
-        train_mend(tiny("gpt2"), replace(PLAN, texts=8_999_997), folder=tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"layers": (0, 1)}, "leave layer 0 out"),
+        ({"layers": (2, 9)}, "has no layer 9"),
+        ({"texts": 8_999_997}, "windows, and 9000000 are asked for"),
+        ({"rank": 65}, "rank is 65, and the rows of .* are 64 wide; give at most so much"),
+    ],
+)
+def test_what_the_model_does_not_allow_is_refused_before_it_is_run(
+    tiny: TinyFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(mend_texts, "capture_tail", lambda *_, **__: pytest.fail("it was run"))
+    with pytest.raises(BadInputError, match=sentence):
+        train_mend(tiny("gpt2"), replace(PLAN, **changes), folder=tmp_path)
+
+
+def test_so_many_edits_are_not_drawn(tiny: TinyFactory) -> None:
+    with pytest.raises(BadInputError, match="training is 1000000000; give"):
+        mend_edits(tiny("gpt2"), 10**9, 1, seed=0)
+
+
+STATES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], object], str]] = {
+    "a tensor less": (lambda t, _: t.pop("now.rates"), "the state of another training"),
+    "a tensor of another shape": (
+        lambda t, _: t.update({"best.rates": torch.ones(7)}),
+        "the state of another training",
+    ),
+    "no moments of Adam": (
+        lambda t, _: [t.pop(name) for name in list(t) if name.startswith("adam")],
+        "the state of another training",
+    ),
+    "no steps": (lambda _, s: s.pop("step"), "no state of a training that firsttok kept"),
+    "no owner": (lambda _, s: s.pop("of"), "no state of a training that firsttok kept"),
+    "of another model": (lambda _, s: s.update(of="other"), "the state of another training"),
+}
+"""States that somebody else wrote, and what is said of each."""
+
+
+def test_a_state_that_cannot_be_used_is_told_before_the_texts_are_run(
+    tiny: TinyFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = tiny("llama"), tmp_path / "training.safetensors"
+    train_mend(model, PLAN, folder=tmp_path)
+    whole = file.read_bytes()
+    tensors, metadata = read_tensors(file, "a state")
+    monkeypatch.setattr(mend_texts, "capture_tail", lambda *_, **__: pytest.fail("it was run"))
+    for change, said in STATES.values():
+        changed, state = dict(tensors), json.loads(metadata["state"])
+        change(changed, state)
+        write_tensors(file, changed, {"state": json.dumps(state)})
+        with pytest.raises(BadInputError, match=said):
+            train_mend(model, PLAN, folder=tmp_path)
+    MendNetwork.initial(model, PLAN.places(model), rank=4).save(file)
+    with pytest.raises(BadInputError, match="no state of a training that firsttok kept"):
+        train_mend(model, PLAN, folder=tmp_path)
+    for damaged in (whole[:-9], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        with pytest.raises(BadInputError, match=r"is damaged, or no state .* delete it to begin"):
+            train_mend(model, PLAN, folder=tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(BadInputError, match="is damaged, or no state"):
+        train_mend(model, PLAN, folder=tmp_path)

@@ -14,6 +14,7 @@ from firsttok.cli import _parser, main
 from firsttok.config import configured
 from firsttok.errors import BadInputError
 from firsttok.models import loading
+from firsttok.storage import cache_folder
 
 ROOT = Path(__file__).parent.parent
 FACT = ["--subject", "England", "--template", "{}'s capital city is"]
@@ -99,6 +100,125 @@ OTHERS: dict[str, tuple[list[str], str]] = {
         [*EDIT, "--method", "mend", "--network", "file", "--save", "file"],
         "is a file of --network, which it would replace",
     ),
+    "edit, saved over its methods": (
+        [*EDIT, "--method", "methods.toml", "--save", "methods.toml"],
+        "--save methods.toml is a file of --method",
+    ),
+    "edit, saved over its configuration": (
+        [*EDIT, "--config", "good.toml", "--save", "good.toml"],
+        "--save good.toml is a file of --config",
+    ),
+    "edit, saved over its contexts by another name": (
+        [*EDIT, "--contexts", "file", "--save", "link"],
+        "--save link is a file of --contexts",
+    ),
+    "edit, saved over its corpus": (
+        [*EDIT, "--corpus", "file", "--save", "file"],
+        "is a file of --corpus",
+    ),
+    "edit, saved over the second of two edits": (
+        [*EDIT, "--after", "bad.toml", "file", "--save", "file"],
+        "is a file of --after",
+    ),
+    "edit, saved over the weights": (
+        [*EDIT, "--model", "net", "--save", "net/model.safetensors"],
+        "--save net/model.safetensors is a file of the model net, which it would replace",
+    ),
+    "screen, a hard list over the facts": (
+        ["screen", "--facts", "file", "--build-hard", "file"],
+        "is a file of --facts",
+    ),
+    "screen, a hard list over the list of cases": (
+        ["screen", "--scan", "file", "--build-hard", "file"],
+        "is a file of --scan",
+    ),
+    "screen, a hard list's record over the facts": (
+        ["screen", "--facts", "h.provenance.json", "--build-hard", "h.json"],
+        "--build-hard h.json: h.provenance.json, which is written too, is a file of --facts",
+    ),
+    "screen, a hard list over the ranking": (
+        ["screen", "--out", "new", "--build-hard", "folder/../new/smollm2-135m/screen.json"],
+        "the folder of --build-hard",
+    ),
+    "screen, a hard list over a ranking that is there": (
+        ["screen", "--out", "old", "--build-hard", "old/smollm2-135m/screen.json"],
+        "a file that --build-hard old/smollm2-135m/screen.json stands for, too",
+    ),
+    "screen, a hard list as Parquet": (
+        ["screen", "--build-hard", "h.parquet.gz"],
+        "is written as JSON",
+    ),
+    "hard, normal facts over the facts": (
+        ["hard", "--facts", "h.normal.json", "--normal", "--out", "h.json"],
+        "--out h.json: h.normal.json, which is written too, is a file of --facts",
+    ),
+    "hard, out over what is left out": (
+        ["hard", "--exclude", "file", "--out", "file"],
+        "is a file of --exclude",
+    ),
+    "hard, out over a data set that was pulled": (
+        ["hard", "--facts", "counterfact", "--out", "pulled"],
+        "--out pulled is a file of --facts",
+    ),
+    "hard, out to a device": (
+        ["hard", "--out", "/dev/null"],
+        "--out /dev/null is no file, and others are written beside it",
+    ),
+    "hard, more than are looked at": (
+        ["hard", "--out", "h.json", "--count", "3", "--limit", "2"],
+        "--count is 3, and --limit takes the first 2 facts alone",
+    ),
+    "hard, out where the work is kept": (
+        ["hard", "--generate", "--out", "new.json", "--work", "new.json"],
+        "is to be a file, and --work new.json a folder at the same place",
+    ),
+    "hard, out above where the work is kept": (
+        ["hard", "--generate", "--out", "new", "--work", "new/work"],
+        "is to be a file, and --work new/work a folder at the same place",
+    ),
+    "inspect, out over its configuration": (
+        ["inspect", "--config", "smollm2-135m.toml", "--out", "."],
+        "smollm2-135m.toml, which is written too, is a file of --config",
+    ),
+    "scan, a model's folder that is a file": (
+        ["scan", "--out", "old", "--model", "file"],
+        "--out old: old/file/collapse_cases.json cannot be written (Not a directory)",
+    ),
+    "results, rows over the run": (
+        ["results", "begun", "--csv", "begun/manifest.json"],
+        "is a file of the run, which it would replace",
+    ),
+    "results, rows where figures are to be": (
+        ["results", "begun", "--csv", "new", "--figures", "new"],
+        "--csv new is to be a file, and --figures new a folder at the same place",
+    ),
+    "data, facts over those that are left out": (
+        [*MADE, "--kind", "hard", "--exclude", "file", "--out", "file"],
+        "is a file of --exclude",
+    ),
+    "data, facts as Parquet": ([*MADE, "--out", "f.parquet"], "is written as JSON"),
+    "sequence, run": (["sequence", "file"], "the run file: file is a file; name a folder"),
+    "train-mend, a state that is a file": (
+        ["train-mend", "--out", "busy.safetensors"],
+        "--out busy.safetensors: busy.work/training.safetensors cannot be written",
+    ),
+    "train-mend, curves as a folder": (
+        ["train-mend", "--out", "curves.safetensors"],
+        "--out curves.safetensors: curves.json is a folder",
+    ),
+    "train-mend, over the model": (
+        ["train-mend", "net", "--out", "net/model.safetensors"],
+        "is a file of the model net",
+    ),
+    "train-mend, edits": (
+        ["train-mend", "--out", "m.safetensors", "--edits", "1000000000"],
+        "edits is 1000000000; give a whole number from 1 to 20000",
+    ),
+    "train-mend, batch": (
+        ["train-mend", "--out", "m.safetensors", "--edits", "3", "--batch", "4"],
+        "batch is 4, and there are 3 edits to train on",
+    ),
+    "train-mend, seed": (["train-mend", "--out", "m", "--seed", "-1"], "--seed is -1"),
     "edit, a bound that no float holds": ([*EDIT, "--method", "ft", "--eps", "1e300"], "no larger"),
     "edit, layers of no method": (
         [*EDIT, "--layers", "1", "2"],
@@ -229,9 +349,17 @@ def place(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A folder with places that cannot be written, in which no model can be loaded."""
     del own_cache
     folder = tmp_path / "place"
-    for name in ("folder", "closed", "begun"):
+    for name in ("folder", "closed", "begun", "net", "old/smollm2-135m", "curves.json"):
         (folder / name).mkdir(parents=True)
-    (folder / "file").write_text("", "utf-8")
+    empty = ("file", "h.normal.json", "h.provenance.json", "net/model.safetensors", "busy.work")
+    for name in (*empty, "old/file", "old/smollm2-135m/screen.json"):
+        (folder / name).write_text("", "utf-8")
+    (folder / "link").symlink_to("file")
+    pulled = cache_folder("data") / "counterfact.json"
+    pulled.write_text("", "utf-8")
+    (folder / "pulled").symlink_to(pulled)
+    for name in ("good", "smollm2-135m"):
+        (folder / f"{name}.toml").write_text("steps = 3\n", "utf-8")
     (folder / "loop").symlink_to(folder / "loop")
     (folder / "dangling").symlink_to(folder / "nowhere")
     slots = 'direction="bare"\nresidual="bare"\ndenominator="bare"\nanchor="prefixed"\n'
@@ -303,6 +431,10 @@ def test_a_good_option_would_have_loaded_one(place: Path) -> None:
         ["reproduce", "--jobs", "1", "--device", "cuda:11"],
         ["edit", *FACT, "--target", "a", "--device", "cuda"],
         ["screen", "--threshold", "0.1", "--build-hard", "folder/hard.json"],
+        ["screen", "--facts", "file", "--build-hard", "h.json"],
+        ["hard", "--facts", "h.normal.json", "--out", "h.json"],
+        ["edit", *FACT, "--target", "a", "--model", "net", "--save", "net/e.safetensors"],
+        ["results", "begun", "--csv", "begun/rows.csv"],
         ["hard", "--generate", "--normal", "--out", "folder/hard.json", "--work", "new/work"],
     ],
 )

@@ -228,7 +228,7 @@ def test_edited_cases_calibrate(
         (["--scan", "missing.json"], "no list of edited cases at missing.json"),
         (["--build-hard", "."], "is a folder"),
         (["--build-hard", "hard.parquet"], "is written as JSON"),
-        (["--build-hard", "facts.json"], "is the file of --facts"),
+        (["--build-hard", "facts.json"], "is a file of --facts"),
         (["--threshold", "nan"], "--threshold is nan"),
         (["--threshold", "inf"], "--threshold is inf"),
         (["--scan", "facts.json"], "is no list written by firsttok scan"),

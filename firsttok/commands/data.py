@@ -6,7 +6,6 @@ from pathlib import Path
 
 from firsttok.console import print_table, progress_bar, show
 from firsttok.data import DATA_SETS, is_pulled_data, pull_data, write_corpus, write_facts
-from firsttok.data.records import plain_suffix
 from firsttok.errors import BadInputError
 
 __all__ = ["run"]
@@ -45,8 +44,6 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _synthesize(args: argparse.Namespace) -> None:
     out = Path(args.out)
-    if plain_suffix(out) == ".parquet":
-        raise BadInputError(f"--out {out} is written as JSON; let it end in .json or .jsonl")
     if args.exclude and args.kind == "mixed":
         raise BadInputError("--exclude is for --kind hard or normal; leave it out, or add that")
     from firsttok.inputs import excluded_subjects

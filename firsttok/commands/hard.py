@@ -10,16 +10,21 @@ from typing import Any
 from rich.progress import Progress
 
 from firsttok.console import print_table, progress_bar, show
-from firsttok.data import Fact, FactFile, resolve_data, write_facts
-from firsttok.data.records import plain_suffix
+from firsttok.data import Fact, FactFile, write_facts
 from firsttok.errors import BadInputError
-from firsttok.hard_lists import FactSearch, find_hard_facts, find_normal_facts
-from firsttok.inputs import excluded_subjects, fact_file, open_study, open_study_of
+from firsttok.file_options import normal_file, record_file
+from firsttok.hard_lists import FactSearch, check_unedited, find_hard_facts, find_normal_facts
+from firsttok.inputs import (
+    excluded_subjects,
+    fact_file,
+    open_study,
+    open_study_of,
+    unedited_perplexity,
+)
 from firsttok.models import Model
 from firsttok.options import folder_name
 from firsttok.screening import hard_rule
 from firsttok.sieve import FailedFact, warn_of_failures
-from firsttok.sinks import check_output
 from firsttok.storage import write_json
 from firsttok.study import Study
 from firsttok.synthetic import known_facts
@@ -38,9 +43,14 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If an input is unusable, or no fact collapses the model.
     """
     out = Path(args.out)
-    normal_out = out.with_name(f"{_stem(out)}.normal{out.name[len(_stem(out)) :]}")
-    record_out = out.with_name(f"{_stem(out)}.provenance.json")
-    _check_files(args, [out, record_out, *([normal_out] if args.with_normal else [])])
+    normal_out = normal_file(out)
+    if args.generate and args.facts:
+        raise BadInputError("--generate makes the facts itself; leave --facts or it out")
+    if args.limit is not None and (args.count or 1) > args.limit:
+        raise BadInputError(
+            f"--count is {args.count}, and --limit takes the first {args.limit} facts alone; raise "
+            "it, or leave it out"
+        )
     excluded = excluded_subjects(args)
     file = None if args.generate else fact_file(args)
     with progress_bar() as progress:
@@ -76,27 +86,11 @@ def run(args: argparse.Namespace) -> None:
         }
         for kind, search in searches.items()
     }
-    write_json(record_out, record)
+    write_json(record_file(out), record)
     for kind, path in (("normal", normal_out), ("hard", out)):
         if kind in searches:
             write_facts(path, searches[kind].facts)
     _tell(args, searches, {"hard": out, "normal": normal_out})
-
-
-def _check_files(args: argparse.Namespace, written: list[Path]) -> None:
-    """Refuse what would be found out only behind the work."""
-    if args.generate and args.facts:
-        raise BadInputError("--generate makes the facts itself; leave --facts or it out")
-    for path in written:
-        if plain_suffix(path) == ".parquet":
-            raise BadInputError(f"--out {path} is written as JSON; let it end in .json or .jsonl")
-        check_output(path, "--out")
-        for option in ("facts", "exclude"):
-            given = getattr(args, option)
-            if given and path.exists() and path.samefile(resolve_data(given, "facts")):
-                raise BadInputError(
-                    f"--out {path} is the file of --{option}, which it would replace; name another"
-                )
 
 
 def _open(
@@ -107,11 +101,22 @@ def _open(
 ) -> tuple[Study, tuple[Fact, ...], tuple[Fact, ...], list[dict[str, Any]]]:
     """The study, candidates for hard and for normal facts, and what is left out of the file."""
     folder = Path(args.work) / folder_name(args.model)
-    if file is not None:
-        study, usable = open_study_of(args, file, folder, progress)
-        facts = tuple(fact for fact in usable if fact.subject.casefold() not in excluded)
+
+    def check(model: Model) -> None:
+        # Before the minutes in which the second moment is taken.
+        check_unedited(unedited_perplexity(args, folder, model))
+
+    def without_excluded(given: FactFile) -> tuple[Fact, ...]:
+        facts = tuple(fact for fact in given if fact.subject.casefold() not in excluded)
         if not facts:
             raise BadInputError("--exclude holds the subjects of all facts; give other facts")
+        return facts
+
+    if file is not None:
+        if excluded:
+            without_excluded(file)
+        study, usable = open_study_of(args, file, folder, progress, on_model=check)
+        facts = without_excluded(usable)
         return study, facts, facts, [asdict(each) for each in usable.left_out]
     made: dict[str, tuple[Fact, ...]] = {}
 
@@ -125,6 +130,7 @@ def _open(
                     f"{len(made[kind])} {kind} candidates can be made for {model.name}, not "
                     f"{wanted}; ask for fewer with --count, or exclude fewer subjects"
                 )
+        check(model)
 
     study = open_study(args, folder, progress, leave_in=folder, on_model=make)
     return study, made["hard"], made.get("normal", ()), []
@@ -156,9 +162,3 @@ def _tell(
                 "%d %s facts were found, not %d; give more facts", len(search.facts), kind, wanted
             )
         show(f"{len(search.facts)} {kind} facts: {paths[kind]}")
-
-
-def _stem(path: Path) -> str:
-    """The name without its endings: ``hard`` of ``hard.json.gz``."""
-    name = path.name[: -len(".gz")] if path.name.lower().endswith(".gz") else path.name
-    return name[: len(name) - len(Path(name).suffix)]

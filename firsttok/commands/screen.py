@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from firsttok.console import print_table, progress_bar, show
-from firsttok.data import FactFile, resolve_data, write_facts
-from firsttok.data.records import plain_suffix
+from firsttok.data import FactFile, write_facts
 from firsttok.editing import ROME, Editor, Method
 from firsttok.errors import BadInputError
+from firsttok.file_options import record_file
 from firsttok.inputs import fact_file, methods_from, open_study_of
 from firsttok.measuring import measure_facts
 from firsttok.options import folder_name
@@ -102,14 +102,6 @@ def _facts(args: argparse.Namespace) -> FactFile:
                 f"no list of edited cases at {args.scan}; make one with: firsttok scan"
             )
         load_scan(args.scan)
-    if args.build_hard:
-        hard = Path(args.build_hard)
-        if plain_suffix(hard) == ".parquet":
-            raise BadInputError(f"--build-hard {hard} is written as JSON; let it end in .json")
-        if args.facts and hard.exists() and hard.samefile(resolve_data(args.facts, "facts")):
-            raise BadInputError(
-                f"--build-hard {hard} is the file of --facts, which it would replace; name another"
-            )
     return fact_file(args)
 
 
@@ -215,6 +207,6 @@ def _save_hard(
         )
     wanted = set(chosen)
     by_number = {fact.case_id: fact for fact in facts if fact.case_id in wanted}
-    write_json(path.with_suffix(".provenance.json"), dict(record))
+    write_json(record_file(path), dict(record))
     write_facts(path, [by_number[case_id] for case_id in chosen])
     show(f"{len(chosen)} facts with {hard_rule(limit)}: {path}")

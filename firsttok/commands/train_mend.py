@@ -9,18 +9,12 @@ from typing import Any
 import torch
 
 from firsttok.console import print_table, progress_bar, show, show_json
-from firsttok.editing.mend_training import (
-    CURVES,
-    MendPlan,
-    MendTarget,
-    TrainedMend,
-    train_mend,
-)
-from firsttok.errors import BadInputError
+from firsttok.editing.mend_plan import MendPlan, MendTarget
+from firsttok.editing.mend_training import CURVES, TrainedMend, train_mend
+from firsttok.file_options import training_folder
 from firsttok.models import BosPolicy, load
 from firsttok.paper.figures import PALETTE, figure, save_figure
 from firsttok.provenance import versions
-from firsttok.sinks import check_output
 from firsttok.storage import save_result
 
 __all__ = ["run"]
@@ -33,14 +27,13 @@ def run(args: argparse.Namespace) -> None:
         FirsttokError: If a setting does not go with the model.
     """
     out = Path(args.out)
-    _check_files(out)
     given = {each.name: getattr(args, each.name, None) for each in fields(MendPlan)}
     given |= {"layers": tuple(args.layers or ()), "texts": args.windows}
     given |= {"target": MendTarget(args.target)}
     plan = MendPlan(**{name: value for name, value in given.items() if value is not None})
     with progress_bar() as progress:
         model = load(args.model, bos=BosPolicy(args.bos), device=args.device)
-        found = train_mend(model, plan, folder=out.with_suffix(".work"), progress=progress)
+        found = train_mend(model, plan, folder=training_folder(out), progress=progress)
     words = [args.model, "--out", out.name, *_options(plan)]
     words += ["--bos", args.bos] if args.bos != BosPolicy.AS_TOKENIZER.value else []
     command = shlex.join(["firsttok", "train-mend", *words])
@@ -64,23 +57,6 @@ def run(args: argparse.Namespace) -> None:
     print_table(f"MEND on {model.label}: validation edits", CURVES, lines)
     show(f"{out}: the network of step {found.best_step}; as it is stored:")
     show(", ".join(f"{name} {value:.4g}" for name, value in found.validation.items()))
-
-
-def _check_files(out: Path) -> None:
-    """See that the network and all that is left beside it can be written, before the training."""
-    if out.suffix != ".safetensors":
-        raise BadInputError(
-            f"--out {out} is written as safetensors, with other files beside it; let it end in "
-            ".safetensors"
-        )
-    for suffix in (".json", ".csv", ".png", ".svg"):
-        check_output(out.with_suffix(suffix), "--out")
-    state = out.with_suffix(".work")
-    if state.exists() and not state.is_dir():
-        raise BadInputError(
-            f"--out {out}: {state}, where the training is kept, is a file; move it away, or choose "
-            "another name"
-        )
 
 
 def _options(plan: MendPlan) -> list[str]:

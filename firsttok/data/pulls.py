@@ -16,7 +16,7 @@ from firsttok.data.texts import load_texts
 from firsttok.errors import BadInputError, CacheError, DownloadError, FirsttokError
 from firsttok.storage import cache_folder, file_sha256, locked, make_folder, read_json, write_record
 
-__all__ = ["is_pulled_data", "pull_data", "resolve_data"]
+__all__ = ["is_pulled_data", "pull_data", "pulled_file", "resolve_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +107,15 @@ def pull_data(
 
 def is_pulled_data(name: str) -> bool:
     """Whether a data set is in the cache; its bytes are checked when it is used."""
+    path = pulled_file(name)
+    return path is not None and _read_record(path) is not None
+
+
+def pulled_file(name: str) -> Path | None:
+    """The file of a data set in the cache, whatever it holds; None if there is none."""
     data_set = _named(name)
     path = None if data_set is None else cache_folder("data") / data_set.file_name
-    return path is not None and path.is_file() and _read_record(path) is not None
+    return path if path is not None and path.is_file() else None
 
 
 def resolve_data(name_or_path: str | Path, kind: Literal["facts", "texts"]) -> Path:

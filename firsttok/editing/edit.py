@@ -691,11 +691,14 @@ class SideBySideEditor(Editor, Protocol):
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> list[Edit]:
-        """Compute the edit of each fact alone, in order.
+        """Compute the edit of each fact alone, in order, as ``edit`` does up to rounding.
 
         Args:
             model: The model, or a view of it, which is left as it is.
             facts: The facts.
             on_step: Called with the number of facts that took one optimisation step.
+
+        Raises:
+            FirsttokError: As ``edit`` does.
         """
         ...

@@ -239,22 +239,7 @@ class FineTuningEditor:
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> list[Edit]:
-        """Compute an edit of each fact alone, side by side; the model is left as it is.
-
-        Args:
-            model: The model, or a view of it.
-            facts: The facts.
-            on_step: Called with the number of facts that took one step.
-
-        Returns:
-            The edits in the order of the facts, as :meth:`edit` makes them up to rounding.
-
-        Raises:
-            EmptyTargetError: As for :meth:`edit`.
-            NonFiniteError: As for :meth:`edit`.
-            EditMismatchError: As for :meth:`edit`.
-            UnsupportedModelError: As for :meth:`edit`.
-        """
+        """As :meth:`~firsttok.editing.edit.SideBySideEditor.edit_all`: steps side by side."""
         return self._edits(model, [[fact] for fact in facts], on_step)
 
     def described(self, model: Model) -> dict[str, Any]:

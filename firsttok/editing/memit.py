@@ -329,16 +329,7 @@ class MemitEditor:
         *,
         on_step: Callable[[int], None] | None = None,
     ) -> list[Edit]:
-        """Compute an edit for each fact alone; the values are optimised side by side.
-
-        Args:
-            model: The model, or a view of it.
-            facts: The facts.
-            on_step: Called with the number of facts that took one optimisation step.
-
-        Raises:
-            FirsttokError: As :meth:`edit`.
-        """
+        """As :meth:`~firsttok.editing.edit.SideBySideEditor.edit_all`: values side by side."""
         return [edits[self.name] for edits in spread_each(model, facts, [self], on_step=on_step)]
 
     def _writer(self, model: Model) -> "_Writer":

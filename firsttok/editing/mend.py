@@ -4,7 +4,8 @@ One backward pass gives, for each edited matrix and token, what the matrix was g
 gradient at what it put out. The network turns both into the factors of a change of the weight.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import resources
@@ -15,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from firsttok.arguments import take_fields, taken
+from firsttok.arguments import take_fields, taken, whole_number
 from firsttok.data import Fact
 from firsttok.editing.delta import Delta
 from firsttok.editing.edit import Edit, EditSettings
 from firsttok.editing.mend_network import MendNetwork, RowStatistics
+from firsttok.editing.mend_tensors import Shape, start_of
 from firsttok.editing.record import edit_record
 from firsttok.engine.forward import call_arguments
 from firsttok.errors import BadInputError, EditMismatchError, NonFiniteError
@@ -40,7 +42,6 @@ __all__ = [
 
 Rows = Float[Tensor, "token width"]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
-Shape = tuple[int, int]
 
 _SHIPPED = "mend_smollm2.safetensors"
 _SHIPPED_SHA256 = "9dcc0650fa88b3f6c196fca9e823363a3ff7d4855acd04f3c75b18ef67f95e43"
@@ -94,8 +95,8 @@ class MendEditor:
             raise BadInputError(f"{self.label} was given no fact; give at least one")
         network = self._network_for(model)
         identity = model.identity()
-        rows, nll = _rows(model, network, facts)
         statistics = self._statistics_of(model, network)
+        rows, nll = _rows(model, network, facts)
         wide = model.wide_dtype
         deltas: list[Delta] = []
         for number, (place, shape) in enumerate(zip(network.places, network.shapes, strict=True)):
@@ -121,7 +122,7 @@ class MendEditor:
         )
         if self.statistics is MendStatistics.RESTARTED:
             record["statistics"] = {
-                f"{d_in}x{d_out}": _as_record(each) for (d_in, d_out), each in statistics.items()
+                start_of(shape): _as_record(each) for shape, each in statistics.items()
             }
         counts = {f"tokens_{_short(place)}": float(len(rows[place])) for place in rows}
         return Edit(
@@ -151,6 +152,12 @@ class MendEditor:
         if self.network is None:
             return _shipped(model)
         self.network.check(model)
+        seen = min(each.tokens for each in self.network.statistics.values())
+        if self.statistics is MendStatistics.KEPT and seen < 2:
+            raise BadInputError(
+                f"the MEND network's statistics are of {seen} tokens, and a variance needs two; "
+                "train it with: firsttok train-mend, or edit by mend-released"
+            )
         return self.network
 
     def _described(self, network: MendNetwork) -> dict[str, Any]:
@@ -168,9 +175,8 @@ class MendEditor:
         own = self._described(network)
         for edit in reversed(model.edits):
             if isinstance(edit, Edit) and edit.provenance.get("editor") == own:
-                held = edit.provenance.get("statistics", {})
                 return {
-                    shape: _from_record(held[f"{shape[0]}x{shape[1]}"], sum(shape))
+                    shape: _from_record(edit.provenance.get("statistics"), shape)
                     for shape in network.transforms
                 }
         return {shape: RowStatistics.none(sum(shape)) for shape in network.transforms}
@@ -336,11 +342,24 @@ def _as_record(statistics: RowStatistics) -> dict[str, Any]:
     }
 
 
-def _from_record(record: Mapping[str, Any], width: int) -> RowStatistics:
-    numbers = [torch.tensor(record[name], dtype=torch.float64) for name in ("mean", "squares")]
-    if any(each.shape != (width,) for each in numbers):
-        raise BadInputError("the statistics of an edit of MEND cannot be read; compute it again")
-    return RowStatistics(tokens=int(record["tokens"]), mean=numbers[0], squares=numbers[1])
+def _from_record(held: Any, shape: Shape) -> RowStatistics:
+    """The statistics of a shape, as somebody's file says them."""
+    found: RowStatistics | None = None
+    with suppress(BadInputError, KeyError, TypeError, ValueError, RuntimeError):
+        record = held[start_of(shape)]
+        mean, squares = (
+            torch.tensor(record[name], dtype=torch.float64) for name in ("mean", "squares")
+        )
+        tokens = whole_number(record["tokens"], "tokens", least=0)
+        numbers = torch.cat([mean, squares])
+        if mean.shape == squares.shape == (sum(shape),) and bool(numbers.isfinite().all()):
+            found = RowStatistics(tokens=tokens, mean=mean, squares=squares)
+    if found is None or bool((found.squares < 0).any()):
+        raise BadInputError(
+            "the statistics that an earlier edit of MEND left cannot be read from its record; "
+            "compute that edit again"
+        )
+    return found
 
 
 MEND = MendEditor()

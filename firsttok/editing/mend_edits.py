@@ -6,14 +6,17 @@ None is of a subject that a built-in fact has, so that editors can be tested on 
 import hashlib
 from dataclasses import dataclass, replace
 
-from firsttok.arguments import taken
+from firsttok.arguments import taken, whole_number
 from firsttok.data import Fact, builtin_facts
 from firsttok.data.records import builtin_json
 from firsttok.errors import BadInputError
 from firsttok.models import Model
 from firsttok.synthetic import synthetic_facts
 
-__all__ = ["MendExamples", "mend_edits", "rephrased"]
+__all__ = ["MOST_EDITS", "MendExamples", "mend_edits", "rephrased"]
+
+MOST_EDITS = 20_000
+"""More are not drawn: of each, states of the model at its tokens are held in memory."""
 
 _ENDINGS = {
     "cities": ((" the city of", " a city called"),),
@@ -59,13 +62,15 @@ def mend_edits(model: Model, training: int, validation: int, *, seed: int) -> Me
 
     Args:
         model: The model, whose tokenizer takes them.
-        training: How many to train on.
-        validation: How many to stop by.
+        training: How many to train on, at most :data:`MOST_EDITS`.
+        validation: How many to stop by, as many at most.
         seed: Seed of the draws.
 
     Raises:
         BadInputError: If there are not so many.
     """
+    for what, number in (("training", training), ("validation", validation)):
+        whole_number(number, what, least=1, most=MOST_EDITS)
     tested = {fact.subject.casefold() for fact in builtin_facts()}
     wanted = {False: training, True: validation}
     found: dict[bool, list[Fact]] = {False: [], True: []}

@@ -18,19 +18,28 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from firsttok.arguments import taken
 from firsttok.digests import tensors_hash
+from firsttok.editing.mend_tensors import (
+    BLOCK,
+    STORED,
+    Shape,
+    blocks_in,
+    check_numbers,
+    check_shapes,
+    is_of_block,
+    named,
+    released_tensors,
+    start_of,
+)
 from firsttok.errors import BadInputError
-from firsttok.models import PORTS, Model, Place
+from firsttok.models import Model, Place
 from firsttok.storage import content_hash, read_safetensors, write_tensors
 
 __all__ = ["MendBlock", "MendNetwork", "MendRecord", "MendTransform", "RowStatistics"]
 
 _TINY = 1e-7
-_BLOCK = ("up", "down", "bias", "scale", "shift")
-_STORED = ("mean", "squares", "tokens")
 Rows = Float[Tensor, "token width"]
-Shape = tuple[int, int]
-
 
 _open = with_config(ConfigDict(extra="allow", strict=True))
 
@@ -180,34 +189,10 @@ class MendNetwork:
 
     def __post_init__(self) -> None:
         """Check that all belongs together."""
-        count = len(self.places)
-        if not count or len(set(self.places)) != count:
-            raise BadInputError(
-                "a MEND network needs its matrices, each once; name each layer once, and at least "
-                "one"
-            )
-        if len(self.shapes) != count or self.rates.shape != (count,):
-            raise BadInputError(
-                f"a MEND network of {count} matrices has {len(self.shapes)} shapes and "
-                f"{len(self.rates)} rates; give one of each for each matrix"
-            )
-        for shape in self.shapes:
-            modes, width = self.shapes.count(shape), sum(shape)
-            transform = self.transforms.get(shape)
-            if transform is None or not transform.blocks:
+        for shape in dict.fromkeys(self.shapes):
+            if shape not in self.transforms or not self.transforms[shape].blocks:
                 raise BadInputError(f"the MEND network has no part for matrices {list(shape)}")
-            held = transform.statistics
-            fits = held.mean.shape == held.squares.shape == (width,)
-            fits &= held.tokens >= 0 and not bool((held.squares < 0).any())
-            for block in transform.blocks:
-                rank = len(block.down)
-                wanted = [(width, rank), (rank, width), (width,), (modes, width), (modes, width)]
-                fits &= [getattr(block, name).shape for name in _BLOCK] == wanted
-            if not fits:
-                raise BadInputError(
-                    f"the MEND network's part for matrices {list(shape)} is not of width {width} "
-                    f"with {modes} modes; give the one that belongs to these matrices"
-                )
+        check_shapes(self.tensors(), self.places, self.shapes)
 
     @staticmethod
     def initial(
@@ -293,9 +278,8 @@ class MendNetwork:
             model: The model, or a view of it.
 
         Raises:
-            BadInputError: If it was trained on another model, or a matrix has another shape.
-            LayerOutOfRangeError: If there is no such layer.
-            UnsupportedModelError: If an MLP has no such matrix.
+            BadInputError: If it was trained on another model, or the model has no such matrix, or
+                one of another shape.
         """
         made = self.record.get("model", {})
         known = made.get("fingerprint", model.fingerprint)
@@ -306,6 +290,11 @@ class MendNetwork:
                 "train one with: firsttok train-mend"
             )
         for place, shape in zip(self.places, self.shapes, strict=True):
+            if place not in model.weights.sites:
+                raise BadInputError(
+                    f"the MEND network changes a matrix at {place}, which {model.name} does not "
+                    "have; train one with: firsttok train-mend"
+                )
             found = tuple(model.site_at(place).matrix.shape)
             if found != shape:
                 raise BadInputError(
@@ -322,13 +311,13 @@ class MendNetwork:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, as its file holds them: ``rates``, ``1536x576.0.up``, and so on."""
         found = {"rates": self.rates}
-        for (d_in, d_out), transform in self.transforms.items():
+        for shape, transform in self.transforms.items():
             about = transform.statistics
             stored = (about.mean, about.squares, torch.tensor(float(about.tokens)))
-            own = dict(zip(_STORED, stored, strict=True))
+            own = dict(zip(STORED, stored, strict=True))
             for number, block in enumerate(transform.blocks):
-                own |= {f"{number}.{name}": getattr(block, name) for name in _BLOCK}
-            found |= {f"{d_in}x{d_out}.{name}": each for name, each in own.items()}
+                own |= {f"{number}.{name}": getattr(block, name) for name in BLOCK}
+            found |= {f"{start_of(shape)}.{name}": each for name, each in own.items()}
         return found
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "MendNetwork":
@@ -338,16 +327,16 @@ class MendNetwork:
             tensors: The numbers.
 
         Raises:
-            BadInputError: If one is missing, or of another shape.
+            BadInputError: If one is missing, or does not go with the others.
         """
-        for name, own in self.tensors().items():
-            if name not in tensors or tensors[name].shape != own.shape:
-                raise BadInputError(f"a MEND network of these matrices lacks its tensor {name}")
-        transforms = {
-            shape: _transform(tensors, shape, len(each.blocks))
-            for shape, each in self.transforms.items()
-        }
-        return replace(self, rates=tensors["rates"], transforms=transforms)
+        return replace(
+            self,
+            rates=named(tensors, "rates"),
+            transforms={
+                shape: _transform(tensors, shape, len(each.blocks))
+                for shape, each in self.transforms.items()
+            },
+        )
 
     def rounded(self, dtype: torch.dtype = torch.float16) -> "MendNetwork":
         """The network as :meth:`save` stores it in that type, and :meth:`load` reads it.
@@ -355,11 +344,16 @@ class MendNetwork:
         Args:
             dtype: Type of the blocks.
         """
-        tensors = {
-            name: each.to(dtype).to(each.dtype) if name.rpartition(".")[2] in _BLOCK else each
+        own = self.tensors()
+        return self.with_tensors(
+            {name: each.to(own[name]).detach().cpu() for name, each in self._stored(dtype).items()}
+        )
+
+    def _stored(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            name: each.to(dtype) if is_of_block(name) else each
             for name, each in self.tensors().items()
         }
-        return self.with_tensors({name: each.detach().cpu() for name, each in tensors.items()})
 
     def with_record(
         self, *, model: Mapping[str, Any], training: Mapping[str, Any]
@@ -382,14 +376,11 @@ class MendNetwork:
         Raises:
             CacheError: If the file cannot be written.
         """
-        written = {
-            name: tensor.to(dtype) if name.rpartition(".")[2] in _BLOCK else tensor
-            for name, tensor in self.tensors().items()
-        }
         record = {**self.record, "places": list(self.places), "shapes": list(self.shapes)}
-        write_tensors(Path(path), written, {"firsttok_mend": json.dumps(record)})
+        write_tensors(Path(path), self._stored(dtype), {"firsttok_mend": json.dumps(record)})
 
     @staticmethod
+    @taken
     def load(path: str | Path) -> "MendNetwork":
         """Read what :meth:`save` wrote; numbers are in float32, statistics as they were written.
 
@@ -397,7 +388,8 @@ class MendNetwork:
             path: The file.
 
         Raises:
-            BadInputError: If it is missing or damaged, or holds no MEND network.
+            BadInputError: If it is missing or damaged, or holds no whole MEND network of finite
+                numbers.
         """
         path = Path(path)
         tensors, metadata = read_safetensors(path, "a MEND network")
@@ -415,13 +407,17 @@ class MendNetwork:
                 f"{'.'.join(map(str, first['loc'])) or 'content'} ({first['msg']}); train it again"
             ) from None
         try:
-            return _from_file(tensors, record)
-        except KeyError as error:
-            raise BadInputError(f"{path} lacks {error} of a MEND network; train it again") from None
-        except (ValueError, TypeError) as error:
-            raise BadInputError(f"{path} holds no MEND network ({error}); train it again") from None
+            return _built(
+                tensors,
+                tuple(Place(*place) for place in record["places"]),
+                tuple(record["shapes"]),
+                record,
+            )
+        except BadInputError as error:
+            raise BadInputError(f"{path}: {error}") from None
 
     @staticmethod
+    @taken
     def from_released(
         tensors: Mapping[str, Tensor],
         places: Sequence[Place],
@@ -443,92 +439,47 @@ class MendNetwork:
                 matrix); None where the orders are the same.
 
         Raises:
-            BadInputError: If a tensor is missing.
+            BadInputError: If a tensor is missing, does not go with the others, or is not finite; or
+                if ``applied`` names other matrices.
         """
-        prefixes = {name.rpartition(".u_mean")[0] for name in tensors if name.endswith(".u_mean")}
-        found: dict[Shape, MendTransform] = {}
-        try:
-            for prefix in sorted(prefixes):
-                own = {
-                    name.removeprefix(f"{prefix}."): tensor
-                    for name, tensor in tensors.items()
-                    if name.startswith(f"{prefix}.")
-                }
-                found[len(own["u_mean"]), len(own["v_mean"])] = _released(own)
-            name = next(name for name in tensors if name.rpartition(".")[2] == "edit_lrs")
-        except (KeyError, StopIteration) as error:
-            raise BadInputError(
-                f"the released network lacks {error or 'edit_lrs'}; give its whole state dict"
-            ) from None
-        shapes = _shapes_of(found, places)
-        rates = tensors[name].flatten()
-        order = [list(applied or places).index(place) for place in places]
-        return MendNetwork(
-            places=tuple(places), shapes=shapes, rates=rates[order], transforms=found
-        )
-
-
-def _shapes_of(found: Mapping[Shape, MendTransform], places: Sequence[Place]) -> tuple[Shape, ...]:
-    """The shape of each matrix: the second matrix of an MLP narrows, the others widen."""
-    if len(found) == 1:
-        (only,) = found
-        return (only,) * len(places)
-    narrow = {shape[0] > shape[1]: shape for shape in found}
-    return tuple(narrow[place.port == PORTS[-1]] for place in places)
-
-
-def _released(own: Mapping[str, Tensor]) -> MendTransform:
-    numbers = sorted({int(name.split(".")[2]) for name in own if name.startswith("mlp.layers.")})
-    names = ("u", "v", "bias", "mode_scale.weight", "mode_shift.weight")
-    blocks = [
-        MendBlock(
-            **{
-                ours: own[f"mlp.layers.{number}.{theirs}"]
-                for ours, theirs in zip(_BLOCK, names, strict=True)
-            }
-        )
-        for number in numbers
-    ]
-    statistics = RowStatistics(
-        tokens=round(float(own["k"])),
-        mean=torch.cat([own["u_mean"], own["v_mean"]]),
-        squares=torch.cat([own["u_s"], own["v_s"]]),
-    )
-    return MendTransform(blocks=tuple(blocks), statistics=statistics)
+        renamed, shapes = released_tensors(tensors, places, applied or places)
+        return _built(renamed, tuple(places), shapes, MendRecord())
 
 
 def _transform(tensors: Mapping[str, Tensor], shape: Shape, count: int) -> MendTransform:
-    start = f"{shape[0]}x{shape[1]}"
-    mean, squares, tokens = (tensors[f"{start}.{name}"] for name in _STORED)
+    start = start_of(shape)
+    mean, squares, tokens = (named(tensors, f"{start}.{name}") for name in STORED)
     blocks = [
-        MendBlock(**{name: tensors[f"{start}.{number}.{name}"] for name in _BLOCK})
+        MendBlock(**{name: named(tensors, f"{start}.{number}.{name}") for name in BLOCK})
         for number in range(count)
     ]
     statistics = RowStatistics(tokens=round(float(tokens)), mean=mean, squares=squares)
     return MendTransform(blocks=tuple(blocks), statistics=statistics)
 
 
-def _from_file(tensors: Mapping[str, Tensor], record: _SavedRecord) -> MendNetwork:
-    shapes = record["shapes"]
-    wide = {
-        name: tensor.float() if name.rpartition(".")[2] in _BLOCK else tensor
-        for name, tensor in tensors.items()
+def _built(
+    tensors: Mapping[str, Tensor],
+    places: tuple[Place, ...],
+    shapes: tuple[Shape, ...],
+    record: MendRecord,
+) -> MendNetwork:
+    """The network that somebody wrote, once all of it is known to be right."""
+    # A number of tokens may stand in a vector of one, as released.
+    given = {
+        name: each.reshape(()) if name.endswith(".tokens") and each.numel() == 1 else each
+        for name, each in tensors.items()
     }
-    for name, tensor in wide.items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise ValueError(f"{name} is of type {tensor.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} is not finite")
-    transforms: dict[Shape, MendTransform] = {}
-    for shape in dict.fromkeys(shapes):
-        start = f"{shape[0]}x{shape[1]}."
-        count = sum(name.startswith(start) and name.endswith(".up") for name in wide)
-        transforms[shape] = _transform(wide, shape, count)
+    check_shapes(given, places, shapes)
+    check_numbers(given)
+    wide = {name: each.float() if is_of_block(name) else each for name, each in given.items()}
     return MendNetwork(
-        places=tuple(Place(*place) for place in record["places"]),
-        shapes=tuple(shapes),
+        places=places,
+        shapes=shapes,
         rates=wide["rates"],
-        transforms=transforms,
+        transforms={
+            shape: _transform(wide, shape, blocks_in(wide, shape))
+            for shape in dict.fromkeys(shapes)
+        },
         record=record,
     )
 
