@@ -215,7 +215,7 @@ def keys_by_layer(
     model: Model, fact: Fact, contexts: ContextSet, *, layers: Iterable[int]
 ) -> dict[int, FactKeys]:
     """As :func:`fact_keys` at several layers, in one pass."""
-    prompts = [fact_prompt(model, fact, template) for template in (*contexts.templates, "{}")]
+    prompts = _fact_prompts(model, [fact], (*contexts.templates, "{}"))
     keys = keys_at(model, prompts, positions(prompts).tolist(), layers=layers)
     return {
         layer: FactKeys(prefixed_mean=own[:-1].mean(0), unprefixed=own[-1])
@@ -231,8 +231,7 @@ def keys_of_facts(
     templates = (*contexts.templates, "{}")
     found: list[FactKeys] = []
     for start in range(0, len(facts), TOGETHER):
-        some = facts[start : start + TOGETHER]
-        prompts = [fact_prompt(model, fact, template) for fact in some for template in templates]
+        prompts = _fact_prompts(model, facts[start : start + TOGETHER], templates)
         keys = _behind_beginnings(model, prompts, len(templates), layer=layer)
         if keys is None:
             keys = keys_at(model, prompts, positions(prompts).tolist(), layers=[layer]).at(layer)
@@ -241,6 +240,11 @@ def keys_of_facts(
             for own in keys.split(len(templates))
         ]
     return found
+
+
+def _fact_prompts(model: Model, facts: Sequence[Fact], templates: Sequence[str]) -> list[Prompt]:
+    with model.texts.unchanged(model.tokenizer):
+        return [fact_prompt(model, fact, template) for fact in facts for template in templates]
 
 
 def _behind_beginnings(

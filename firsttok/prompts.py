@@ -25,7 +25,6 @@ from firsttok.errors import (
     UnsupportedModelError,
 )
 from firsttok.models import Model, refuse_processed
-from firsttok.models.bos import special_ids
 from firsttok.models.encoding import encode, encode_subject
 from firsttok.tensors import TokenBatch
 
@@ -175,7 +174,7 @@ def joined_target(model: Model, prompt: Prompt, target: str, join: Join = "auto"
         return target
     target = target.strip()
     own = prompt.token_ids[: len(prompt.token_ids) - prompt.target_length]
-    special = special_ids(model.tokenizer)
+    special = model.special_ids
     if join == "auto" and own and own[-1] in special and not model.trailing_ids:
         return target
     return text_joint(prompt.text, target, join) + target
@@ -213,7 +212,7 @@ def with_target(model: Model, prompt: Prompt, target: str, *, join: Join = "auto
             f"target {joined!r} has no tokens of its own behind {prompt.text!r} "
             f"(the tokenizer merges them); {hint}"
         )
-    special = special_ids(model.tokenizer).intersection(ids[len(known) :])
+    special = model.special_ids.intersection(ids[len(known) :])
     if special:
         tokenizer: Any = model.tokenizer
         written = tokenizer.convert_ids_to_tokens(min(special))

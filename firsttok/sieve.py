@@ -48,14 +48,15 @@ def reason_against(
     It is edited in the contexts ``templates``, and measured on ``asked``, prompts with answers.
     """
     try:
-        prompts = [
-            with_target(model, fact_prompt(model, fact, template), fact.target_new, join=fact.join)
-            for template in templates
-        ]
-        prompts += [
-            with_target(model, text_prompt(model, text), answer, join=fact.join)
-            for text, answer in asked
-        ]
+        with model.texts.unchanged(model.tokenizer):
+            prompts = [
+                with_target(model, fact_prompt(model, fact, each), fact.target_new, join=fact.join)
+                for each in templates
+            ]
+            prompts += [
+                with_target(model, text_prompt(model, text), answer, join=fact.join)
+                for text, answer in asked
+            ]
     except FirsttokError as error:
         return _one_line(error)
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)

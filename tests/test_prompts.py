@@ -34,7 +34,7 @@ from firsttok.errors import (
 )
 from firsttok.evaluation import target_probabilities
 from firsttok.hyperparameters import Hyperparameters
-from firsttok.models import BosPolicy, Model
+from firsttok.models import BosPolicy, Model, fingerprint
 from firsttok.probes import SeesAll
 from firsttok.prompts import (
     Prompt,
@@ -381,3 +381,17 @@ def test_a_text_is_tokenised_once_in_each_state_of_the_tokenizer(
         expected = tokenizer.backend_tokenizer.encode(FACTS[0].prompt, add_special_tokens=False).ids
         assert text_prompt(model, FACTS[0].prompt).token_ids == (*model.leading_ids, *expected)
         assert model.identity() != identity
+
+
+def test_a_tokenizers_state_is_looked_at_once_where_it_stays_as_it_is(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("llama")
+    looked: list[str] = []
+    usual: Any = fingerprint._state
+    monkeypatch.setattr(fingerprint, "_state", lambda t: looked.append("once") or usual(t))
+    with model.texts.unchanged(model.tokenizer):
+        first = [fact_prompt(model, fact) for fact in FACTS]
+        assert len(looked) == 1
+    assert [fact_prompt(model, fact) for fact in FACTS] == first
+    assert len(looked) > len(FACTS)

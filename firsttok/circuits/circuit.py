@@ -436,10 +436,13 @@ def _edit_layers(
             first = fact_prompt(model, fact).subject_position == leading
             groups[first].append(fact)
     most = FACTS if facts is None else len(facts)
-    ratios = {
-        first: [_ratios(model, fact, chosen) for fact in spread_evenly(group, most)]
-        for first, group in groups.items()
-    }
+    chosen_facts = {first: spread_evenly(group, most) for first, group in groups.items()}
+    task = progress.add_task("keys at every layer", total=sum(map(len, chosen_facts.values())))
+    ratios: dict[bool, list[list[float]]] = {True: [], False: []}
+    for first, group in chosen_facts.items():
+        for fact in group:
+            ratios[first].append(_ratios(model, fact, chosen))
+            progress.advance(task)
     rows: list[EditLayer] = []
     for layer in range(model.n_layers):
         first, others = ([own[layer] for own in ratios[which]] for which in (True, False))

@@ -17,7 +17,6 @@ from firsttok.data import Fact
 from firsttok.engine.products import fast_products, runs_plain
 from firsttok.errors import BadInputError, SpecialTokenError, UnsupportedModelError
 from firsttok.models import Model, logits
-from firsttok.models.bos import special_ids
 from firsttok.prompts import Prompt, fact_prompt, pad, text_prompt, with_target
 
 __all__ = [
@@ -279,7 +278,7 @@ def sample_documents(
             on_step(len(scores))
         return _draw(scores, generator, top_k=_WIDEST, temperature=temperature, top_p=top_p)
 
-    special = special_ids(tokenizer).union(_end_ids(model))
+    special = model.special_ids.union(_end_ids(model))
     drawn = _sampled(model, [(begin,)] * count, tokens=tokens, draw=draw, ends=special)
     texts = [tokenizer.decode(row).strip("\ufffd \n") for row in drawn]
     return [text for text in texts if _WORD.search(text) and _is_plain(model, text, special)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from firsttok.data import Straddle
 from firsttok.errors import BadInputError, SpecialTokenError, SubjectBoundaryError
-from firsttok.models.bos import BosPolicy, bos_ids, boundary_ids, special_ids
+from firsttok.models.bos import BosPolicy, bos_ids, boundary_ids
 from firsttok.models.model import Model
 
 __all__ = ["Encoding", "encode", "encode_subject"]
@@ -97,7 +97,7 @@ def _encoded(model: Model, text: str) -> Encoding:
     leading, own, trailing = model.leading_ids, encoded["input_ids"], model.trailing_ids
     if not own:
         raise BadInputError(f"{text!r} yields no token; give some text")
-    if not special_ids(tokenizer).isdisjoint(own):
+    if not model.special_ids.isdisjoint(own):
         _refuse_boundaries(model, text, own)
     empty = ((0, 0),)
     spans = map(tuple, encoded["offset_mapping"])
@@ -152,7 +152,7 @@ def encode_subject(
     tokenizer: Any = model.tokenizer
     found = encode(model, text)
     subject, held = text[slice(*span)], found.within(span)
-    special = special_ids(tokenizer)
+    special = model.special_ids
     for place in held:
         if found.ids[place] not in special:
             continue

@@ -1,7 +1,8 @@
 """Hashes of a model's parts: its weights, its configuration and its tokenizer."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,7 +123,9 @@ class TokenizerFindings:
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        self._kept: tuple[list[Any], dict[Hashable, Any]] = ([], {})
+        self._state: list[Any] = []
+        self._found: dict[Hashable, Any] = {}
+        self._looked_at: Any = None
 
     def get(self, tokenizer: Any, what: Hashable, find: Callable[[], _Found]) -> _Found:
         """Return a finding, which is made once in each state of a tokenizer.
@@ -134,19 +137,44 @@ class TokenizerFindings:
         Args:
             tokenizer: The tokenizer.
             what: What is asked, with everything besides the tokenizer that the answer depends on.
-            find: Finds it.
+            find: Finds it; it leaves the tokenizer as it is.
         """
-        rules = tokenizer.backend_tokenizer
-        parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
-        special = (tokenizer.special_tokens_map, tokenizer.all_special_ids)
-        added, chat = tokenizer.added_tokens_decoder, tokenizer.chat_template
-        state = [tokenizer, rules, len(tokenizer), special, added, chat, *map(repr, parts)]
-        kept = self._kept
-        if kept[0] != state or len(kept[1]) >= _MOST:
-            self._kept = kept = (state, {})
-        if what not in kept[1]:
-            kept[1][what] = find()
-        return kept[1][what]
+        with self.unchanged(tokenizer):
+            if what not in self._found:
+                if len(self._found) >= _MOST:
+                    self._found = {}
+                found = find()
+                self._found[what] = found
+            return self._found[what]
+
+    @contextlib.contextmanager
+    def unchanged(self, tokenizer: Any) -> Generator[None, None, None]:
+        """Look at a tokenizer's state once for all questions of a block that leaves it as it is.
+
+        To read 6 000 added tokens, as Gemma has, takes longer than to tokenise a prompt.
+
+        Args:
+            tokenizer: The tokenizer.
+        """
+        if self._looked_at is tokenizer:
+            yield
+            return
+        state = _state(tokenizer)
+        if self._state != state:
+            self._state, self._found = state, {}
+        self._looked_at = tokenizer
+        try:
+            yield
+        finally:
+            self._looked_at = None
+
+
+def _state(tokenizer: Any) -> list[Any]:
+    rules = tokenizer.backend_tokenizer
+    parts = (rules.normalizer, rules.pre_tokenizer, rules.post_processor, rules.truncation)
+    special = (tokenizer.special_tokens_map, tokenizer.all_special_ids)
+    added, chat = tokenizer.added_tokens_decoder, tokenizer.chat_template
+    return [tokenizer, rules, len(tokenizer), special, added, chat, *map(repr, parts)]
 
 
 def _is_finite(weight: Shaped[Tensor, "..."]) -> bool:

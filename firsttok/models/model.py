@@ -22,7 +22,7 @@ from firsttok.engine.traits import attention_window, is_decoder, position_embedd
 from firsttok.engine.trials import Trials
 from firsttok.errors import BadInputError, LayerOutOfRangeError, UnsupportedModelError, ViewError
 from firsttok.hyperparameters import Hyperparameters, SpreadSettings
-from firsttok.models.bos import BosPolicy, leading_ids, trailing_ids
+from firsttok.models.bos import BosPolicy, leading_ids, special_ids, trailing_ids
 from firsttok.models.disturbance import Baseline, has_dropout
 from firsttok.models.fingerprint import TokenizerFindings, config_hash, tokenizer_hash
 from firsttok.models.sites import PORTS, EditSite, Place, refuse_processed
@@ -181,6 +181,11 @@ class Model(Shown):
         """
         find = partial(leading_ids, self.tokenizer, self.bos, self.name)
         return self.texts.get(self.tokenizer, ("leading", self.bos), find)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of every special token: what no word of a text is made of."""
+        return self.texts.get(self.tokenizer, "special", partial(special_ids, self.tokenizer))
 
     @property
     def trailing_ids(self) -> tuple[int, ...]:
