@@ -91,19 +91,27 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
     rows: list[dict[str, Any]] = []
     lines: list[list[object]] = []
     methods, missing = usable_methods(options.study, METHODS)
-    for kind, method in product(KINDS, methods):
-        name = f"{kind}-{method.name}"
-        hashes, slots = [f.content_hash for f in facts[kind]], slots_in(options.study, method)
-        key = content_hash([settings, hashes, slots, plan.described()])
-        runs = run_sequences(
-            options.out / ".work" / "sequences" / key[:24],
-            options.study,
-            [EditSequence(name=name, facts=facts[kind], editor=method)],
-            plan=plan,
-            progress=progress,
+    sequences = {
+        (kind, method.label): EditSequence(
+            name=f"{kind}-{method.name}", facts=facts[kind], editor=method
         )
-        found = runs[name]
-        about = {"method": method.label, "cases": kind}
+        for kind, method in product(KINDS, methods)
+    }
+    entries = [
+        [each.name, [f.content_hash for f in each.facts], slots_in(options.study, each.editor)]
+        for each in sequences.values()
+    ]
+    key = content_hash([settings, entries, plan.described()])
+    runs = run_sequences(
+        options.out / ".work" / "sequences" / key[:24],
+        options.study,
+        list(sequences.values()),
+        plan=plan,
+        progress=progress,
+    )
+    for (kind, label), sequence in sequences.items():
+        found = runs[sequence.name]
+        about = {"method": label, "cases": kind}
         own: list[dict[str, Any]] = [
             {"part": "step", **about} | {column: row.get(column) for column in (*STEP, *LATE)}
             for row in found.steps
@@ -116,7 +124,7 @@ def measure(options: ScriptOptions, progress: Progress) -> Found:
         rows += own
         lines.append(
             [
-                f"{method.label}, {kind}",
+                f"{label}, {kind}",
                 len(written),
                 end.get("perplexity"),
                 max(reached, default=None),

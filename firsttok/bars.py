@@ -58,6 +58,10 @@ class Bar(Progress):
         )
         self._say_line = say
         self._said, self._told = monotonic(), TaskID(-1)
+        self._latest = TaskID(-1)
+        """The task that something was done of last."""
+        self._moved = self._said
+        """When that was."""
         self._saying = threading.Lock()
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
@@ -88,11 +92,14 @@ class Bar(Progress):
     def advance(self, task_id: TaskID, advance: float | int = 1) -> None:
         """Count what was done."""
         super().advance(task_id, advance)
+        self._latest, self._moved = task_id, monotonic()
         self._say()
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         """Change what is known of a task."""
         super().update(task_id, **changes)
+        if not changes.keys().isdisjoint(("advance", "completed")):
+            self._latest, self._moved = task_id, monotonic()
         self._say()
 
     def _look(self) -> None:
@@ -116,9 +123,19 @@ class Bar(Progress):
             if self._page is not None:
                 self._page.update({"text/html": _drawn(task), "text/plain": _line(task)}, raw=True)
             elif self._lines:
-                self._say_line(_line(task))
+                self._say_line(self._both(task))
         finally:
             self._saying.release()
+
+    def _both(self, outer: Task) -> str:
+        """How far the work is, and how far what is being done for it."""
+        inner = next((task for task in self.tasks if task.id == self._latest), outer)
+        # The estimate of a task that has stood still for longer than that is of no use.
+        left = outer.time_remaining
+        late = left is not None and monotonic() - self._moved > left
+        if inner is outer or inner.finished:
+            return _line(outer, estimate=not late)
+        return f"{_line(outer, estimate=False)}; {_line(inner)}"
 
 
 class _Description(ProgressColumn):
@@ -128,9 +145,9 @@ class _Description(ProgressColumn):
         return Text(printable(task.description, lines=False))
 
 
-def _line(task: Task) -> str:
+def _line(task: Task, *, estimate: bool = True) -> str:
     whole = "" if task.total is None else f" of {task.total:.0f}"
-    left = task.time_remaining
+    left = task.time_remaining if estimate else None
     rest = "" if left is None else f", about {timedelta(seconds=int(left))} left"
     return printable(f"{task.description}: {int(task.completed)}{whole}{rest}", lines=False)
 

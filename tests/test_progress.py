@@ -37,6 +37,24 @@ def test_in_a_pipe_a_line_comes_at_least_every_minute(
     assert lines[40].startswith("[/red] x[0]: 20 of 40, about ")
 
 
+def test_a_line_says_what_is_done_inside_a_task_and_no_stale_estimate(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress_bar() as progress:
+        whole = progress.add_task("whole", total=4)
+        for _ in range(3):
+            progress.advance(whole)
+        part = progress.add_task("part", total=10)
+        clock[0] += 40.0
+        progress.advance(part)
+        assert capsys.readouterr().err.startswith("whole: 3 of 4; part: 1 of 10")
+        progress.update(part, completed=10)
+        clock[0] += 4000.0
+        progress.update(whole, description="whole")
+        # One of four was left, and nothing has moved for longer than the others took together.
+        assert capsys.readouterr().err.splitlines() == ["whole: 3 of 4"]
+
+
 def test_quick_work_and_terminals_get_no_lines(
     clock: list[float], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     strip = found.results[0].tokens
     show(f"{strip.lines}\nThe target is joined by {strip.joint}.\n")
     for number, edit in enumerate(earlier, 1):
-        show(f"before: edit {number}, {edit.title}, stands")
+        show(f"in the model already: edit {number}, {edit.title}")
     before = found.results[0].before
     states = {"before": before} | {each.method.name: each.after for each in found.results}
     print_observations(fact.prompt, states, _components(fact, before, found.results))
@@ -66,8 +66,7 @@ def print_observations(
     print_table(prompt, ["", *states], [list(line) for line in lines])
     for name, seen in states.items():
         best = ", ".join(f"{token!r} {p:.2f}" for token, p in seen.top_predictions)
-        show(f"\n{name}\n  next: {best}")
-        show(f"  {prompt}{seen.continuation!r}")
+        show(f"\n{name}\n  next:   {best}\n  writes: {seen.continuation!r}")
 
 
 def _record(study: Study, found: Comparison) -> dict[str, Any]:
