@@ -289,9 +289,9 @@ def test_circuit() -> None:
     text = " ".join(RESULTS.split())
     first, second = record["acts"]
     pattern = (
-        r"layer (\d+) lifts the first token to a norm of ([\d ]+), layers (\d+) and (\d+) take it "
-        r"down, and layer (\d+) lifts it to ([\d ]+), which layers (\d+) and (\d+) take down. Two "
-        r"neurons of layer \d+ write ([\d.]+) % of it"
+        r"layer (\d+) raises the norm of the first token to ([\d ]+), and layers (\d+) and (\d+) "
+        r"lower it; layer (\d+) raises it to ([\d ]+), and layers (\d+) and (\d+) lower it\. Two "
+        r"neurons of layer \d+ write ([\d.]+) % of the second act"
     )
     (told,) = re.findall(pattern, text)
     assert agrees(told[1], first["norm"])
@@ -323,10 +323,11 @@ def test_where_a_collapse_acts() -> None:
     where = [row for row in rows if row["part"] == "where"]
     text = " ".join(RESULTS.split())
     pattern = (
-        r"`extra_where_it_acts`, (\d+) collapse cases\): at first tokens alone it leaves the "
-        r"perplexity at ([\d.]+) or below, at later tokens alone it makes at least ([\d.]+) % of "
-        r"the rise of the log-perplexity. What it adds is at most ([\d.]+) % of a first token's "
-        r"residual stream, and at least ([\d.]+) % of a later one's"
+        r"`extra_where_it_acts`, (\d+) collapse cases\)\. Applied at first tokens alone, it leaves "
+        r"the perplexity at ([\d.]+) or below\. Applied at later tokens alone, it causes at least "
+        r"([\d.]+) % of the rise of the log-perplexity\. The vector that it adds is at most "
+        r"([\d.]+) % as long as a first token's residual stream, and at least ([\d.]+) % as long "
+        r"as a later token's"
     )
     (told,) = re.findall(pattern, text)
     assert int(told[0]) == len(where)
