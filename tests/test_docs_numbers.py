@@ -152,8 +152,8 @@ def test_causal_tracing() -> None:
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ("behind the prefixes used for editing", "editing prefixes"),
-        ("behind prefixes of another seed", "held out prefixes"),
+        ("with the prefixes used for editing", "editing prefixes"),
+        ("with prefixes of another seed", "held out prefixes"),
         ("bare", "bare"),
     ],
 )
@@ -239,7 +239,7 @@ def test_spike_and_collapse_are_two_things() -> None:
 
 def test_where_gemma_is_massive() -> None:
     ((bos, layer, others),) = re.findall(
-        r"a norm of ([\d ]+) behind layer (\d+), where other tokens have ([\d ]+)\)",
+        r"a norm of ([\d ]+) after layer (\d+), where other tokens have ([\d ]+)\)",
         " ".join(RESULTS.split()),
     )
     record = json.loads((FIGURES.parent / "inspect" / "gemma3-270m.json").read_text("utf-8"))
@@ -254,7 +254,7 @@ def test_where_gemma_is_massive() -> None:
 
 def test_norms_of_both_acts() -> None:
     ((low, first, high, second),) = re.findall(
-        r"a norm of (\d+) behind layer (\d+), and of ([\d ]+) behind layer (\d+) \(\[figure",
+        r"a norm of (\d+) after layer (\d+), and of ([\d ]+) after layer (\d+) \(\[figure",
         " ".join(RESULTS.split()),
     )
     for written, line in ((low, f"layer {first}"), (high, f"layer {second}, edited")):
