@@ -152,8 +152,8 @@ def test_causal_tracing() -> None:
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ("behind the prefixes used for editing", "editing prefixes"),
-        ("behind prefixes of another seed", "held out prefixes"),
+        ("with the prefixes used for editing", "editing prefixes"),
+        ("with prefixes of another seed", "held out prefixes"),
         ("bare", "bare"),
     ],
 )
@@ -239,7 +239,7 @@ def test_spike_and_collapse_are_two_things() -> None:
 
 def test_where_gemma_is_massive() -> None:
     ((bos, layer, others),) = re.findall(
-        r"a norm of ([\d ]+) behind layer (\d+), where other tokens have ([\d ]+)\)",
+        r"a norm of ([\d ]+) after layer (\d+), where other tokens have ([\d ]+)\)",
         " ".join(RESULTS.split()),
     )
     record = json.loads((FIGURES.parent / "inspect" / "gemma3-270m.json").read_text("utf-8"))
@@ -254,7 +254,7 @@ def test_where_gemma_is_massive() -> None:
 
 def test_norms_of_both_acts() -> None:
     ((low, first, high, second),) = re.findall(
-        r"a norm of (\d+) behind layer (\d+), and of ([\d ]+) behind layer (\d+) \(\[figure",
+        r"a norm of (\d+) after layer (\d+), and of ([\d ]+) after layer (\d+) \(\[figure",
         " ".join(RESULTS.split()),
     )
     for written, line in ((low, f"layer {first}"), (high, f"layer {second}, edited")):
@@ -289,9 +289,9 @@ def test_circuit() -> None:
     text = " ".join(RESULTS.split())
     first, second = record["acts"]
     pattern = (
-        r"layer (\d+) lifts the first token to a norm of ([\d ]+), layers (\d+) and (\d+) take it "
-        r"down, and layer (\d+) lifts it to ([\d ]+), which layers (\d+) and (\d+) take down. Two "
-        r"neurons of layer \d+ write ([\d.]+) % of it"
+        r"layer (\d+) raises the norm of the first token to ([\d ]+), and layers (\d+) and (\d+) "
+        r"lower it; layer (\d+) raises it to ([\d ]+), and layers (\d+) and (\d+) lower it\. Two "
+        r"neurons of layer \d+ write ([\d.]+) % of the second act"
     )
     (told,) = re.findall(pattern, text)
     assert agrees(told[1], first["norm"])
@@ -323,10 +323,11 @@ def test_where_a_collapse_acts() -> None:
     where = [row for row in rows if row["part"] == "where"]
     text = " ".join(RESULTS.split())
     pattern = (
-        r"`extra_where_it_acts`, (\d+) collapse cases\): at first tokens alone it leaves the "
-        r"perplexity at ([\d.]+) or below, at later tokens alone it makes at least ([\d.]+) % of "
-        r"the rise of the log-perplexity. What it adds is at most ([\d.]+) % of a first token's "
-        r"residual stream, and at least ([\d.]+) % of a later one's"
+        r"`extra_where_it_acts`, (\d+) collapse cases\)\. Applied at first tokens alone, it leaves "
+        r"the perplexity at ([\d.]+) or below\. Applied at later tokens alone, it causes at least "
+        r"([\d.]+) % of the rise of the log-perplexity\. The vector that it adds is at most "
+        r"([\d.]+) % as long as a first token's residual stream, and at least ([\d.]+) % as long "
+        r"as a later token's"
     )
     (told,) = re.findall(pattern, text)
     assert int(told[0]) == len(where)
