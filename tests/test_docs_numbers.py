@@ -314,8 +314,40 @@ def test_circuit() -> None:
     )
     assert second["alone"] == {"until": int(until), "since": int(since)}
     assert int(peak) == second["peak"]
-    (layer,) = re.findall(r"proposes to edit at or below layer (\d+)", text)
+    (layer,) = re.findall(r"proposes to edit layer (\d+)", text)
     assert int(layer) == record["proposed_layer"]
+
+
+def test_circuit_of_a_model_with_bos() -> None:
+    record = json.loads((FIGURES.parent / "gemma3-270m" / "circuit.json").read_text("utf-8"))
+    (act,) = record["acts"]
+    shares = {origin["what"]: 100 * origin["share"] for origin in act["origins"]}
+    pattern = (
+        r"BOS as the fourth token reaches ([\d.]+) % of the first token's peak, and BOS that "
+        r"attends to all tokens ([\d.]+) %\. A fourth token that attends only to itself "
+        r"reaches ([\d.]+) %\. One neuron of layer (\d+) writes (\d+) % of what .* with the top "
+        r"eight neurons silenced at BOS, ([\d.]+) % of the peak remains, since six layers write "
+        r"it\. Commas in later places are massive, too, up to ([\d.]+) times"
+    )
+    (told,) = re.findall(pattern, " ".join(RESULTS.split()))
+    for written, what in zip(
+        told[:3],
+        (
+            "BOS as the fourth token",
+            "the first token that sees all",
+            "the fourth token that sees itself alone",
+        ),
+        strict=True,
+    ):
+        assert agrees(written, shares[what])
+    assert int(told[3]) == act["writer"]
+    assert agrees(told[4], 100 * act["neurons"][0]["share"])
+    wanted = {"chosen": "top", "at": "first", "value": "zero"}
+    silent = [trial for trial in act["knock_outs"] if wanted.items() <= trial.items()]
+    assert agrees(told[5], 100 * max(silent, key=lambda trial: len(trial["neurons"]))["share"])
+    assert len(act["ups"]) == 6
+    (comma,) = [each for each in record["carriers"] if each["token"] == ","]
+    assert agrees(told[6], comma["ratio"])
 
 
 def test_where_a_collapse_acts() -> None:

@@ -497,7 +497,7 @@ def _sentences(found: Circuit) -> Iterator[str]:
         yield from _act_sentences(number, each, found)
     if found.proposed_layer is not None:
         yield (
-            f"Edit at or below layer {found.proposed_layer}: it is the highest one below the last "
+            f"Edit layer {found.proposed_layer}: it is the highest one below the last "
             f"writer at which ROME's denominator is at least {RATIO:g} of C-ROME's for every "
             "first-token fact that was read (C = I)."
         )
