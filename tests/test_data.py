@@ -96,7 +96,7 @@ def test_builtin_facts_on_the_embedded_model(real_model: Model) -> None:
         [with_target(model, p, fact.target_true) for p, fact in zip(prompts, facts, strict=True)],
     )
     rightly = sum(score.accuracy == 1 for score in scores)
-    # README states this number; it changes only with the facts or the model.
+    # The page of conventions states this number; it changes only with the facts or the model.
     assert rightly == 170
     for fact, prompt in zip(facts, prompts, strict=True):
         new = with_target(model, prompt, fact.target_new)

@@ -268,7 +268,7 @@ def test_the_embedded_model_answers_as_in_lm_eval(real_model: Model, folder: Pat
 
 @pytest.mark.real_model
 def test_the_embedded_model_is_above_chance_in_every_shipped_set(real_model: Model) -> None:
-    # All items are asked by `firsttok tasks`, whose figures README has; a part of them is enough.
+    # `firsttok tasks` asks all items, and the how-to has its figures; a part is enough here.
     # Of four endings the right one stands out in fewer items.
     counts = {name: 15 if name == "own_hellaswag" else 40 for name in OWN_TASKS}
     for name, count in counts.items():
