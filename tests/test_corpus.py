@@ -95,7 +95,7 @@ def test_documents_are_those_of_whole_passes(
     )
     # A random model seldom ends a text by itself.
     ends = special_ids(model.tokenizer).union(range(0, 400, 13))
-    monkeypatch.setattr(generation, "special_ids", lambda _: ends)
+    monkeypatch.setattr(Model, "special_ids", ends)
     settings: dict[str, Any] = {"count": 8, "tokens": 24, "temperature": 1.3, "top_p": 0.8}
     found = sample_documents(model, **settings, seed=3)
     expected = naive_documents(model, **settings, seed=3, ends=ends)
