@@ -44,8 +44,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no
 test: setup lint types
 	$(PYTEST) -m "not release"
 
-# The package that is built, types as a user's checkers see them, the site, the notebooks, and the
-# Python of pages that opens the embedded model.
+# The package that is built, types as a user's checkers see them, the site, the notebooks, the
+# Python of pages that opens the embedded model, and work on a Ray cluster.
 test-release: setup
 	$(PYTEST) -m release
 

@@ -26,6 +26,7 @@ from firsttok.sweep.runner import sweep
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.release,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 PLAN = Plan(methods=(ROME, C_ROME))

@@ -682,6 +682,7 @@ def test_the_command_tells_what_became_of_each(
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 @pytest.mark.slow
+@pytest.mark.release
 def test_workers_of_a_cluster_find_what_one_process_finds(
     command: tuple[list[str], Path], tmp_path: Path
 ) -> None:
