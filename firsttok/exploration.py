@@ -394,4 +394,4 @@ def verdict(name: str, before: Perplexity, after: Perplexity) -> str:
             f"{name} damaged the model: {numbers}, {after.mean / before.mean:.1f} times as high "
             f"(damage: {DAMAGE_RATIO:g} times; collapse: above {COLLAPSE_THRESHOLD:g})."
         )
-    return f"{name} left the model intact: {numbers}. Whether it spared other facts is not in this."
+    return f"{name} left the model intact: {numbers}. Other facts were not looked at."
