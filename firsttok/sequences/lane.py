@@ -8,9 +8,10 @@ from time import monotonic
 from typing import Any, cast
 
 from firsttok.data import Fact
-from firsttok.editing import Edit, load_edit
+from firsttok.editing import Edit, Editor, load_edit
 from firsttok.editing.record import EditRecord
 from firsttok.errors import FirsttokError
+from firsttok.models import Model
 from firsttok.rows import FAILED, Row, first_columns, write_rows
 from firsttok.sequences.plan import EditSequence, SequencePlan
 from firsttok.sequences.record import (
@@ -51,23 +52,26 @@ class Lane:
         retry_failed: bool = False,
     ) -> None:
         """Begin with the model as the study has it; what is damaged counts as not there."""
-        self.sequence, self.plan, self.study = sequence, plan, study
-        self.folder = folder / sequence.name
+        self.sequence: EditSequence = sequence
+        self.plan: SequencePlan = plan
+        self.study: Study = study
+        self.folder: Path = folder / sequence.name
         # What is kept between edits are the edits themselves.
-        (self.editor,) = study.varied(work=None).editors([sequence.editor])
-        self.model = study.model
+        (editor,) = study.varied(work=None).editors([sequence.editor])
+        self.editor: Editor = editor
+        self.model: Model = study.model
         self.perplexity: float = study.original_perplexity.mean
-        self.redo = retry_failed
+        self.redo: bool = retry_failed
         """Whether steps that failed are done again."""
         self.inside: list[int] = []
         """Steps whose edits are in the model."""
-        self.first = 0
+        self.first: int = 0
         self.rows: dict[int, Row] = {}
         """Rows of the part that begins with the step ``first``."""
-        self.new = False
+        self.new: bool = False
         self.retained: list[Row] = []
         """Rows of a checkpoint that are in no file yet."""
-        self.written = monotonic()
+        self.written: float = monotonic()
         for name in ("edits", "steps", "retained"):
             make_folder(self.folder / name)
         cut_older_files(self.folder)

@@ -38,8 +38,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 PART = 500
 """Rows of a file, at most; no more are in memory while a sequence is run."""
-SCREENED, ROLLED_BACK = "screened", "rolled back"
-"""What a guard did to a fact."""
+SCREENED = "screened"
+"""A guard left the fact out before its edit."""
+ROLLED_BACK = "rolled back"
+"""A guard took the edit of the fact back."""
 
 
 def edit_path(folder: Path, step: int) -> Path:
