@@ -130,7 +130,7 @@ class Bar(Progress):
     def _both(self, outer: Task) -> str:
         """How far the work is, and how far what is being done for it."""
         inner = next((task for task in self.tasks if task.id == self._latest), outer)
-        # The estimate of a task that has stood still for longer than that is of no use.
+        # After a longer pause than the estimate, the estimate is wrong.
         left = outer.time_remaining
         late = left is not None and monotonic() - self._moved > left
         if inner is outer or inner.finished:

@@ -90,7 +90,9 @@ COLUMNS: Mapping[str, type] = {
 }
 """All columns that firsttok itself knows, in order."""
 _SECONDS = b"seconds"
-_AGAIN = "run the sweep again, which does its chunk again, or move the file out of the run"
+_AGAIN = (
+    "run the sweep or sequence again, which does this part again, or move the file out of the run"
+)
 _MARK = b"firsttok sha256:"
 _TAIL = 8
 """Bytes at the end of a Parquet file: length of the footer, and the magic number."""

@@ -241,7 +241,7 @@ def test_a_shard_with_any_flipped_bit_is_not_finished(
         flipped = bytearray(whole)
         flipped[byte] ^= 16
         path.write_bytes(flipped)
-        with pytest.raises(BadInputError, match="does its chunk again"):
+        with pytest.raises(BadInputError, match="does this part again"):
             read_rows(path)
 
 

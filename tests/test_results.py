@@ -735,8 +735,8 @@ def manifest(content: str) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "truncated": (truncate, ("chunk-000001.parquet is damaged", "run the sweep again")),
-    "scrambled": (scramble, ("chunk-000001.parquet is damaged", "run the sweep again")),
+    "truncated": (truncate, ("chunk-000001.parquet is damaged", "run the sweep or sequence again")),
+    "scrambled": (scramble, ("chunk-000001.parquet is damaged", "run the sweep or sequence again")),
     "empty": (empty, ("chunk-000001.parquet is damaged",)),
     "folder": (folder, ("chunk-000009.parquet is damaged",)),
     "renamed": (renamed, ("chunk-000007.parquet is damaged, or was not written under this name",)),

@@ -76,7 +76,7 @@ def prepare_training(model: Model, plan: MendPlan, first: int, bar: "Progress") 
     """Draw edits and windows, and run them up to the first edited layer.
 
     Args:
-        model: The model, whose edits have to stand in the weights meanwhile.
+        model: The model, with its edits in the weights meanwhile.
         plan: How many there are to be, and their seed.
         first: The lowest edited layer, at least 1.
         bar: Where to show progress.

@@ -161,7 +161,7 @@ def optimise_values(
             has no value then, and the others go on. None to raise the error.
 
     Returns:
-        The values, in the order of the facts.
+        The values, in the order of the facts; with ``on_failure``, of those that have one.
 
     Raises:
         NonFiniteError: If a loss is NaN or infinite, without ``on_failure``.
