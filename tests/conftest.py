@@ -1,8 +1,10 @@
 """Fixtures; every jaxtyping annotation of firsttok is checked by beartype while the tests run."""
 
 import os
+from collections import Counter
+from collections.abc import Callable, Generator
 from dataclasses import is_dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,6 +18,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _jaxtyped: Any = jaxtyping.jaxtyped
 # A TypeError, as jaxtyping's own and as Python's where nothing is checked.
 _beartyped = beartype(conf=BeartypeConf(violation_type=TypeError))
+CHECKED = 16
+"""Calls of a function whose shapes are checked, in each test. Checks of all calls were a third of
+the time that tests of tiny models took."""
+_calls: Counter[Callable[..., Any]] = Counter()
 
 
 def _is_shape(hint: Any) -> bool:
@@ -42,7 +48,8 @@ def checked(thing: Any = None, *, typechecker: Any) -> Any:
         # Imported for type checkers only: jaxtyping leaves these out, and checks the others.
         hints = [jaxtyping.AbstractArray]
     if any(map(_is_shape, hints)):
-        return _jaxtyped(thing, typechecker=typechecker)
+        with_shapes = _jaxtyped(thing, typechecker=typechecker)
+        return with_shapes if isinstance(thing, type) else _at_first(thing, with_shapes)
     if "<locals>" in thing.__qualname__:
         return thing
     if not isinstance(thing, type):
@@ -50,6 +57,19 @@ def checked(thing: Any = None, *, typechecker: Any) -> Any:
     if is_dataclass(thing):
         setattr(thing, "__init__", _beartyped(function))  # noqa: B010
     return thing
+
+
+def _at_first(function: Callable[..., Any], with_shapes: Callable[..., Any]) -> Any:
+    """The function, whose first calls of a test are checked."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _calls[function] >= CHECKED:
+            return function(*args, **kwargs)
+        _calls[function] += 1
+        return with_shapes(*args, **kwargs)
+
+    return call
 
 
 jaxtyping.jaxtyped = checked
@@ -91,6 +111,11 @@ def one_thread_for_tiny_models(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(_THREADS if real else 1)
 
 
+@pytest.fixture(autouse=True)
+def shapes_are_checked_anew() -> None:
+    _calls.clear()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
     folders: dict[str, Path] = {}
@@ -126,11 +151,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def short_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An observation goes on with two tokens: no test that asks for this one reads which."""
+@pytest.fixture(scope="module")
+def short_continuations() -> Generator[None, None, None]:
+    """Models go on with two tokens: no test of a file that asks for this one reads which."""
     shorter = partial(firsttok.evaluation.continuation, tokens=2)
-    monkeypatch.setattr("firsttok.exploration.continuation", shorter)
+    match = partial(firsttok.evaluation.generated_match, tokens=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("firsttok.exploration.continuation", shorter)
+        patch.setattr("firsttok.metrics.generated_match", match)
+        yield
 
 
 @pytest.fixture(params=[False, True], ids=["fast", "plain"])

@@ -17,6 +17,7 @@ from firsttok.paper.claims import Claim, Result, Status, judge
 from firsttok.paper.report import load_result
 from firsttok.storage import content_hash, read_json, write_record
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
 ANALYSES = Path(__file__).parent.parent / "analyses"
 YES, PARTLY, NO = Status.REPRODUCED, Status.PARTLY, Status.NOT
 NOT_JUDGED = Status.NOT_JUDGED

@@ -35,6 +35,7 @@ from firsttok.storage import read_json, write_record
 from firsttok.study import Study
 from firsttok.sweep.results import read_run
 
+pytestmark = pytest.mark.usefixtures("short_continuations")
 ROOT = Path(__file__).parent.parent
 ANALYSES = ROOT / "analyses"
 MORE_FACTS = (
