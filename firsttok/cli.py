@@ -376,7 +376,7 @@ def _sequence(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=_METRICS,
         default=["perplexity", "scores"],
-        help="of each fact right behind its edit (default: perplexity scores)",
+        help="of each fact right after its edit (default: perplexity scores)",
     )
     group.add_argument(
         "--retained",
@@ -432,8 +432,8 @@ def _train_mend(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=["rephrase", "same"],
         default="rephrase",
-        help="where the target is to be likely: behind a rephrase of the prompt, as in the paper, "
-        "or behind the very prompt (default: %(default)s)",
+        help="where the target is to be likely: after a rephrase of the prompt, as in the paper, "
+        "or after the very prompt (default: %(default)s)",
     )
     parser.add_argument("--layers", nargs="+", type=int, help="layers to change (default: last 3)")
     parser.add_argument("--seed", type=int, default=0, help="of network, edits and text")

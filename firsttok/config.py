@@ -95,7 +95,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def toml_line(key: str, value: str | int | float, comment: str = "") -> str:
-    """One line of a configuration, with a comment behind it if there is one."""
+    """One line of a configuration, with a comment after it if there is one."""
     written = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     # The one control character that JSON leaves as it is, and TOML forbids.
     written = written.replace("\x7f", "\\u007f")

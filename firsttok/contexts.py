@@ -43,7 +43,7 @@ class ContextSet(Shown):
     model_fingerprint: str | None = None
     """Fingerprint of the model they were sampled from; None for a hand-made set."""
     leading_ids: tuple[int, ...] | None = None
-    """BOS tokens they were sampled behind; None for a hand-made set."""
+    """BOS tokens they were sampled after; None for a hand-made set."""
     model_identity: str | None = None
     """Identity of that model, its edits included (``Model.identity``); None for a hand-made set."""
 
@@ -65,7 +65,7 @@ class ContextSet(Shown):
     def draw_prefix(self, fact: Fact, *, seed: int) -> str:
         """Draw one of the prefixes used for editing, as Section 4 does at test time (Table 5).
 
-        The draw depends on seed and fact alone, so that every method is tested behind the same one.
+        The draw depends on seed and fact alone, so that every method is tested after the same one.
 
         Raises:
             BadInputError: If no template has a prefix.
@@ -78,7 +78,7 @@ class ContextSet(Shown):
 
     @property
     def first_prefix(self) -> str:
-        """The first template with a prefix and nothing behind the prompt, for probes of one place.
+        """The first template with a prefix and nothing after the prompt, for probes of one place.
 
         Raises:
             BadInputError: If there is none.
@@ -87,7 +87,7 @@ class ContextSet(Shown):
             if template.endswith("{}"):
                 return template
         raise BadInputError(
-            "no context puts something before the prompt and nothing behind it; give one as "
+            "no context puts something before the prompt and nothing after it; give one as "
             "'The weather was fine. {}'"
         )
 

@@ -75,7 +75,7 @@ class EmptyTargetError(BadInputError):
 
 
 class TargetTokenError(BadInputError):
-    """A target yields no token of its own behind its prompt."""
+    """A target yields no token of its own after its prompt."""
 
 
 class UnknownModelError(BadInputError):

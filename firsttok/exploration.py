@@ -62,7 +62,7 @@ class Observation:
     perplexity: Perplexity
     """Perplexity on the study's sentences."""
     target_probability: float | None
-    """Probability of the new target behind the bare prompt; None if that is no context."""
+    """Probability of the new target after the bare prompt; None if that is no context."""
     target_probability_prefixed: float | None
     """Its mean over the contexts that are not bare; None if there is none."""
     top_predictions: tuple[tuple[str, float], ...]

@@ -165,7 +165,7 @@ def keys_at(
         len(sites), len(prompts), sites[0].d_mlp, dtype=model.wide_dtype, device=model.device
     )
     causal = model.can_be_edited and not model.sees_later
-    # In a decoder, nothing behind the token that is read changes its key.
+    # In a decoder, nothing after the token that is read changes its key.
     read = [position + 1 for position in at] if causal else None
     for group in batches(prompts, max_tokens=max_tokens, lengths=read):
         batch = pad(model, [prompts[i] for i in group])
@@ -265,7 +265,7 @@ def _behind_beginnings(
     cut = max(shared)
     if len(prompts) == templates or not cut or model.sees_later:
         return None
-    # Nothing behind a read token is run, and beginnings stand below one another.
+    # Nothing after a read token is run, and beginnings stand below one another.
     aligned = [
         replace(
             prompt,

@@ -90,7 +90,7 @@ class PerplexityMetric:
 
 
 class AccuracyMetric:
-    """Efficacy, generalization and locality (Table 4), and efficacy behind a prefix (Table 5)."""
+    """Efficacy, generalization and locality (Table 4), and efficacy after a prefix (Table 5)."""
 
     name = "accuracy"
     columns: Mapping[str, type] = METRIC_COLUMNS["accuracy"]
@@ -126,7 +126,7 @@ class ScoresMetric:
 
 
 class GeneratedMetric:
-    """What the edited model writes behind the bare prompt, and whether that is the target."""
+    """What the edited model writes after the bare prompt, and whether that is the target."""
 
     name = "generated"
     columns: Mapping[str, type] = METRIC_COLUMNS["generated"]

@@ -113,13 +113,13 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--join",
         choices=["auto", "space", "none"],
         help="what stands between a prompt and its target: one space, nothing, or (auto) a space "
-        "except behind a line end, an opening quote or bracket, or in a script without spaces "
+        "except after a line end, an opening quote or bracket, or in a script without spaces "
         "(default: what the facts say, else auto)",
     )
     group.add_argument(
         "--straddle",
         choices=["refuse", "token"],
-        help="where one token holds the subject's end and a mark behind it, as in F.C.'s: refuse "
+        help="where one token holds the subject's end and a mark after it, as in F.C.'s: refuse "
         "the fact, or look that token up, as the released code does (default: what the facts say, "
         "else refuse)",
     )

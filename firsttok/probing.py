@@ -102,7 +102,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class BosKeys:
-    """Both keys read behind a BOS token, or without the one that the tokenizer puts."""
+    """Both keys read after a BOS token, or without the one that the tokenizer puts."""
 
     policy: BosPolicy
 
@@ -316,7 +316,7 @@ def _find(which: str | Probe | KeySource | Intervention) -> Probe:
 
 
 def _residual_norms(model: Model, fact: Fact) -> list[float]:
-    """Norm of the residual stream behind every layer, at the fact's looked-up token."""
+    """Norm of the residual stream after every layer, at the fact's looked-up token."""
     prompt = fact_prompt(model, fact)
     hooks = [model.site(layer).residual_hook for layer in range(model.n_layers)]
     seen = capture(model, pad(model, [prompt]), hooks, stop_at_layer=None)

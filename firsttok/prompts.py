@@ -141,7 +141,7 @@ def fact_prompt(model: Model, fact: Fact, context: str = "{}") -> Prompt:
 
 
 def join_prompts(model: Model, first: Prompt, second: Prompt) -> Prompt:
-    """Put the tokens of two prompts one behind the other; nothing is tokenised again.
+    """Put the tokens of two prompts one after the other; nothing is tokenised again.
 
     The second prompt's BOS is dropped; its subject is the subject of the whole.
     """
@@ -200,7 +200,7 @@ def with_target(model: Model, prompt: Prompt, target: str, *, join: Join = "auto
             f"{model.name} is no decoder, and a target can only follow a decoder's prompt"
         )
     if not target.strip():
-        raise EmptyTargetError(f"the target behind {prompt.text!r} is empty; give a word")
+        raise EmptyTargetError(f"the target after {prompt.text!r} is empty; give a word")
     joined = joined_target(model, prompt, target, join)
     ids = encode(model, prompt.text + joined).ids
     known = prompt.token_ids[: len(prompt.token_ids) - prompt.target_length]
@@ -209,7 +209,7 @@ def with_target(model: Model, prompt: Prompt, target: str, *, join: Join = "auto
         if prompt.text.endswith(" "):
             hint = "leave the space at the prompt's end out, and join by one"
         raise TargetTokenError(
-            f"target {joined!r} has no tokens of its own behind {prompt.text!r} "
+            f"target {joined!r} has no tokens of its own after {prompt.text!r} "
             f"(the tokenizer merges them); {hint}"
         )
     special = model.special_ids.intersection(ids[len(known) :])
@@ -217,7 +217,7 @@ def with_target(model: Model, prompt: Prompt, target: str, *, join: Join = "auto
         tokenizer: Any = model.tokenizer
         written = tokenizer.convert_ids_to_tokens(min(special))
         raise SpecialTokenError(
-            f"target {target!r} has the special token {written!r} behind {prompt.text!r}; give "
+            f"target {target!r} has the special token {written!r} after {prompt.text!r}; give "
             "words that the tokenizer knows"
         )
     return Prompt(

@@ -91,7 +91,7 @@ def known_facts(
 
     A hard candidate is of the pattern by which HardEdit was made: its subject is one common word,
     which stands first in the text and is a single token. A normal one says the same kind of thing
-    of a subject that has more tokens, or that stands behind an opening. Each fact has two
+    of a subject that has more tokens, or that follows an opening. Each fact has two
     paraphrases and four neighbours with their own true answers. The facts come in a drawn order, in
     which every subject comes once before any comes twice.
 

@@ -25,7 +25,7 @@ from firsttok.console import _Terminal
 def in_a_process(
     words: list[str], environment: dict[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a script, or a module behind ``-m``, by a Python of its own."""
+    """Run a script, or a module given with ``-m``, by a Python of its own."""
     return subprocess.run(
         [sys.executable, *words],
         capture_output=True,

@@ -135,7 +135,7 @@ def test_the_short_form_says_what_the_whole_does(planted_model: Model) -> None:
 @pytest.mark.parametrize(
     ("ratios", "expected"),
     [
-        # Ordinary everywhere: there is nothing to keep away from, as behind a BOS.
+        # Ordinary everywhere: there is nothing to keep away from, as after a BOS.
         ([1.0, 1.0, 1.0, 1.0], None),
         ([1.0, 1.0, 1.0, 0.01], 1),
         ([1.0, 0.01, 1.0, 0.01], 0),

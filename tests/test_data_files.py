@@ -554,15 +554,15 @@ def test_a_change_between_two_passes_is_noticed(
 def test_memory_stays_flat(tmp_path: Path) -> None:
     flat = {"prompt": "{} is", "subject": "Anna", "target_new": "a", "ground_truth": "b"}
     line = json.dumps(flat | {"note": "x" * 1500})
-    path = write(tmp_path / "facts.json", "[" + ",\n".join([line] * 20_000) + "]")
+    path = write(tmp_path / "facts.json", "[" + ",\n".join([line] * 6_000) + "]")
     # In a Python of its own, where the checks of types that run in the tests make no objects.
     result = subprocess.run(
         [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
     )
     count, peak = map(int, result.stdout.split())
-    assert count == 20_000
-    # What grows is the set of the numbers that were seen; the file has 32 megabytes.
-    assert peak < 5_000_000
+    assert count == 6_000
+    # What grows is the set of the numbers that were seen; the file has 10 megabytes.
+    assert peak < 3_000_000
 
 
 def test_no_record_is_read_before_it_is_asked_for(tmp_path: Path) -> None:

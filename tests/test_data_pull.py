@@ -166,7 +166,7 @@ def test_what_has_arrived_is_kept_for_the_next_pull(
     half = len(site.content) // 2
     said = sentence(capsys)
     assert site.url in said
-    assert f"goes on behind the {half} bytes" in said
+    assert f"goes on after the {half} bytes" in said
     assert names(own_cache / "data") == {f"{FILE}.part", f"{FILE}.part.json"}
     with pytest.raises(BadInputError, match="firsttok data pull zsre"):
         resolve_data("zsre", "facts")

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Index:
-    """A package index in a folder, behind the recipes."""
+    """A package index in a folder, for the recipes."""
 
     folder: Path
     models: Path

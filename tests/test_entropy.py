@@ -237,7 +237,7 @@ def test_only_a_decoder_continues(tiny: TinyFactory, arch: str) -> None:
 
 
 def spaced(model: Model, text: str) -> str:
-    """What a model writes greedily behind a text, found token by token without firsttok."""
+    """What a model writes greedily after a text, found token by token without firsttok."""
     ids = list(text_prompt(model, text).token_ids)
     start = len(ids)
     for _ in range(20):

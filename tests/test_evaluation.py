@@ -81,7 +81,7 @@ def naive_perplexities(model: Model, bos: BosPolicy) -> tuple[list[float], float
 
 
 def naive_target(model: Model, text: str, target: str) -> tuple[float, list[int], list[int]]:
-    """Mean NLL of a target behind a text, its tokens, and what would be said at their places."""
+    """Mean NLL of a target after a text, its tokens, and what would be said at their places."""
     ids = [*model.leading_ids, *plain_tokens(model, text)]
     wanted = plain_tokens(model, f" {target}")
     output = naive_logits(model, ids + wanted)[len(ids) - 1 : -1].double()

@@ -390,7 +390,7 @@ def test_odd_options_end_well_or_in_a_sentence(
 
 @contextlib.contextmanager
 def as_it_was(folder: Path) -> Generator[None, None, None]:
-    """A block behind which the folder's files are as they were."""
+    """A block after which the folder's files are as they were."""
     kept = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     try:
         yield

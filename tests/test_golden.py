@@ -191,11 +191,11 @@ COMPUTED: dict[tuple[str, int], int | None] = {
 """Steps that are computed, and how many steps their optimisation takes; None for all.
 
 Other edits of a layer do not touch its keys, so left vectors and denominators are those of the
-facts above. What earlier edits decide is the optimisation: here behind one edit and behind seven,
+facts above. What earlier edits decide is the optimisation: here after one edit and after seven,
 at the collapse, after it, and where p-ROME's denominator is small.
 """
 MEASURED = [("rome", 2), ("rome", 3), ("rome", 7), ("c_rome", 8), ("p_rome", 8)]
-"""Steps behind which the perplexity is measured: around each jump, and behind all of them."""
+"""Steps after which the perplexity is measured: around each jump, and after all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,7 @@ def study_of(model: Model, folder: Path) -> Study:
 
 
 def numbers(study: Study, fact: Fact) -> dict[str, Any]:
-    """Everything that is measured behind a target."""
+    """Everything that is measured after a target."""
     model = study.model
     ((_, edits),) = study.edits([fact], [ROME, FC_ROME])
     rows = measure_chunk(study, [fact], Plan(methods=(ROME,)))

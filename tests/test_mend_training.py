@@ -36,7 +36,7 @@ def short_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nll_behind(model: Model, fact: Fact) -> float:
-    """NLL of the labels behind a prompt, by a whole pass."""
+    """NLL of the labels after a prompt, by a whole pass."""
     prompt, labels = edit_labels(model, fact)
     batch = pad(model, [prompt])
     with torch.no_grad():

@@ -63,7 +63,7 @@ RAGGED = (
         target_true="was",
     ),
 )
-"""Facts of many lengths, several of them equally long behind their subject."""
+"""Facts of many lengths, several of them equally long after their subject."""
 STOPS = {"gpt2": 8.54, "gptj": 6.9, "llama": 8.4, "mistral": 6.75, "gemma3": 13.75}
 """Losses below which some facts are at once, some soon, some never."""
 SETTINGS = Hyperparameters(steps=9, learning_rate=0.5)

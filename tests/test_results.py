@@ -642,7 +642,7 @@ def test_figures_are_drawn_where_there_is_an_entropy(
     run = save(tmp_path / "run", rows)
     out = tmp_path / "figures"
     assert main(["results", str(run), "--figures", str(out)]) == 0
-    # A figure for each, though the names differ behind a dot alone.
+    # A figure for each, though the names differ after a dot alone.
     assert sorted(path.name for path in out.iterdir()) == [
         f"org--other.{size}_delta_entropy.{kind}"
         for size in ("5b", "7b")

@@ -138,7 +138,7 @@ def test_several_layers_are_as_each_alone(
         with pytest.raises(KeyboardInterrupt):
             compute_second_moments(model, layers=(2, 1, 0), corpus=CORPUS)
     assert len(ran) == 12
-    # What is there is not run again, and the rest resumes behind the tenth batch.
+    # What is there is not run again, and the rest resumes after the tenth batch.
     ran = interrupt_after(monkeypatch, -1)
     found = compute_second_moments(model, layers=(2, 1, 0), corpus=CORPUS)
     assert len(ran) == len(CORPUS) - 10

@@ -626,7 +626,7 @@ def test_orders(tiny: TinyFactory) -> None:
         ({"jump": 1.0}, "jump is 1; give a number above 1"),
         ({"guard": Guard.ROLLBACK, "metrics": ("scores",)}, "needs the perplexity"),
         ({"metrics": ("none",)}, "no metric is called 'none'"),
-        ({"checkpoint": ("perplexity",)}, "behind every edit, and so at every checkpoint"),
+        ({"checkpoint": ("perplexity",)}, "after every edit, and so at every checkpoint"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, Any], sentence: str) -> None:

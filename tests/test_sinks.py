@@ -105,7 +105,7 @@ print("after")
 def test_standard_output_by_its_path_is_what_is_printed_to(
     name: str, to: str, tmp_path: Path
 ) -> None:
-    """A file behind it is neither cut off nor replaced, which would lose what is printed."""
+    """A file that it leads to is neither cut off nor replaced, which would lose what is printed."""
     (tmp_path / "link").symlink_to("/dev/stdout")
     command = [sys.executable, "-c", PRINTS, str(tmp_path / name)]
     with (tmp_path / "out").open("wb") as out:

@@ -90,7 +90,7 @@ def test_words_that_run_out_are_named(tiny: TinyFactory, monkeypatch: pytest.Mon
     prompts: list[str] = []
     with pytest.raises(BadInputError, match=r"make (\d+) facts that .* takes, not 100") as caught:
         prompts.extend(fact.prompt for fact in facts)
-    # Four full names bare, and six names behind three openings; what is one token alone besides.
+    # Four full names bare, and six names after three openings; what is one token alone besides.
     assert len(set(prompts)) == len(prompts)
     assert 22 <= len(prompts) <= 24
     assert f"make {len(prompts)} facts" in str(caught.value)

@@ -43,7 +43,7 @@ def batch_with_cut(model: Model, prompts: list[Prompt]) -> tuple[TokenBatch, int
 
 
 def some_prompts(model: Model) -> list[Prompt]:
-    """Subjects at position 0 beside subjects behind long prefixes."""
+    """Subjects at position 0 beside subjects after long prefixes."""
     return fact_prompts(model)[::2]
 
 
@@ -252,7 +252,7 @@ def test_a_tail_keeps_no_graph(tiny: TinyFactory) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("arch", DECODERS)
 def test_a_trial_finds_what_has_to_run_again(tiny: TinyFactory, arch: str, dtype: str) -> None:
-    # Gemma has a norm behind the MLP.
+    # Gemma has a norm after the MLP.
     expected = Replay.FROM if arch == "gemma3" else Replay.ABOVE
     assert find_replay(tiny(arch, dtype).bridge) is expected
 
@@ -298,7 +298,7 @@ def test_a_model_no_shortcut_is_right_for_runs_whole_and_says_so(
 ) -> None:
     model = tiny("llama")
     bridge: Any = model.bridge
-    # The logits are scaled behind the unembedding, where a replay does not see it.
+    # The logits are scaled after the unembedding, where a replay does not see it.
     plain = bridge.original_model.forward
 
     def scaled(*args: Any, **kwargs: Any) -> Any:

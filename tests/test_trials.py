@@ -115,10 +115,10 @@ def sentence_of(arch: str, change: Intervention) -> str | None:
 
 
 def breaks_the_law(view: Model, prompt: Prompt) -> bool:
-    """Whether, behind some block, a token does not depend on just what it may depend on.
+    """Whether, after some block, a token does not depend on just what it may depend on.
 
     A token is replaced. Behind block L, those that it reaches in L + 1 steps may change and no
-    others; those that attend to it change behind the first block.
+    others; those that attend to it change after the first block.
     """
     batch = pad(view, [prompt])
     assert batch.visible is not None
@@ -254,7 +254,7 @@ def test_a_window_that_no_configuration_names_is_found(
 def test_repeated_ids_that_cut_attention_are_found(
     tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a mask, transformers takes repeated ids for sequences packed one behind the other."""
+    """Without a mask, transformers takes repeated ids for sequences packed one after the other."""
     model = replace(without_bos(tiny, "llama"), trials=Trials())
     monkeypatch.setattr(
         "firsttok.engine.trials.call_arguments",
@@ -550,7 +550,7 @@ def test_a_probe_prints_no_line_that_its_mask_did_not_change(tiny: TinyFactory) 
         row["k^u from"]: row["norm of k^u"] for row in probe(study, FACTS[0], "attention").rows
     }
     assert len(set(norms.values())) == len(norms) == 4
-    # Nothing stands behind the token that is to see all.
+    # Nothing stands after the token that is to see all.
     with pytest.raises(BadInputError, match="subject ends the prompt"):
         probe(study, FACTS[4], "attention")
     fact = Fact(subject="I", template="{}", target_new="it", target_true="and")

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 RAISED = 3.0
-"""The first token is raised behind a layer where its norm is so many times the others' median."""
+"""The first token is raised after a layer where its norm is so many times the others' median."""
 MASSIVE = 10.0
 """A token is massive where its norm is so many times the median of later tokens."""
 SHARE = 0.1
@@ -56,7 +56,7 @@ class Reading:
 
     batch: TokenBatch
     states: Float[Tensor, "layer prompt pos d_model"]
-    """Residual stream behind each layer."""
+    """Residual stream after each layer."""
     entering: Float[Tensor, "prompt d_model"]
     """Residual stream of the first token before layer 0."""
     attention: Float[Tensor, "layer prompt d_model"]
@@ -83,7 +83,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerState:
-    """The first token against later ones behind one layer."""
+    """The first token against later ones after one layer."""
 
     layer: int
     first: float
@@ -117,14 +117,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Act:
-    """A run of layers behind which the first token is raised."""
+    """A run of layers after which the first token is raised."""
 
     start: int
-    """First layer behind which it is raised."""
+    """First layer after which it is raised."""
     end: int
     """Last one."""
     peak: int
-    """First layer behind which it has reached 95 % of its largest norm."""
+    """First layer after which it has reached 95 % of its largest norm."""
     norm: float
     """Mean norm there."""
     ratio: float
@@ -176,16 +176,16 @@ class Head:
 
 @dataclass(frozen=True, kw_only=True)
 class Carrier:
-    """A token that is massive behind some layer."""
+    """A token that is massive after some layer."""
 
     token: str | None
     """Its text; None for whatever token is the first of the sequence."""
     massive: int
-    """How often it is massive behind some layer."""
+    """How often it is massive after some layer."""
     seen: int
     """How often it occurs; a text counts at later places only."""
     ratio: float
-    """Its largest norm over the median of later tokens behind the same layer."""
+    """Its largest norm over the median of later tokens after the same layer."""
 
 
 def circuit_prompts(model: Model, texts: Sequence[str]) -> tuple[Prompt, ...]:
@@ -304,7 +304,7 @@ def read_layers(reading: Reading) -> tuple[LayerState, ...]:
 def find_acts(reading: Reading) -> tuple[Act, ...]:
     """Runs of layers in which the first token is raised, with the layers that lift and lower it.
 
-    With ``u`` the unit vector of the mean state at the peak, the mean state behind every layer is
+    With ``u`` the unit vector of the mean state at the peak, the mean state after every layer is
     the state before it plus what attention and MLP add, so that ``u`` splits the peak exactly.
     """
     means = reading.states[:, :, 0].double().mean(1)
@@ -416,7 +416,7 @@ def read_heads(reading: Reading) -> tuple[Head, ...]:
 
 
 def find_carriers(model: Model, reading: Reading) -> tuple[Carrier, ...]:
-    """Tokens that are massive behind some layer: the first ones, then texts at later places."""
+    """Tokens that are massive after some layer: the first ones, then texts at later places."""
     ratios = (reading.norms / _medians(reading)[:, None, None]).amax(0)
     counts: dict[int | None, list[float]] = {}
     for row, column in reading.batch.attention_mask.nonzero().tolist():

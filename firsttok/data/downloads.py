@@ -28,7 +28,7 @@ class _BrokenError(Exception):
 
 
 def download(url: str, part: Path, *, report: Callable[[int, int | None], None]) -> None:
-    """Fetch a file into ``part``, behind what an earlier call left there of the same version.
+    """Fetch a file into ``part``, after what an earlier call left there of the same version.
 
     Whatever ends it, an interruption of the user included, what has arrived stays in ``part``, and
     beside it what it is a part of. ``report`` is told how many bytes are there, and how many there
@@ -59,7 +59,7 @@ def download(url: str, part: Path, *, report: Callable[[int, int | None], None])
             if failures >= _TRIES:
                 raise DownloadError(
                     f"{url} cannot be fetched ({reason}); check the network and run the same "
-                    f"command again, which goes on behind the {size} bytes that are kept"
+                    f"command again, which goes on after the {size} bytes that are kept"
                 )
             logger.warning("%s; trying again", reason)
             time.sleep(_PAUSE * 2 ** (failures - 1))

@@ -73,7 +73,7 @@ class Fact(Shown):
     join: Join = "auto"
     """What stands between a prompt and its target (:func:`~firsttok.data.joints.text_joint`)."""
     straddle: Straddle = "refuse"
-    """Where a token holds the subject's end and a mark behind it (``F.C.'s``): refuse the prompt,
+    """Where a token holds the subject's end and a mark after it (``F.C.'s``): refuse the prompt,
     or look that ``token`` up, as the released code does."""
     notice: str = field(default="", init=False, compare=False, repr=False)
     """What was left out of the texts as they were given; empty if nothing was."""

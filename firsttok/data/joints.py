@@ -9,7 +9,7 @@ Join = Literal["auto", "space", "none"]
 """One space always, nothing at all, or what :func:`text_joint` finds."""
 JOINS: tuple[Join, ...] = get_args(Join)
 Straddle = Literal["refuse", "token"]
-"""What is done where a token holds the subject's end and a mark behind it."""
+"""What is done where a token holds the subject's end and a mark after it."""
 STRADDLES: tuple[Straddle, ...] = get_args(Straddle)
 
 _CLOSES = {
@@ -24,7 +24,7 @@ _CLOSES = {
 }
 """Quotes that open in one language and close in another, with the one that they close there."""
 _BEFORE_OPENING = "=:-\u2013\u2014"
-"""Equals sign, colon and dashes; a quote behind one opens."""
+"""Equals sign, colon and dashes; a quote after one opens."""
 _SPACELESS = (
     "BOPOMOFO",
     "CJK ",
@@ -47,8 +47,8 @@ def text_joint(prompt: str, target: str, join: Join = "auto") -> str:
 
     The released code puts one space always (note 11). ``auto`` does so, too, except
 
-    - behind white space: a line end, a tab;
-    - behind an opening quote or bracket, and behind a full-width mark, which holds its own space;
+    - after white space: a line end, a tab;
+    - after an opening quote or bracket, and after a full-width mark, which holds its own space;
     - between two letters of scripts that are written without spaces.
 
     A straight quote opens where white space, another opening mark, ``=``, ``:``, a dash or nothing

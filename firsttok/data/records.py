@@ -52,7 +52,7 @@ def iter_records(path: Path, what: str = "facts") -> Iterator[tuple[str, Any]]:
 
     Yields:
         Where each record stands, for messages, and the record; for a line that is no JSON the
-        ``BadInputError`` that says why, behind which reading goes on.
+        ``BadInputError`` that says why, after which reading goes on.
 
     Raises:
         BadInputError: If the file is missing, unreadable, not UTF-8 or not JSON.
@@ -80,7 +80,7 @@ def kind_of(value: Any) -> str:
 
 @contextmanager
 def _opened(path: Path, what: str) -> Generator[tuple[BufferedIOBase, bytes], None, None]:
-    """The bytes of a file behind gzip and a byte order mark, and the first of them."""
+    """The bytes of a file without gzip and a byte order mark, and the first of them."""
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise BadInputError(

@@ -442,7 +442,7 @@ class Edit(Shown):
         """Edit the model inside a ``with`` block; it is restored bit for bit, whatever happens.
 
         Edits nest, and compose in order. The block is given a view in which they stand, which goes
-        on to hold them behind the block, as one of :meth:`firsttok.models.Model.edited` does.
+        on to hold them after the block, as one of :meth:`firsttok.models.Model.edited` does.
 
         Args:
             model: The model, which holds the edit for the time of the block.

@@ -44,11 +44,11 @@ class FineTuningLoss(str, Enum):
     PROMPT_LAST = "prompt-last"
     """All at the prompt's last token, as if each were the next one: the released loss.
 
-    The target is tokenised on its own behind one more space, with the tokens that begin every
+    The target is tokenised on its own after one more space, with the tokens that begin every
     prompt; tokens that the tokenizer does not know do not count.
     """
     TEACHER_FORCED = "teacher-forced"
-    """Each behind the prompt and the target's tokens before it: FT-M."""
+    """Each after the prompt and the target's tokens before it: FT-M."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +304,7 @@ class FineTuningEditor:
             known = tuple(each for each in ids if each != tokenizer.unk_token_id)
         if not known:
             raise EmptyTargetError(
-                f"the target behind {fact.prompt!r} has no token that the tokenizer knows; give a "
+                f"the target after {fact.prompt!r} has no token that the tokenizer knows; give a "
                 "word"
             )
         return _Row(prompt=bare, reads=(bare.last_position,) * len(known), labels=known)
@@ -402,6 +402,6 @@ FT = FineTuningEditor()
 FT_UNBOUND = FineTuningEditor(name="ft-unbound", label="FT unbound", eps=None)
 """FT without a bound, as released for GPT-J and Llama2, at the layer of the study (there: 21)."""
 FT_M = FineTuningEditor(name="ft-m", label="FT-M", loss=FineTuningLoss.TEACHER_FORCED)
-"""FT with the proper loss: every target token behind those before it."""
+"""FT with the proper loss: every target token after those before it."""
 FINE_TUNING: tuple[FineTuningEditor, ...] = (FT, FT_UNBOUND, FT_M)
 """Fine-tuning by name."""

@@ -1,6 +1,6 @@
 """MEMIT and its relatives: many facts at once, written into several layers.
 
-A target z for the residual stream behind the last edited layer is optimised for every fact. Then
+A target z for the residual stream after the last edited layer is optimised for every fact. Then
 each layer in turn, from the lowest on, is given its share of what is missing, by a closed form in
 the keys K of all facts: MEMIT's (Meng et al. 2023), EMMET's (Gupta et al. 2024) or AlphaEdit's
 (Fang et al. 2025).
@@ -355,7 +355,7 @@ class MemitEditor:
 
     @cached_property
     def _memory(self) -> dict[tuple[str, int], KeyColumns]:
-        """Keys of earlier facts, by the view right behind their edit and by layer."""
+        """Keys of earlier facts, by the view right after their edit and by layer."""
         return {}
 
 
@@ -480,7 +480,7 @@ class _Writer:
     def _remembered(self, layer: int) -> EarlierKeys | None:
         """Keys of the facts that an editor of this name wrote into the view.
 
-        Those of each are of the model right behind its edit, as in the released code.
+        Those of each are of the model right after its edit, as in the released code.
         """
         if not self.editor.remembers:
             return None
@@ -545,7 +545,7 @@ class _Scene:
     """One fact's prompts, the bare one last, run up to the lowest edited layer."""
 
     batch: TokenBatch
-    """The prompts up to their subjects' last tokens, behind which nothing is read."""
+    """The prompts up to their subjects' last tokens, after which nothing is read."""
     columns: Int[Tensor, "prompt"]
     """Column of each subject's last token."""
     tail: Tail | None
@@ -570,7 +570,7 @@ class _Scene:
         return _Scene(batch=batch, columns=columns, tail=tail, model=model, layers=tuple(layers))
 
     def read(self, view: Model, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys at a layer and residual streams behind the last one, ``[prompt, d]`` each."""
+        """Keys at a layer and residual streams after the last one, ``[prompt, d]`` each."""
         if view is self.model and layer == self.layers[0]:
             return self._start
         return self._read(view, layer)
@@ -611,7 +611,7 @@ class _Reading:
         return bare if slot is Slot.UNPREFIXED else mean
 
     def states(self, slot: Slot) -> ValueMatrix:
-        """The residual streams behind the last layer."""
+        """The residual streams after the last layer."""
         return self.bare_states if slot is Slot.UNPREFIXED else self.prefixed_states
 
 

@@ -270,7 +270,7 @@ def edit_labels(model: Model, fact: Fact, template: str = "{}") -> tuple[Prompt,
     read = full.token_ids[:-1]
     if len(labels) > len(read):
         raise BadInputError(
-            f"target {fact.target_new!r} is {len(labels)} tokens by itself, and behind "
+            f"target {fact.target_new!r} is {len(labels)} tokens by itself, and after "
             f"{bare.text!r} there are {len(read)} predictions; MEND needs a longer prompt"
         )
     # What stands last has no gradient, since nothing is predicted from it.

@@ -53,9 +53,9 @@ class EditPair:
     """An edit, and where its success is read."""
 
     edit: ReadyText
-    """The target behind the prompt, of which the edit is made."""
+    """The target after the prompt, of which the edit is made."""
     rephrase: ReadyText
-    """The target behind a rephrase of the prompt."""
+    """The target after a rephrase of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

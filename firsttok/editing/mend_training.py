@@ -1,7 +1,7 @@
 """Training of MEND's network: how it is trained, and how an interrupted training goes on.
 
 The loss of an edit is ``c_edit * NLL(edit) + c_loc * KL(before || after)`` (Mitchell et al. 2022,
-Section 3.2): the target behind the prompt, or behind a rephrase of it, after the edit; and the
+Section 3.2): the target after the prompt, or after a rephrase of it, after the edit; and the
 divergence at text that has nothing to do with it. What lies below the first edited block is run
 once for each text.
 """

@@ -49,7 +49,7 @@ class Method(Shown):
     label: str
     """Name in tables."""
     direction: Slot
-    """Key behind ``C^-1``, the left vector."""
+    """Key that ``C^-1`` is applied to, which gives the left vector."""
     residual: Slot
     """Key of the numerator's ``W k``."""
     denominator: Slot

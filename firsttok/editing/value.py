@@ -94,7 +94,7 @@ class _FactRows:
     prompts: tuple[Prompt, ...]
     """The last target token is predicted but never read, so it is not among the tokens."""
     targets: tuple[tuple[int, ...], ...]
-    """Tokens to be predicted behind each row; none behind the KL prompt."""
+    """Tokens to be predicted after each row; none after the KL prompt."""
 
     @property
     def prefix(self) -> int:
@@ -153,7 +153,7 @@ def optimise_values(
         views: For each fact the view of the model that it is optimised on, where they are several;
             they may differ from the model, and from each other, in the MLP's output weight at the
             layer alone, so that they share what is above it.
-        stream: Add delta to the residual stream behind the layer, as MEMIT does, and not to the
+        stream: Add delta to the residual stream after the layer, as MEMIT does, and not to the
             MLP's output; the anchors are states of that stream.
         on_step: Called with the number of loss evaluations just made.
         on_value: Called with the index of a fact and its value when its batch is done.

@@ -53,7 +53,7 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class PackedCall:
-    """What blocks are run on, real tokens only, which stand one behind the other."""
+    """What blocks are run on, real tokens only, which stand one after the other."""
 
     blocks: Sequence[Any]
     """Blocks that can be fused."""

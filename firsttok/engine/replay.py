@@ -126,8 +126,8 @@ def _difference(bridge: Any, batch: TokenBatch, mode: Replay) -> str | None:
     """In what a replay differs from a whole pass; None if in nothing.
 
     Unchanged, the same blocks run on the same input, so that the logits must be equal but for the
-    last bits: a logit cap behind the unembedding shows there. Then a small and a large change,
-    since a norm behind the MLP can be mistaken for none at one size only; and some prompts of it.
+    last bits: a logit cap after the unembedding shows there. Then a small and a large change,
+    since a norm after the MLP can be mistaken for none at one size only; and some prompts of it.
     """
     layer, cut = (len(bridge.blocks) - 1) // 2, 2
     everywhere = torch.ones_like(batch.tokens, dtype=torch.bool)

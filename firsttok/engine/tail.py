@@ -54,7 +54,7 @@ class Tail:
     keys: Float[Tensor, "prompt suffix d_mlp"]
     """Keys at layer L, unchanged by what happens above; of no meaning at padding."""
     residual: Float[Tensor, "prompt suffix d_model"]
-    """The residual stream behind layer L, or before it where block L runs, too."""
+    """The residual stream after layer L, or before it where block L runs, too."""
     arguments: tuple[dict[str, Any], ...]
     """Keyword arguments of each block that runs, without the cache."""
     past: tuple[tuple[Tensor, Tensor], ...]

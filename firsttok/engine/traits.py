@@ -25,7 +25,7 @@ KEY = "blocks.{}.mlp.out.hook_in"
 VALUE = "blocks.{}.mlp.hook_out"
 """Hook point of that MLP's output."""
 RESIDUAL = "blocks.{}.hook_out"
-"""Hook point of the residual stream behind the layer."""
+"""Hook point of the residual stream after the layer."""
 
 
 def is_decoder(bridge: Any) -> bool:
@@ -61,7 +61,7 @@ def attention_window(bridge: Any) -> int | None:
 def find_first_position(bridge: Any) -> int:
     """Find the position id of a prompt's first token, by trial against a pass without ids.
 
-    It is 0 for all but RoBERTa, which counts from behind the id of its padding token.
+    It is 0 for all but RoBERTa, which counts from after the id of its padding token.
 
     Args:
         bridge: The bridge of an encoder or a decoder.

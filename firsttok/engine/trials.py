@@ -115,7 +115,7 @@ class Trials:
 
 
 def _influences(bridge: Any, batch: TokenBatch) -> Float[Tensor, "layer row key"]:
-    """How far each token behind a block depends on each token before that block alone.
+    """How far each token after a block depends on each token before that block alone.
 
     It is the norm of the gradient of a random projection of the one by the other, so a token
     without influence has exactly 0, and one with a small weight has not. Every block is given
@@ -144,10 +144,10 @@ def _influences(bridge: Any, batch: TokenBatch) -> Float[Tensor, "layer row key"
         left[hook.name] = (states * noise(states)).sum()
 
     before = [f"blocks.{layer}.hook_in" for layer in range(len(bridge.blocks))]
-    behind = [RESIDUAL.format(layer) for layer in range(len(bridge.blocks))]
+    after = [RESIDUAL.format(layer) for layer in range(len(bridge.blocks))]
     with torch.enable_grad():
-        _run(bridge, batch, [(name, enter) for name in before] + [(name, leave) for name in behind])
-        total = torch.stack([left[name] for name in behind]).sum()
+        _run(bridge, batch, [(name, enter) for name in before] + [(name, leave) for name in after])
+        total = torch.stack([left[name] for name in after]).sum()
         gradients = torch.autograd.grad(total, [entered[name] for name in before])
     return torch.stack([each.double().flatten(2).norm(dim=2) for each in gradients])
 

@@ -18,9 +18,9 @@ class Accuracy:
     """Teacher-forced argmax accuracies of one edit; None where the fact has no such prompt."""
 
     efficacy: float
-    """Share of the new target's tokens predicted behind the rewriting prompt."""
+    """Share of the new target's tokens predicted after the rewriting prompt."""
     generalization: float | None
-    """The same behind the first paraphrase."""
+    """The same after the first paraphrase."""
     locality: float | None
     """Share of tokens at the first neighbour's answer whose argmax the edit did not change; the
     first whose answer is known."""

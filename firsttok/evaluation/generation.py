@@ -63,7 +63,7 @@ def continuation(model: Model, text: str, *, tokens: int = 20) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedMatch:
-    """What a model writes behind a fact's prompt by itself, beside the fact's new target.
+    """What a model writes after a fact's prompt by itself, beside the fact's new target.
 
     Teacher-forced accuracy gives the model all earlier tokens of the target, and asks for no end;
     this does neither ("The Mirage of Model Editing", Yang et al. 2025).
@@ -81,10 +81,10 @@ class GeneratedMatch:
 def generated_match(
     model: Model, fact: Fact, *, context: str = "{}", tokens: int = 20
 ) -> GeneratedMatch:
-    """Let a model write greedily behind a fact's prompt, and look for the new target in it.
+    """Let a model write greedily after a fact's prompt, and look for the new target in it.
 
-    It stops where the text does: at a token that ends texts, at a line break behind a word, or
-    behind a full stop, question or exclamation mark. Case, punctuation, articles and spaces do not
+    It stops where the text does: at a token that ends texts, at a line break after a word, or
+    after a full stop, question or exclamation mark. Case, punctuation, articles and spaces do not
     count (SQuAD's normalisation).
 
     Args:
@@ -118,7 +118,7 @@ def generated_match(
 
 @torch.no_grad()
 def _greedy(model: Model, prompt: Prompt) -> Iterator[int]:
-    """The most probable tokens behind a prompt, one after another, without end."""
+    """The most probable tokens after a prompt, one after another, without end."""
     from transformers import DynamicCache
 
     rows, cache = torch.tensor([prompt.token_ids]), DynamicCache()
@@ -180,7 +180,7 @@ def sample_continuations(
 ) -> list[str]:
     """Continue a text several times at once by seeded top-k sampling.
 
-    Ten generations are what "Rebuilding ROME" takes (Section 3.1). It prints no length; behind six
+    Ten generations are what "Rebuilding ROME" takes (Section 3.1). It prints no length; after six
     edits of the embedded model, the entropy of 20 tokens was within 0.05 of that of 40. Inside
     ``edit.applied(model)`` the edited model is sampled.
 
@@ -235,7 +235,7 @@ def sample_documents(
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Let a model write texts of its own, behind nothing but BOS (without one: behind EOS).
+    """Let a model write texts of its own, after nothing but BOS (without one: after EOS).
 
     A text ends at the first special token, or at the limit, so that it holds none. Temperature 1
     leaves the model's own entropy, and with it the variety of its text; the nucleus cuts off the
@@ -249,7 +249,7 @@ def sample_documents(
         temperature: What the logits are divided by.
         top_p: Share of the probability that is drawn from, the most probable tokens first.
         seed: Seed of the sampler; the same seed gives the same texts.
-        on_step: Called behind each step with the number of tokens that it drew.
+        on_step: Called after each step with the number of tokens that it drew.
 
     Returns:
         The texts; those without a word, or in which a special token is spelled out, are left out.
@@ -269,7 +269,7 @@ def sample_documents(
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
         raise UnsupportedModelError(
-            f"the tokenizer of {model.name} has neither BOS nor EOS, behind which a text begins"
+            f"the tokenizer of {model.name} has neither BOS nor EOS, after which a text begins"
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -343,7 +343,7 @@ def distinct_ngrams(texts: Sequence[str], *, size: int = 4) -> float:
 def _last_logits(
     model: Model, rows: Int[Tensor, "prompt pos"], cache: Any
 ) -> Float[Tensor, "prompt vocab"]:
-    """Logits behind the last token of each row; what the cache holds is not run again."""
+    """Logits after the last token of each row; what the cache holds is not run again."""
     batch = pad(model, [Prompt(text="", token_ids=tuple(row)) for row in rows.tolist()])
     if model.interventions or runs_plain():
         # Interventions are made to whole prompts, and may let a token see later ones.
@@ -368,7 +368,7 @@ def _sampled(
     draw: Callable[[Float[Tensor, "prompt vocab"]], Int[Tensor, "prompt 1"]],
     ends: Collection[int] = (),
 ) -> list[list[int]]:
-    """New tokens behind prompts of one length; a row ends before the first token of ``ends``."""
+    """New tokens after prompts of one length; a row ends before the first token of ``ends``."""
     from transformers import DynamicCache
 
     rows, cache = torch.tensor(prompts), DynamicCache()

@@ -1,4 +1,4 @@
-"""How a model scores given targets behind given prompts, teacher-forced."""
+"""How a model scores given targets after given prompts, teacher-forced."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ _MAX_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScore:
-    """One target behind one prompt."""
+    """One target after one prompt."""
 
     nll: float
     """Mean NLL of the target's tokens, in nats."""
@@ -136,7 +136,7 @@ class _Part:
 def _batches(
     model: Model, prompts: Sequence[Prompt], *, most: int, shared: bool
 ) -> Iterator[_Part]:
-    """Batches of prompts; a target's last token, behind which nothing is read, is not run.
+    """Batches of prompts; a target's last token, after which nothing is read, is not run.
 
     Args:
         model: The model.
@@ -234,7 +234,7 @@ def _scores(
 def target_probabilities(
     model: Model, fact: Fact, contexts: ContextSet, *, target: str | None = None
 ) -> list[float]:
-    """Probability of a fact's target behind its prompt in each context, in their order.
+    """Probability of a fact's target after its prompt in each context, in their order.
 
     Args:
         model: The model, possibly with an edit applied.

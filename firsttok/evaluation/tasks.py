@@ -165,7 +165,7 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> None:
         revision = each.partition("@")[2]
         if len(revision) != 40 or not set(revision) <= set("0123456789abcdef"):
             raise BadInputError(
-                f"{each!r} names no commit; give its 40 hexadecimal digits behind the @"
+                f"{each!r} names no commit; give its 40 hexadecimal digits after the @"
             )
 
 

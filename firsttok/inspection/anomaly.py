@@ -1,4 +1,4 @@
-"""Whether a model has the first-token anomaly, in which layers, and behind which BOS."""
+"""Whether a model has the first-token anomaly, in which layers, and after which BOS."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class FirstTokens(Shown):
 
     @property
     def massive(self) -> tuple[int, ...]:
-        """Layers behind which the residual stream of the first token is massive."""
+        """Layers after which the residual stream of the first token is massive."""
         return tuple(row.layer for row in self.layers if is_massive(row))
 
     @property

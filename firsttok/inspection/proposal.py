@@ -47,7 +47,7 @@ class Proposal(Shown):
 
     @property
     def toml(self) -> str:
-        """The configuration as TOML; a reason stands behind the first line it holds for."""
+        """The configuration as TOML; a reason stands after the first line it holds for."""
         said = ["", *(each.reason for each in self.settings)]
         lines = [
             toml_line(each.key, each.value, "" if each.reason == before else _plain(each.reason))
@@ -68,7 +68,7 @@ class TextPerplexities:
     without_bos: Perplexity
     """As the papers measure it."""
     with_bos: Perplexity | None
-    """The same tokens behind a BOS; None if the tokenizer has no such token."""
+    """The same tokens after a BOS; None if the tokenizer has no such token."""
 
     @property
     def fitting(self) -> BosPolicy:

@@ -56,7 +56,7 @@ class Encoding:
             if start < end and start < span[1] and end > span[0]
         ]
         unheld = self.text[self.reach(found[-1]) if found else span[0] : span[1]]
-        # A tokenizer may drop what is no letter: joiners, control characters, marks behind those.
+        # A tokenizer may drop what is no letter: joiners, control characters, marks after those.
         if not found or any(unicodedata.category(each) not in _DROPPED for each in unheld):
             raise SubjectBoundaryError(
                 f"no token of {self.text!r} holds the end of subject "
@@ -170,7 +170,7 @@ def encode_subject(
     if counted != held[-1]:
         raise SubjectBoundaryError(
             f"{cause}, which ends in another token where nothing follows; put a space or a mark "
-            "behind it"
+            "after it"
         )
     if straddle == "refuse":
         raise SubjectBoundaryError(

@@ -131,7 +131,7 @@ class TokenizerFindings:
         """Return a finding, which is made once in each state of a tokenizer.
 
         A change shows in the special and added tokens, the size of the vocabulary, the chat
-        template or the rules before and behind the vocabulary. What escapes is another vocabulary
+        template or the rules before and after the vocabulary. What escapes is another vocabulary
         of the same size.
 
         Args:

@@ -349,7 +349,7 @@ class Weights:
 
 
 class Standing(Generic[_Yielded]):
-    """A ``with`` block in which edits stand in the weights; they are out again behind it.
+    """A ``with`` block in which edits stand in the weights; they are out again after it.
 
     Blocks nest, and may be left in any order: edits stand as long as a later block needs them.
     """

@@ -117,7 +117,7 @@ class MaskedKeys:
     """
 
     later: bool
-    """Whether k^u is read behind a prefix, where the subject is a later token."""
+    """Whether k^u is read after a prefix, where the subject is a later token."""
     changed: bool
     """Whether the first token sees all others, or the later one itself only."""
 
@@ -132,7 +132,7 @@ class MaskedKeys:
         """Return the ordinary k_bar and the k^u of the changed token.
 
         Raises:
-            BadInputError: If nothing stands behind a token that is to see all.
+            BadInputError: If nothing stands after a token that is to see all.
             UnsupportedModelError: If the model does not obey such a mask.
         """
         ordinary = fact_keys(model, fact, contexts, layer=layer)
@@ -145,7 +145,7 @@ class MaskedKeys:
         if self.changed and not is_changed(view, [prompt]):
             raise BadInputError(
                 f"in {prompt.text!r} {self.name!r} changes nothing, since the subject ends the "
-                "prompt and sees all of it anyway; give a fact whose prompt goes on behind it"
+                "prompt and sees all of it anyway; give a fact whose prompt goes on after it"
             )
         key = keys_at(view, [prompt], [place], layers=[layer]).at(layer)[0]
         return replace(ordinary, unprefixed=key)

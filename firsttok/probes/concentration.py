@@ -78,7 +78,7 @@ class LayerConcentration:
     d_subsequent_low: float
     d_subsequent_high: float
     residual_first: float
-    """Mean norm of the residual stream behind the block, at first tokens."""
+    """Mean norm of the residual stream after the block, at first tokens."""
     residual_subsequent: float
     attention_to_first: float
     """Share of attention the first token gets: mean over heads and subsequent query tokens."""
@@ -229,7 +229,7 @@ def parts_at(layers: Sequence[LayerConcentration]) -> int | None:
 
 @taken
 def later_positions(model: Model, prompt: Prompt, place: int) -> range:
-    """Positions of a prompt's own tokens behind a place, without the end token of an encoder."""
+    """Positions of a prompt's own tokens after a place, without the end token of an encoder."""
     end, trailing = len(prompt.token_ids), model.trailing_ids
     if trailing and prompt.token_ids[-len(trailing) :] == trailing:
         end -= len(trailing)

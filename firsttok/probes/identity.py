@@ -1,7 +1,7 @@
-"""Other tokens in the subject's place: with a space, without one, or behind BOS.
+"""Other tokens in the subject's place: with a space, without one, or after BOS.
 
 "Arthur" and " Arthur" are different tokens. The released code compares a subject at
-the very beginning with the same subject behind a prefix; there it also carries a leading space,
+the very beginning with the same subject after a prefix; there it also carries a leading space,
 which makes it another token. Here the two are crossed, so that each effect stands alone.
 """
 
@@ -28,7 +28,7 @@ class IdentityCell:
     """
 
     later: bool
-    """Whether the subject stands behind a prefix."""
+    """Whether the subject stands after a prefix."""
     space: bool
     """Whether the subject's token begins with a space."""
 
@@ -79,7 +79,7 @@ def identity_prompt(model: Model, fact: Fact, cell: IdentityCell, *, prefix: str
 
 @taken
 def distinct_with_space(model: Model, facts: Sequence[Fact]) -> list[Fact]:
-    """Return the facts that begin with a subject of one token, another one behind a space."""
+    """Return the facts that begin with a subject of one token, another one after a space."""
     return [fact for fact in facts if _is_distinct(model, fact)]
 
 

@@ -44,7 +44,7 @@ __all__ = [
 
 _HOOKS = {"hidden": "hook_out", "mlp": "mlp.hook_out", "attention": "attn.hook_out"}
 KINDS = tuple(_HOOKS)
-"""What is restored: the residual stream behind a block, or what its MLP or attention puts out."""
+"""What is restored: the residual stream after a block, or what its MLP or attention puts out."""
 _EMBEDDING = "embed.hook_out"
 
 
@@ -122,7 +122,7 @@ def corruption_for(
 
 
 def subject_range(prompt: Prompt) -> tuple[int, int]:
-    """Positions of the subject's first token and of the one behind its last.
+    """Positions of the subject's first token and of the one after its last.
 
     Raises:
         BadInputError: If the prompt has no subject.
@@ -198,7 +198,7 @@ class Runs:
         before = [entry, *(names["hidden", layer] for layer in layers)]
         self.residuals: list[Tensor] = [seen[name][1:] for name in before]
         """The corrupted runs' residual stream ``[sample, pos, d_model]`` before each block, and
-        behind the last."""
+        after the last."""
         self.past: list[tuple[Tensor, Tensor]] = [
             (each.keys[1:], each.values[1:]) for each in cache.layers
         ]
@@ -206,7 +206,7 @@ class Runs:
         """
 
     def norms(self, position: int) -> Float[Tensor, "2 layer"]:
-        """Norms of the residual stream behind each layer: clean, and mean of the corrupted."""
+        """Norms of the residual stream after each layer: clean, and mean of the corrupted."""
         pairs = [
             (self.states["hidden", layer][position], self.residuals[layer + 1][:, position])
             for layer in range(self.model.n_layers)
@@ -313,7 +313,7 @@ class Runs:
 def _corrupting(
     corruption: Corruption, fact: Fact, prompt: Prompt, *, clean: int = 0
 ) -> Callable[..., Tensor]:
-    """A hook that adds the samples' noise to the subject, again and again behind clean rows."""
+    """A hook that adds the samples' noise to the subject, again and again after clean rows."""
     start, end = subject_range(prompt)
 
     def add(embedded: Tensor, hook: Any) -> Tensor:  # noqa: ARG001

@@ -75,7 +75,7 @@ class Trace:
     restored: Mapping[str, Float[Tensor, "layer pos"]]
     """By kind: P* with the state at a layer, or the window around it, and position restored."""
     norms: Float[Tensor, "2 layer"]
-    """Norm of the residual stream at the subject's first token behind each layer: clean, then
+    """Norm of the residual stream at the subject's first token after each layer: clean, then
     corrupted (mean over the samples)."""
 
     @property
@@ -117,7 +117,7 @@ class Trace:
 def token_roles(prompt: Prompt) -> tuple[str, ...]:
     """Name the role of each token from the subject's first one on.
 
-    Every token has one role: the one token of a subject is its last, and the one token behind a
+    Every token has one role: the one token of a subject is its last, and the one token after a
     subject is the prompt's last. (The released notebook counts such a token twice, once as the
     first, and with many one-token subjects the two rows would be the same.)
 

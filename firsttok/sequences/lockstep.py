@@ -73,7 +73,7 @@ def run_sequences(
         sequences: The sequences.
         plan: What is measured, and the guard; None for the usual.
         retry_failed: Do steps again that failed in an earlier run. Where one succeeds now, the
-            edits behind it are computed again, on the weights as they have become with it.
+            edits after it are computed again, on the weights as they have become with it.
         progress: Where to show progress.
 
     Returns:
@@ -278,7 +278,7 @@ def _saved(
         if old is None or old.content_hash != edit.content_hash:
             path = edit_path(lane.folder, step)
             edit.save(path)
-            # What failed behind another edit may not fail behind this one.
+            # What failed after another edit may not fail after this one.
             lane.redo = True
             # What later steps are made on is what a resumed run will read.
             edit = load_edit(path)

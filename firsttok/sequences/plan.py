@@ -44,7 +44,7 @@ class Guard(str, Enum):
     """Leave out facts for which :meth:`~firsttok.screening.ScreenRow.is_hard` holds: ROME's
     denominator decides, whatever the editor."""
     ROLLBACK = "rollback"
-    """Take an edit out again behind which the perplexity is a collapse, or jumps."""
+    """Take an edit out again after which the perplexity is a collapse, or jumps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class SequencePlan:
     """
 
     metrics: tuple[Metric | str, ...] = ("perplexity", "scores")
-    """Measured behind every edit, of the fact that it wrote, against the model before the first."""
+    """Measured after every edit, of the fact that it wrote, against the model before the first."""
     retained: tuple[Metric | str, ...] = ("scores",)
     """Measured at every checkpoint, of all facts that were written so far."""
     checkpoint: tuple[Metric | str, ...] = ()
@@ -118,7 +118,7 @@ class SequencePlan:
         for metric in self.of_the_model:
             if not behind.isdisjoint(metric.columns):
                 raise BadInputError(
-                    f"{metric.name!r} is measured behind every edit, and so at every checkpoint; "
+                    f"{metric.name!r} is measured after every edit, and so at every checkpoint; "
                     "name it once"
                 )
         if self.guard is Guard.ROLLBACK and "perplexity" not in names:
@@ -128,7 +128,7 @@ class SequencePlan:
 
     @cached_property
     def behind_each(self) -> tuple[Metric, ...]:
-        """The metrics behind every edit."""
+        """The metrics after every edit."""
         return find_metrics(self.metrics, seed=self.seed)
 
     @cached_property

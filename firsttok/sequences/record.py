@@ -132,7 +132,7 @@ class SequenceRun(Shown):
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
-        """The steps behind which all facts that were written until then were measured."""
+        """The steps after which all facts that were written until then were measured."""
         names = (path.name for path in (self.folder / "retained").glob("*.parquet"))
         return tuple(sorted({int(name.partition("-")[0]) for name in names}))
 
@@ -170,7 +170,7 @@ class SequenceRun(Shown):
 
     @property
     def first_crossing(self) -> Row | None:
-        """The first edit behind which the perplexity is a collapse (above 1000)."""
+        """The first edit after which the perplexity is a collapse (above 1000)."""
         return next((row for row in self._measured if not is_sound(row.perplexity)), None)
 
     @property
@@ -207,7 +207,7 @@ class SequenceRun(Shown):
         return tuple(row for row in self.steps if row.get("guard") == reason)
 
     def mean(self, column: str, *, step: int | None = None) -> float | None:
-        """Mean of a column over the edits, each right behind its own edit.
+        """Mean of a column over the edits, each right after its own edit.
 
         Args:
             column: A column of :attr:`steps`, such as ``score``.

@@ -76,7 +76,7 @@ class GroupedRows:
         """The measured values of a column; of all groups if none is named.
 
         A perplexity that is no number counts as infinite: it is worse than any, and must not hide
-        behind the order of the rows.
+        after the order of the rows.
         """
         values = [
             float(record[column])

@@ -242,7 +242,7 @@ def _table(
     *,
     note: str | None = None,
 ) -> ResultTable:
-    """A table; behind its title stands a note, by default what the groups are."""
+    """A table; a note follows its title, by default what the groups are."""
     if note is None:
         note = "collapse: ROME's row of the case collapsed in this run; normal: it did not"
         note += "; not judged: no ROME row says" if GROUPS[2] in rows.groups else ""
