@@ -288,18 +288,20 @@ def compare_methods(
         if key_source is not None:
             study = study.varied(key_source=key_source)
         strip, origin = tokens(study.model, fact), study.origin
+        task = bar.add_task("measuring before the edit", total=2)
+        # First, so that sentences that cannot be measured are refused before the optimisation.
+        unedited = study.original_perplexity
+        bar.advance(task)
+        before = observe(study.model, fact, unedited, contexts=study.contexts)
+        bar.advance(task)
         steps = max(1, optimisations(chosen) * study.hyperparameters.steps)
         task = bar.add_task("optimising the value", total=steps)
         ((_, made),) = study.edits([fact], chosen, on_step=lambda count: bar.advance(task, count))
         # An optimisation may end early, or its value be in the cache.
         bar.update(task, completed=steps)
         edits = [made[method.name] for method in chosen]
-        task = bar.add_task("measuring before and after", total=3 + len(edits))
-        unedited = study.original_perplexity
-        bar.advance(task)
+        task = bar.add_task("measuring after the edit", total=1 + len(edits))
         measured = study.perplexities(edits)
-        bar.advance(task)
-        before = observe(study.model, fact, unedited, contexts=study.contexts)
         bar.advance(task)
         results: list[WhatIf] = []
         for one, edit, found in zip(chosen, edits, measured, strict=True):

@@ -113,6 +113,20 @@ def test_saved_edit_is_the_one_that_was_shown(
     assert torch.allclose(change, torch.outer(edit.left, edit.right).T, atol=1e-5)
 
 
+@pytest.mark.parametrize(("text", "reason"), [("I", "has one token"), ("Rome is " * 200, "tokens")])
+def test_what_cannot_be_measured_is_refused_before_the_optimisation(
+    text: str,
+    reason: str,
+    quick: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path(quick[quick.index("--texts") + 1]).write_text(json.dumps([text]), "utf-8")
+    monkeypatch.delattr("firsttok.study.Study.edits")
+    assert main(["edit", *FACT, *quick]) == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_second_moment_and_contexts_are_made_once(
     llama: Path, tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

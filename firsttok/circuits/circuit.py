@@ -521,12 +521,13 @@ def _act_sentences(number: int, each: ActCircuit, found: Circuit) -> Iterator[st
     if each.neurons:
         top, silent = each.neurons[0], _silent(each.knock_outs, "top")
         random = _silent(each.knock_outs, "random").perplexity
+        sinks = "1 sink vanishes" if len(each.heads) == 1 else f"{len(each.heads)} sinks vanish"
         yield (
             f"Act {number} is written by layer {act.writer}: neuron {top.index} writes "
             f"{top.share:.0%}, the next one {each.neurons[1].share:.0%}. Silent at the first "
             f"token alone, the top {CURVE[-1]} leave {silent.share:.1%} of the peak and a "
             f"perplexity of {silent.perplexity:,.4g} (before {found.perplexity:,.4g}; "
-            f"{CURVE[-1]} random ones {random:,.4g}), and {len(each.heads)} sinks vanish."
+            f"{CURVE[-1]} random ones {random:,.4g}), and {sinks}."
         )
     if each.unmasked is not None:
         yield f"Act {number}: no mask was changed, since {each.unmasked}"
