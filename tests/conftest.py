@@ -1,4 +1,4 @@
-"""Fixtures; every jaxtyping annotation of firsttok is checked by beartype while the tests run."""
+"""Fixtures; beartype checks firsttok's annotations, of shapes in the first calls of each test."""
 
 import os
 from collections import Counter
@@ -19,8 +19,8 @@ _jaxtyped: Any = jaxtyping.jaxtyped
 # A TypeError, as jaxtyping's own and as Python's where nothing is checked.
 _beartyped = beartype(conf=BeartypeConf(violation_type=TypeError))
 CHECKED = 16
-"""Calls of a function whose shapes are checked, in each test. Checks of all calls were a third of
-the time that tests of tiny models took."""
+"""Calls of a function whose shapes are checked in each test. To check all calls takes as long as a
+third of the tests of tiny models."""
 _calls: Counter[Callable[..., Any]] = Counter()
 
 
