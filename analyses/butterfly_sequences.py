@@ -193,7 +193,7 @@ def plot(rows: Sequence[Mapping[str, Any]], original: float) -> Figure:
 def highest(result: Result) -> dict[tuple[str, str], float]:
     """The highest perplexity of each sequence of the slides' editors.
 
-    One that is no number counts as infinite; what fails behind it was attempted all the same.
+    One that is no number counts as infinite; what fails after it was attempted all the same.
     """
     found: dict[tuple[str, str], float] = {}
     for label, kind in product(OF_THE_SLIDES, KINDS):

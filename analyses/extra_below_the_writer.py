@@ -78,7 +78,7 @@ class Setting:
     """Neurons of the writer: those that write most, and as many random ones."""
     stretch: float
     """How many times as long the first token's residual stream is as the median of later ones,
-    behind the layer above the writer."""
+    after the layer above the writer."""
 
     def study(self, place: str, moment: str, **changes: Any) -> Study:
         """The study of a place, with one C."""

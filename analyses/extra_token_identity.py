@@ -1,6 +1,6 @@
 """Token identity against position: "Arthur" and " Arthur", first and later.
 
-Bare, the subject is the first token and carries no space; behind a prefix it does. Each of the four
+Bare, the subject is the first token and carries no space; after a prefix it does. Each of the four
 crossings gives a k^u, and ROME edits the model with it. That attention sinks belong to the place is
 known (Xiao et al. 2023); what an edit does with such keys is not. Delimiters, which draw massive
 activations in some models (Sun et al. 2024), are no subjects, and are not tried.

@@ -1,14 +1,14 @@
-"""FC-ROME against C-ROME: does the new target come out behind prefixed prompts?
+"""FC-ROME against C-ROME: does the new target come out after prefixed prompts?
 
 The released C-ROME still takes the anchor of the value, v* = anchor + delta, and the norm that
 clamps delta, from the bare prompt. A comment in Gupta et al.'s released code (2024,
 unified-model-editing, rome/compute_v.py) asks whether that should be a mean over all prompts, and
 whether it matters. FC-ROME takes both from the prefixed mean. Measured on collapse cases over three
-context seeds: behind the prefixes used for editing (as in Table 5) and behind prefixes of another
+context seeds: after the prefixes used for editing (as in Table 5) and after prefixes of another
 seed, which the edit has not seen.
 
 A probability is read with the target given. Beside it, the edited models of the first seed write
-freely behind one prompt of each kind, as "The Mirage of Model Editing" (Yang et al. 2025) asks.
+freely after one prompt of each kind, as "The Mirage of Model Editing" (Yang et al. 2025) asks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,12 +49,12 @@ HALF, UNCHANGED = 0.5, 1.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """The new target behind each kind of prompt: its mean probability, and what is written."""
+    """The new target after each kind of prompt: its mean probability, and what is written."""
 
     tests: dict[str, ContextSet]
     """Contexts of each kind."""
     draw: int | None
-    """Seed of the draw of the one prompt that is written behind; None if nothing is written."""
+    """Seed of the draw of the one prompt that is written after; None if nothing is written."""
 
     name = "outcome"
     columns = MEASURED

@@ -77,7 +77,7 @@ def measure_places(study: Study, edits: Sequence[Edit]) -> Iterator[dict[str, An
 
 
 def _keys_and_norms(study: Study) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Keys at the edited layer and norms of the residual stream behind it, on the sentences."""
+    """Keys at the edited layer and norms of the residual stream after it, on the sentences."""
     model, site = study.evaluated.with_bos(study.text_bos), study.evaluated.site(study.layer)
     prompts = [text_prompt(model, text) for text in study.texts]
     keys: dict[str, list[torch.Tensor]] = {"first": [], "later": []}

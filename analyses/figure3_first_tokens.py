@@ -1,6 +1,6 @@
 """Figure 3: first tokens of normal prompts (a), and k^u of prefixed collapse prompts (b).
 
-The paper's claim: first tokens of normal prompts lie where k^u of collapse cases lies, and behind a
+The paper's claim: first tokens of normal prompts lie where k^u of collapse cases lies, and after a
 prefix k^u of collapse cases lies where that of normal cases lies (Section 3.3). So the place makes
 the anomaly, and not the edit. Nothing is edited here: all listed collapse cases are taken, and at
 least as many normal ones. Pictures and separations are of keys scaled to norm 1, as in Figure 2; D

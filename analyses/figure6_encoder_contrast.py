@@ -1,4 +1,4 @@
-"""Figure 6: first tokens of an encoder, which see the tokens behind them, and of a decoder.
+"""Figure 6: first tokens of an encoder, which see the tokens after them, and of a decoder.
 
 The paper's claim: in T5-3B's encoder first tokens lie where subsequent tokens lie, at every layer;
 so it is the causal mask that sets them apart (Appendix A.3). The first token of each collapse

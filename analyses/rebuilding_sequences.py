@@ -1,7 +1,7 @@
 """Table 2, Figures 3, 4 and 6 to 9 of "Rebuilding ROME": edit after edit, and what is left of it.
 
 The paper's claim: in a sequence ROME destroys the model at one disabling edit, and r-ROME (C-ROME)
-and p-ROME do not. Beside its scores, which are taken right behind each edit, stand those of all
+and p-ROME do not. Beside its scores, which are taken right after each edit, stand those of all
 earlier facts at every checkpoint, perplexity, the state of the edited weight, and tasks.
 """
 

@@ -1,6 +1,6 @@
 """Table 5: the same as Table 4 with a prefix put before collapse prompts at test time.
 
-The paper's claim: behind a prefix drawn from those used for editing, C-ROME's new target comes out
+The paper's claim: after a prefix drawn from those used for editing, C-ROME's new target comes out
 on collapse cases nearly always; generalization improves little (Section 4).
 """
 

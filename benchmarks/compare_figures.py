@@ -26,24 +26,33 @@ def main(old: str, new: str) -> int:
     for name in names:
         both = [Path(folder) / name for folder in (old, new)]
         if not all(path.exists() for path in both):
-            lines.append([name, None, None, "in one folder only", False])
+            lines.append([name, None, None, "in one folder only", None, False])
             continue
         one, two = (json.loads(path.read_text(encoding="utf-8")) for path in both)
         found = list(_differences(one.get("rows", []), two.get("rows", []), "rows"))
         found += _differences(one.get("lines", []), two.get("lines", []), "lines")
-        worst = max(found, key=lambda each: each[0] / each[1], default=(0.0, 1.0, ""))
-        lines.append([name, len(found), worst[0], worst[2], worst[0] <= worst[1]])
-    print_table(
-        f"{old} and {new}", ["table", "numbers", "largest difference", "where", "close"], lines
-    )
+        numbers = [each for each in found if math.isfinite(each[0])]
+        others = len(found) - len(numbers)
+        worst = max(numbers, key=lambda each: each[0] / each[1], default=(0.0, 1.0, ""))
+        close = worst[0] <= worst[1] and not others
+        lines.append([name, len(numbers), worst[0], worst[2], others, close])
+    columns = ["table", "numbers", "largest difference", "where", "no numbers, differ", "close"]
+    print_table(f"{old} and {new}", columns, lines)
     return int(not all(line[-1] for line in lines))
 
 
 def _differences(one: Any, two: Any, place: str) -> Iterator[tuple[float, float, str]]:
-    """Relative differences of all numbers, each with what is allowed and where it stands."""
-    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
-        for key in one:
-            yield from _differences(one[key], two[key], f"{place}.{key}")
+    """Relative differences of all numbers, each with what is allowed and where it is.
+
+    A field in one of two rows, and values that are no numbers and differ, count as infinite.
+    """
+    if isinstance(one, dict) and isinstance(two, dict):
+        for key in one.keys() | two.keys():
+            where = f"{place}.{key}"
+            if key in one and key in two:
+                yield from _differences(one[key], two[key], where)
+            else:
+                yield math.inf, _CLOSE, f"{where}: in one only"
     elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         for index, (a, b) in enumerate(zip(one, two, strict=True)):
             yield from _differences(a, b, f"{place}[{index}]")

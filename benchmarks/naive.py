@@ -152,7 +152,7 @@ class NaiveFineTuning:
     """What fine-tuning made of the weight."""
 
     change: Tensor
-    """The weight behind it less the weight before, ``[d_in, d_out]``."""
+    """The weight after it less the weight before, ``[d_in, d_out]``."""
     losses: tuple[float, ...]
     """The loss of every step, before its update."""
 

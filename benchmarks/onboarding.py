@@ -60,7 +60,7 @@ the two models of the package index (those that were pulled). One of them again:
 _READING = """
 *Site error* is the largest relative difference between `key @ W + b` and what the MLP put out, over
 all layers, on real text. *Replay* is what has to run again to measure an edit: the blocks `above`
-it, those `from` it on, or the `whole` model. The anomaly is that of the text's first token, behind
+it, those `from` it on, or the `whole` model. The anomaly is that of the text's first token, after
 BOS where the tokenizer puts one; BOS itself is one token in all texts, so that of it only a massive
 residual stream is told. Random weights are no language model: they show that an architecture can be
 edited, and a prediction on them means nothing, as the tool says, too.

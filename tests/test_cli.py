@@ -113,7 +113,9 @@ def test_saved_edit_is_the_one_that_was_shown(
     assert torch.allclose(change, torch.outer(edit.left, edit.right).T, atol=1e-5)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("I", "has one token"), ("Rome is " * 200, "tokens")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("I", "has one token"), ("Rome is " * 200, "reads at most")]
+)
 def test_what_cannot_be_measured_is_refused_before_the_optimisation(
     text: str,
     reason: str,
